@@ -1,0 +1,1 @@
+"""Checkpoints: distributed ones for training, and those of other libraries."""

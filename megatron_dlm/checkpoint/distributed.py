@@ -1,0 +1,199 @@
+"""Distributed checkpoints of a TrainState: written in parallel, readable under any other layout.
+
+    DIR/iter_0000010/                          model, optimizer, schedule, and the caller's `extra`
+    DIR/latest_checkpointed_iteration.txt      "10"
+
+A checkpoint is written beside its place, moved there when it is whole, and named in the text file last. Whatever a crash leaves behind, the text
+file names a whole checkpoint.
+
+Tensors are stored by their name and place in the whole model (megatron-core's dist_checkpointing, optimizer state included), so tensor, pipeline
+and data-parallel sizes may change between saving and loading. Whether the optimizer is distributed may not. Generator states are not stored:
+every draw of this package has a key of its own.
+
+Invariants (tests/checkpoint/test_distributed.py):
+  - training that is saved and loaded goes on exactly as if it had not been, in the same layout or another;
+  - a failed save leaves the previous checkpoint whole and used.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_dlm import platform
+from megatron_dlm.checkpoint import optimizer_state
+from megatron_dlm.config.errors import CheckpointError
+from megatron_dlm.parallel.exchange import broadcast_object
+from megatron_dlm.training.state import TrainState
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def iteration_folder(directory: str | Path, iteration: int) -> Path:
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(directory: str | Path) -> int | None:
+    """The iteration of the newest whole checkpoint in a folder, or None if there is none (or no folder)."""
+    try:
+        return int((Path(directory) / LATEST).read_text(encoding="ascii"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{Path(directory) / LATEST} does not hold an iteration number; it was not written by a finished save.") from error
+
+
+def save(state: TrainState, directory: str | Path, iteration: int, extra: dict[str, Any], with_optimizer: bool = True) -> None:
+    """Write a checkpoint. Collective.
+
+    Args:
+        extra: what else the caller wants back; anything that JSON can hold. Rank 0's is stored.
+
+    """
+    state.gather_parameters()
+    optimizer_kind = optimizer_state.kind(state.optimizer) if with_optimizer and state.optimizer is not None else None
+    final = iteration_folder(directory, iteration)
+    partial = final.with_name(f".{final.name}.partial")
+    if state.groups.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    content = _model_content(state)
+    if optimizer_kind is not None:
+        with platform.cuda_calls_on_cpu():
+            content["optimizer"] = optimizer_state.to_save(state.optimizer, _model_content(state), _metadata(state))
+        content["scheduler"] = state.scheduler.state_dict()
+    content["run"] = json.dumps({"iteration": iteration, "optimizer": optimizer_kind, "extra": extra})
+    with platform.cuda_calls_on_cpu():
+        dist_checkpointing.save(content, str(partial))
+    dist.barrier()
+    if state.groups.is_main:
+        _put_in_place(partial, final)
+        _name_as_latest(Path(directory), iteration)
+    dist.barrier()
+
+
+def load(state: TrainState, directory: str | Path, iteration: int | None = None, with_optimizer: bool = True) -> dict[str, Any]:
+    """Read a checkpoint into the state: weights, and with the optimizer also its state, its place in the schedule, and `state.iteration`. Collective.
+
+    Without the optimizer the weights alone are read; iteration and schedule stay as they are.
+
+    Returns:
+        The `extra` that was saved.
+
+    Raises:
+        CheckpointError: no such checkpoint, it does not fit the model, or the optimizer state that is asked for is not in it.
+    """
+    folder = _find(state, directory, iteration)
+    run = json.loads(dist_checkpointing.load_common_state_dict(str(folder))["run"])
+    content = _model_content(state)
+    _check_fit(content, folder)
+    if with_optimizer and state.optimizer is not None:
+        _check_optimizer(run["optimizer"], optimizer_state.kind(state.optimizer), folder)
+        with platform.cuda_calls_on_cpu():
+            content["optimizer"] = optimizer_state.to_load(state.optimizer, _model_content(state), _metadata(state))
+    with torch.no_grad(), platform.cuda_calls_on_cpu():
+        loaded = dist_checkpointing.load(content, str(folder))
+        for index, chunk in enumerate(state.unwrapped_chunks()):
+            chunk.load_state_dict(loaded[f"model{index}"])
+        if "optimizer" in content:
+            optimizer_state.put(state.optimizer, loaded["optimizer"])
+            state.scheduler.num_steps = 0  # megatron-core adds the stored steps to those already taken
+            state.scheduler.load_state_dict(loaded["scheduler"])
+            state.iteration = run["iteration"]
+        elif state.optimizer is not None:
+            state.optimizer.reload_model_params()  # the fp32 master copies follow the new weights
+    return run["extra"]
+
+
+def _metadata(state: TrainState) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": state.groups.pg_collection.dp_cp,
+    }
+
+
+def _model_content(state: TrainState) -> dict[str, Any]:
+    """Sharded state of each chunk. Names inside are those of the whole model, so that the number of chunks may change."""
+    metadata = _metadata(state)
+    return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(state.unwrapped_chunks())}
+
+
+def _find(state: TrainState, directory: str | Path, iteration: int | None) -> Path:
+    """The checkpoint's folder, looked up by rank 0 for all, so that ranks cannot disagree."""
+    answer: Path | CheckpointError | None = None
+    if state.groups.is_main:
+        try:
+            answer = _find_here(Path(directory), iteration)
+        except CheckpointError as error:
+            answer = error
+    answer = broadcast_object(answer, src=0)
+    if isinstance(answer, CheckpointError):
+        raise answer
+    return answer
+
+
+def _find_here(directory: Path, iteration: int | None) -> Path:
+    if not directory.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder {directory}. Give --load a folder that a run wrote with --save.")
+    if iteration is None:
+        iteration = latest_iteration(directory)
+    if iteration is None:
+        raise CheckpointError(f"{directory} holds no finished checkpoint ({LATEST} is missing). Give --load a folder that a run wrote with --save.")
+    folder = iteration_folder(directory, iteration)
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise CheckpointError(f"{folder} is missing or not a whole checkpoint. Choose another iteration of {directory}.")
+    return folder
+
+
+def _check_fit(content: dict[str, Any], folder: Path) -> None:
+    """Compare the model with what is stored, by name and global shape, before anything is read."""
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    for wanted in nested_values(content):
+        tensors = nested_values(wanted.build()) if isinstance(wanted, ShardedTensorFactory) else [wanted]
+        for tensor in tensors:
+            if not isinstance(tensor, ShardedTensor):
+                continue
+            if tensor.key not in stored:
+                raise CheckpointError(f"The checkpoint {folder} has no weight {tensor.key}, which this model needs. It was written by another architecture.")
+            there = tuple(stored[tensor.key].global_shape)
+            if there != tuple(tensor.global_shape):
+                raise CheckpointError(
+                    f"The weight {tensor.key} has shape {tuple(tensor.global_shape)} in this model and {there} in the checkpoint {folder}. "
+                    "Use the model configuration that wrote it."
+                )
+
+
+def _check_optimizer(stored: str | None, wanted: str, folder: Path) -> None:
+    if stored is None:
+        raise CheckpointError(f"The checkpoint {folder} holds no optimizer state. Load it with --no-load-optim or --finetune.")
+    if stored != wanted:
+        raise CheckpointError(f"The checkpoint {folder} was written by the optimizer '{stored}', and this run uses '{wanted}'. Use the same, or --no-load-optim.")
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Move a whole checkpoint to its name; one of the same iteration that is already there is replaced."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _name_as_latest(directory: Path, iteration: int) -> None:
+    temporary = directory / f".{LATEST}.new"
+    with open(temporary, "w", encoding="ascii") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, directory / LATEST)

@@ -1,0 +1,105 @@
+"""What a checkpoint stores of an optimizer, and how it gets back.
+
+megatron-core's own routines do the work. With torch's optimizers (no Transformer Engine, no Apex) megatron-core 0.16.1 gets three things wrong,
+which are set right here, around its calls and without changing it:
+  - it cannot describe an optimizer that has not stepped yet: its state is made first, as zeros at step 0;
+  - loading the distributed optimizer asks for a stored `step` per parameter, which is not stored: the present one is passed through
+    (the other optimizers do not store a step of 0: it is put back);
+  - one `step` tensor is then shared by all parameters, and Adam, which counts in place, would count once per parameter: each gets its own.
+"""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def kind(optimizer: MegatronOptimizer) -> str:
+    """A name that says which optimizers can read each other's state: the update rule, "distributed" or not, "mixed" if it has fp32 masters apart."""
+    first = _parts(optimizer)[0]
+    distributed = isinstance(first, DistributedOptimizer)
+    mixed = not distributed and first.config.bf16
+    return " ".join(word for word, holds in (("distributed", distributed), ("mixed", mixed), (first.config.optimizer, True)) if holds)
+
+
+def to_save(optimizer: MegatronOptimizer, model: dict[str, Any], metadata: dict[str, Any]) -> Any:
+    """Sharded state for dist_checkpointing.save; `model` is the sharded state of the same chunks."""
+    _make_state(optimizer)
+    return optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
+
+
+def to_load(optimizer: MegatronOptimizer, model: dict[str, Any], metadata: dict[str, Any]) -> Any:
+    """The same as a template for dist_checkpointing.load."""
+    _make_state(optimizer)
+    template = optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)
+    _separate_steps(optimizer)
+    return template
+
+
+def put(optimizer: MegatronOptimizer, loaded: Any) -> None:
+    """Put a loaded state into the optimizer."""
+    parts = _parts(optimizer)
+    for index, part in enumerate(parts):
+        if part in _torch_parts(optimizer) and not isinstance(part, DistributedOptimizer):
+            stored = loaded if len(parts) == 1 else loaded[index]
+            state = stored.get("optimizer", stored)["state"]
+            if part.config.optimizer == "adam" and state:
+                state.setdefault("common_step", torch.zeros((), dtype=torch.float32))
+    with _steps_passed_through(optimizer):
+        optimizer.load_state_dict(loaded)
+    _make_state(optimizer)
+    _separate_steps(optimizer)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _torch_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Those that drive one of torch's optimizers."""
+    return [part for part in _parts(optimizer) if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD))]
+
+
+def _make_state(optimizer: MegatronOptimizer) -> None:
+    for part in _torch_parts(optimizer):
+        part.init_state_fn = part.init_state_fn or (lambda *_: None)  # megatron-core calls it unasked; SGD has none
+        momentum = isinstance(part.optimizer, torch.optim.SGD)
+        for group in part.optimizer.param_groups:
+            names = (("momentum_buffer",) if group["momentum"] else ()) if momentum else ("exp_avg", "exp_avg_sq")
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                if not momentum:
+                    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+                for name in names:
+                    if state.get(name) is None:
+                        state[name] = torch.zeros_like(parameter)
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    for part in _torch_parts(optimizer):
+        for state in part.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+
+@contextlib.contextmanager
+def _steps_passed_through(optimizer: MegatronOptimizer) -> Iterator[None]:
+    patched = [part for part in _torch_parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    for part in patched:
+        original = part._set_main_param_and_optimizer_states
+
+        def with_step(model_param: Any, tensors: dict[str, Any], part: Any = part, original: Any = original) -> None:
+            group, place = part.model_param_group_index_map[model_param]
+            main = part.optimizer.param_groups[group]["params"][place]
+            original(model_param, {"step": part.optimizer.state[main]["step"], **tensors})
+
+        part._set_main_param_and_optimizer_states = with_step
+    try:
+        yield
+    finally:
+        for part in patched:
+            del part._set_main_param_and_optimizer_states

@@ -1,0 +1,22 @@
+"""What a run reports, how often, and where to."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class LoggingConfig:
+    """What a run reports, and where to."""
+
+    log_interval: int = 10
+    """Print a line of metrics every so many steps."""
+    wandb_project: str | None = None
+    """Weights & Biases project; metrics are sent only when it is given."""
+    wandb_exp_name: str | None = None
+    """Name of the run in Weights & Biases."""
+    wandb_save_dir: str | None = None
+    """Folder for the local files of Weights & Biases."""
+    progress_bar: bool = True
+    """Show a progress bar when the output is a terminal."""
+    metrics_jsonl: str | None = None
+    """File to which every logged metric is appended as a JSON line."""

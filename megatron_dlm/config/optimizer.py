@@ -1,0 +1,35 @@
+"""The optimizer and its learning-rate schedule, counted in optimizer steps."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(slots=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Update rule; adam decays weights separately from the gradient (AdamW)."""
+    lr: float = 1e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at which a decaying schedule ends."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the schedule after the warm-up."""
+    lr_warmup_iters: int = 0
+    """Optimizer steps over which the learning rate rises linearly from zero."""
+    lr_decay_iters: int | None = None
+    """Optimizer step at which the decay ends, warm-up included; the length of the run when it is not given."""
+    weight_decay: float = 0.0
+    """Weight decay coefficient."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's running mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's running mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """Term that keeps Adam's denominator from zero."""
+    sgd_momentum: float = 0.0
+    """Momentum of SGD."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""

@@ -1,0 +1,14 @@
+"""What every run has: a seed and a place for its results."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class RunConfig:
+    """The run itself."""
+
+    seed: int = 1234
+    """Seed from which every random draw of the run follows."""
+    output_dir: str | None = None
+    """Folder for what the run writes."""

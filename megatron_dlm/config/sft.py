@@ -1,0 +1,31 @@
+"""Supervised fine-tuning: its data, the size of its steps, and the noise of its objective."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(slots=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    data_path: list[str] = field(default_factory=list)
+    """Training files, JSONL."""
+    train_iters: int = 1000
+    """Number of optimizer steps."""
+    global_batch_size: int = 128
+    """Samples per optimizer step, over all processes."""
+    max_tokens_per_row: int = 1024
+    """Token budget of a packed row, noisy copies included."""
+    seq_length: int = 2048
+    """Longest sample in tokens, prompt and response together; longer ones are left out and counted."""
+    mask_ratio_per: Literal["block", "sample"] = "block"
+    """Draw the noise level once per block, or once per sample."""
+    min_mask_ratio: float = 1e-3
+    """Lowest noise level that is drawn."""
+    max_loss_weight: float = 10.0
+    """Largest weight of a masked token; the weight is 1 / noise level up to here."""
+    loss_on_pad: bool = True
+    """Train on the pad tokens that fill the last block of a response."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop after this many minutes."""

@@ -1,0 +1,1 @@
+"""What the trainers read: prompts, supervised samples and tokenizers."""

@@ -1,0 +1,97 @@
+"""Who sees whom: the one visibility rule, as masks.
+
+A row is a [T] sequence of tokens from many samples. Each token carries five integers (`Layout`); a query may attend to a key iff the rule in
+`visible` says so. Every attention pattern of this package is an instance of it (docs/architecture.md, 1).
+
+Invariants (tests/diffusion/test_layout.py):
+  - padding (group < 0) sees only itself, and nothing else sees padding;
+  - a noisy view sees finished blocks before its own, and itself, nothing else;
+  - two responses of one group never see each other.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+PROMPT = -1  # `response` of the prompt's full blocks, which the whole group shares
+CLEAN = 0  # `view` of finished text
+PADDING = -1  # `group` of a padding token
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Five integers per token of a row, each an int32 tensor of shape [T]."""
+
+    group: Tensor
+    response: Tensor
+    view: Tensor
+    block: Tensor
+    position: Tensor
+
+    def to(self, device: torch.device) -> Layout:
+        return Layout(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How positions fall into attention blocks.
+
+    Attributes:
+        block_size: tokens per attention block; None is one block for the whole sequence (full attention).
+        anchor: 'absolute' counts blocks from position 0 of the sequence, as the rollout does. 'response' starts a block at the first response
+            token and lets the first block of the prompt be ragged, as the published reference trains (specification, 1.4 and 1.5).
+    """
+
+    block_size: int | None
+    anchor: str = "absolute"
+
+    def offset(self, prompt_length: int) -> int:
+        """What to add to a position before dividing by the block size."""
+        if self.block_size is None or self.anchor == "absolute":
+            return 0
+        return -prompt_length % self.block_size
+
+    def block_of(self, position, prompt_length: int):
+        """Block index of positions (an int, or an integer array of any shape) in a sequence with this prompt."""
+        if self.block_size is None:
+            return position * 0
+        return (position + self.offset(prompt_length)) // self.block_size
+
+    def shared_prompt(self, prompt_length: int) -> int:
+        """Length of the prompt's full blocks, which depend on no response and are stored once for a group."""
+        if self.block_size is None:
+            return 0
+        return prompt_length - (prompt_length + self.offset(prompt_length)) % self.block_size
+
+    def span(self, block: int, prompt_length: int, length: int) -> tuple[int, int]:
+        """First position of a block and the one after its last, in a sequence of this length."""
+        if self.block_size is None:
+            return 0, length
+        start = block * self.block_size - self.offset(prompt_length)
+        return max(start, 0), min(start + self.block_size, length)
+
+
+def visible(q: Layout, k: Layout) -> Tensor:
+    """Dense mask of the visibility rule.
+
+    Args:
+        q, k: layouts of the queries [Tq] and the keys [Tk] (the same object within a row; different ones when keys come from a cache).
+
+    Returns:
+        bool [Tq, Tk], True where the query may attend to the key.
+
+    Source: block diffusion, arXiv 2503.09573, section 3; extended here by groups, responses and views.
+    """
+    row, col = (slice(None), None), (None, slice(None))
+    same_text = (q.group[row] == k.group[col]) & ((k.response[col] == PROMPT) | (k.response[col] == q.response[row]))
+    own_block = (q.view[row] == k.view[col]) & (q.block[row] == k.block[col])
+    finished_before = (k.view[col] == CLEAN) & (k.block[col] < q.block[row])
+    real = (q.group[row] >= 0) & (k.group[col] >= 0)
+    mask = real & same_text & (own_block | finished_before)
+    return mask | _self(q) if q is k else mask  # softmax needs one key per query, padding included
+
+
+def _self(layout: Layout) -> Tensor:
+    return torch.eye(layout.group.numel(), dtype=torch.bool, device=layout.group.device)

@@ -1,0 +1,102 @@
+"""Accuracy, length and speed of a model on held-out prompts, for each way of unmasking.
+
+The draws of an evaluation are keyed by (seed, prompt, sample, way of unmasking), not by the training step: two checkpoints are compared on the same
+uniform numbers.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_dlm.config.eval import EvalConfig
+from megatron_dlm.config.rollout import RolloutConfig
+from megatron_dlm.data.prompts import Prompt
+from megatron_dlm.data.tokenizer import Tokenizer
+from megatron_dlm.diffusion.trace import SamplingParams
+from megatron_dlm.parallel.exchange import gather_objects
+from megatron_dlm.rewards.base import Scorer
+from megatron_dlm.rollout.replicas import Job, generate, requests_for
+from megatron_dlm.rollout.rig import RolloutRig, stop_tokens
+from megatron_dlm.training.report import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One judged response: its verdict, tokens, denoising steps, model passes, and whether it was cut at the limit."""
+
+    correct: float
+    length: int
+    steps: int
+    forwards: int
+    truncated: bool
+
+
+def summarize(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Means over responses; speeds are total tokens over total denoising steps or model passes (the paper's Table 4 counts the former)."""
+    column = lambda name: np.array([getattr(outcome, name) for outcome in outcomes], dtype=np.float64)  # noqa: E731
+    tokens = column("length").sum()
+    return {
+        "accuracy": float(column("correct").mean()),
+        "response_len": float(column("length").mean()),
+        "tokens_per_step": float(tokens / column("steps").sum()),
+        "tokens_per_forward": float(tokens / column("forwards").sum()),
+        "truncated_ratio": float(column("truncated").mean()),
+        "responses": float(len(outcomes)),
+    }
+
+
+class Evaluator:
+    """Evaluates the rig's engine on prompts. Calls are collective over all ranks."""
+
+    def __init__(
+        self, rig: RolloutRig, scorer: Scorer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: EvalConfig, rollout: RolloutConfig, seed: int
+    ) -> None:
+        self.rig, self.scorer, self.tokenizer, self.config, self.rollout, self.seed = rig, scorer, tokenizer, config, rollout, seed
+        self.prompts = list(prompts)[: config.eval_num_prompts]
+
+    def sampling(self, remasking: str) -> SamplingParams:
+        block = self.rollout.rollout_block_size or self.rig.block_size
+        return SamplingParams(
+            temperature=self.config.eval_temperature, top_k=self.config.eval_top_k, top_p=self.config.eval_top_p,
+            max_new_tokens=self.config.eval_max_response_len or self.rollout.rollout_max_response_len, block_size=block,
+            denoising_steps=self.config.eval_denoising_steps or block, remasking=remasking, threshold=self.config.eval_threshold,
+            stop_token_ids=stop_tokens(self.rollout.stop_token_ids, self.rig.stop_token_ids),
+        )
+
+    def __call__(self, report: Report) -> dict[str, float]:
+        """Metrics named eval/WAY/NAME, for each way of unmasking asked for; the same on every rank."""
+        metrics = {}
+        for remasking in self.config.eval_remasking:
+            mine = self.prompts[self.rig.replica :: self.rig.num_replicas]
+            requests = requests_for(mine, self.config.n_samples_per_eval_prompt, self.sampling(remasking), Job(self.seed, 0, f"eval-{remasking}"))
+            with report.bar(len(requests), f"evaluation, {remasking}") as bar:
+                traces = generate(self.rig.engine, requests, bar.update)
+            outcomes = self._judge(mine, traces) if self.rig.is_leader else []
+            everyone = [outcome for part in gather_objects(outcomes) for outcome in part]
+            metrics |= {f"eval/{remasking}/{name}": value for name, value in summarize(everyone).items()}
+        return metrics
+
+    def _judge(self, prompts: Sequence[Prompt], traces) -> list[Outcome]:
+        by_key = {prompt.key: prompt for prompt in prompts}
+        texts = [self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True) for trace in traces]
+        verdicts = self.scorer.score([(by_key[trace.prompt_key], text) for trace, text in zip(traces, texts)])
+        return [
+            Outcome(verdict.correct, len(trace.response_ids), trace.num_steps, trace.num_forwards, trace.finish_reason == "length")
+            for trace, verdict in zip(traces, verdicts)
+        ]
+
+
+def table(rows: Sequence[tuple[str, dict[str, float]]], ways: Sequence[str]) -> str:
+    """A table of evaluations: one line per (name, way of unmasking)."""
+    head = f"{'model':24} {'unmasking':11} {'accuracy':>9} {'length':>8} {'tokens/step':>12} {'tokens/forward':>15} {'cut':>6}"
+    lines = [head, "-" * len(head)]
+    for name, metrics in rows:
+        for way in ways:
+            get = lambda key: metrics[f"eval/{way}/{key}"]  # noqa: E731, B023
+            lines.append(
+                f"{name:24} {way:11} {100 * get('accuracy'):8.1f}% {get('response_len'):8.1f} {get('tokens_per_step'):12.2f} "
+                f"{get('tokens_per_forward'):15.2f} {100 * get('truncated_ratio'):5.1f}%"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""The policy: what a token's probability means, everywhere.
+
+policy = log-softmax(logits / temperature) over the vocabulary without the mask token and the padding of the vocabulary, in fp32 (or better, if the
+logits are). The rollout engine, the trainers and `score` all call `policy_scores`; nobody takes a softmax of raw logits.
+
+Under tensor parallelism the logits are sharded over the vocabulary; the group is an argument, None means unsharded.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Attributes: size: real tokens; the rest, up to the padded size, is never predicted. mask_id: nor is the mask token."""
+
+    size: int
+    mask_id: int
+
+
+def _first_id(logits: Tensor, group: dist.ProcessGroup | None) -> int:
+    """Token id of the first column of this rank's shard."""
+    return 0 if group is None else dist.get_rank(group) * logits.shape[-1]
+
+
+def policy_scores(logits: Tensor, temperature: Tensor | float, vocabulary: Vocabulary, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Tempered logits with -inf for tokens outside the policy: its log-probabilities up to a constant per row.
+
+    Args:
+        logits: [N, V / TP] shard.
+        temperature: a number, or [N].
+    """
+    ids = _first_id(logits, group) + torch.arange(logits.shape[-1], device=logits.device)
+    banned = (ids >= vocabulary.size) | (ids == vocabulary.mask_id)
+    scores = logits if logits.dtype == torch.float64 else logits.float()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(scores.dtype)[:, None]
+    return (scores / temperature).masked_fill(banned, float("-inf"))
+
+
+def log_normaliser(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """log of the sum of exp over the whole vocabulary, [N], differentiable."""
+    highest = scores.detach().amax(-1)
+    if group is not None:
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    total = (scores - highest[:, None]).exp().sum(-1)
+    if group is not None:
+        total = reduce_from_tensor_model_parallel_region(total, group)
+    return total.log() + highest
+
+
+def label_logprobs(scores: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Log-probability of each label under the policy.
+
+    Args:
+        scores: [N, V / TP] from `policy_scores`.
+        labels: int64 [N], token ids of the policy.
+
+    Returns: [N], the same on all ranks of the group, differentiable.
+    """
+    local = labels - _first_id(scores, group)
+    here = (local >= 0) & (local < scores.shape[-1])
+    picked = scores.gather(1, local.clamp(0, scores.shape[-1] - 1)[:, None])[:, 0]
+    picked = torch.where(here, picked, torch.zeros_like(picked))
+    if group is not None:
+        picked = reduce_from_tensor_model_parallel_region(picked, group)
+    return picked - log_normaliser(scores, group)
+
+
+@torch.no_grad()
+def entropy(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Entropy of the policy in nats, [N]; a metric, not differentiable."""
+    logprob = scores - log_normaliser(scores, group)[:, None]
+    total = -(logprob.exp() * logprob.masked_fill(logprob.isinf(), 0)).sum(-1)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total

@@ -1,0 +1,178 @@
+"""Which processes work together: the groups of the training layout and of the rollout layout.
+
+`initialize` makes them once per process, from torchrun's environment or for a single process, and hands out a `Groups` that everything above gets
+as an argument. Nothing outside this folder asks megatron-core's parallel_state.
+
+Ranks are laid out as in Megatron, fastest first: tensor, context, expert, data, pipeline. So the ranks of one pipeline group agree in their tensor,
+expert and data coordinates; together they hold one whole (tensor-sharded) model. The rollout layout uses that: each rank of a pipeline group becomes
+a replica with the same tensor (and expert) shard and all layers, and the pipeline group is where refit finds what a rank lacks.
+
+Invariants (tests/parallel/test_groups.py):
+  - tp_size x pp_size x dp_size is the world size; `dp` counts context-parallel ranks, because each of them gets its own rows;
+  - the rollout layout has the tensor groups of the training layout, and replicas world_size / tp_size.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_dlm import platform
+from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.parallel import ParallelConfig
+
+_rollout_groups: list[dist.ProcessGroup] = []  # made here, so destroyed here
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The groups of this process in one layout, with sizes and ranks as plain integers.
+
+    `dp` spans all ranks that hold the same parameters and get different rows (context-parallel ranks included). `pg_collection` is the same
+    for megatron-core: pass it to models, DDP, optimizer and schedule.
+    """
+
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    pg_collection: ProcessGroupCollection
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    cp_size: int
+    ep_size: int
+
+    @property
+    def is_pipeline_first(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_pipeline_last(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0, which writes files and speaks for the job."""
+        return self.rank == 0
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Groups:
+    """Join the job and make the groups of the training layout; seed the generators of dropout and weight initialisation.
+
+    Under torchrun (RANK is set) the environment says where to meet; otherwise this is a job of one process. The default process group is kept
+    if there already is one. Collective: every rank calls it with the same configuration.
+
+    Raises:
+        ConfigError: the world size is not a multiple of tensor x pipeline parallel size, or of the expert layout.
+    """
+    platform.install()
+    if not dist.is_initialized():
+        _join(timedelta(minutes=parallel.distributed_timeout_minutes))
+    tp, pp, ep = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    world = dist.get_world_size()
+    if world % (tp * pp):
+        raise ConfigError(
+            f"{world} processes cannot be divided into models of --tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}. "
+            f"Start a multiple of {tp * pp} processes."
+        )
+    expert_tp = parallel.expert_tensor_parallel_size or tp
+    if world % (ep * expert_tp * pp):
+        raise ConfigError(
+            f"{world} processes cannot be divided into experts of --expert-model-parallel-size {ep} x --expert-tensor-parallel-size {expert_tp} "
+            f"x --pipeline-model-parallel-size {pp}. Start a multiple of {ep * expert_tp * pp} processes."
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return _describe(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def rollout_groups(training: Groups) -> Groups:
+    """The groups of the rollout layout: tensor and expert groups of training, no pipeline, everything else data parallel. Collective.
+
+    Without pipeline parallelism that is the training layout itself, and `training` is returned.
+    """
+    if training.pp_size == 1:
+        return training
+    trained = training.pg_collection
+    alone = _new_groups([[rank] for rank in range(training.world_size)])
+    replicas = _same_coordinates(training, trained.tp)
+    expert_replicas = replicas if trained.tp_ep is None else _same_coordinates(training, trained.tp_ep)
+    collection = ProcessGroupCollection(
+        tp=trained.tp, pp=alone, mp=trained.tp, embd=alone, pos_embd=alone, cp=alone, tp_cp=trained.tp, hcp=None,
+        ep=trained.ep, expt_tp=trained.expt_tp, tp_ep=trained.tp_ep, tp_ep_pp=trained.tp_ep,
+        tp_dp_cp=dist.group.WORLD, dp=replicas, dp_cp=replicas, expt_dp=expert_replicas,
+        intra_dp_cp=replicas, intra_expt_dp=expert_replicas, inter_dist_opt=None, intra_dist_opt=dist.group.WORLD,
+    )  # fmt: skip
+    return _describe(collection)
+
+
+def destroy(keep_world: bool = False) -> None:
+    """Leave all groups; with `keep_world` the default group stays, and `initialize` may make another layout in it."""
+    made = {id(group): group for group in _process_groups(vars(parallel_state).values())}
+    made.update((id(group), group) for group in _rollout_groups)
+    _rollout_groups.clear()
+    parallel_state.destroy_model_parallel()
+    if not dist.is_initialized():
+        return
+    for group in made.values():
+        if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+    if not keep_world:
+        dist.destroy_process_group()
+
+
+def _join(timeout: timedelta) -> None:
+    """Make the default process group: torchrun's, or one of a single process."""
+    options = {"device_id": platform.device()} if platform.is_cuda() else {}
+    if "RANK" in os.environ:
+        dist.init_process_group(platform.backend(), timeout=timeout, **options)
+    else:
+        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
+
+
+def _describe(collection: ProcessGroupCollection) -> Groups:
+    tp, pp, dp = collection.tp, collection.pp, collection.dp_cp
+    return Groups(
+        tp=tp, pp=pp, dp=dp, pg_collection=collection, rank=dist.get_rank(), world_size=dist.get_world_size(),
+        tp_rank=tp.rank(), tp_size=tp.size(), pp_rank=pp.rank(), pp_size=pp.size(), dp_rank=dp.rank(), dp_size=dp.size(),
+        cp_size=collection.cp.size(), ep_size=collection.ep.size(),
+    )  # fmt: skip
+
+
+def _new_groups(partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """Split the world into the given lists of ranks; returns the group of this rank. Collective."""
+    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition], backend=platform.backend())
+    _rollout_groups.append(mine)
+    return mine
+
+
+def _same_coordinates(training: Groups, shard: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group of all ranks that have this rank's place in their own `shard` group: they hold the same parameters in the rollout layout."""
+    places: list[int] = [0] * training.world_size
+    dist.all_gather_object(places, shard.rank())
+    return _new_groups([[rank for rank, place in enumerate(places) if place == wanted] for wanted in sorted(set(places))])
+
+
+def _process_groups(values: Iterable[object]) -> list[dist.ProcessGroup]:
+    flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return [item for item in flat if isinstance(item, dist.ProcessGroup)]

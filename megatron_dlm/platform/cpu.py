@@ -1,0 +1,186 @@
+"""What megatron-core needs in order to run on a host without CUDA, unchanged.
+
+megatron-core asks CUDA for five things. Each gets the plainest answer that is true of a CPU:
+  - the current device: the CPU;
+  - streams and events: there is one queue and it is always empty, so waiting does nothing;
+  - random state: the generator of the CPU (the tracker that keeps tensor-parallel ranks' draws apart then works as it does on CUDA);
+  - memory: nothing to free, nothing to report;
+  - tensors on "cuda": a function mode, `CudaMeansCpu`, rewrites the device. It costs time on every torch call; the two modules of megatron-core
+    that ask for such tensors in the middle of forward and backward get a view of `torch` with the same answer, which costs nothing elsewhere.
+
+Everything is guarded by what the installed megatron-core has, so that a newer one meets only what it still needs.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "as_tensor")
+
+
+class Stream:
+    """A queue that is always empty: it can be waited for, recorded on, and entered."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_stream = 0
+        self.device = _CPU
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+    def record_event(self, event: Event | None = None) -> Event:
+        return event or Event()
+
+    def query(self) -> bool:
+        return True
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Event:
+    """A moment that has always passed already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+
+def _is_cuda_device(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+def _to_cpu(value: Any) -> Any:
+    return _CPU if _is_cuda_device(value) else value
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Rewrites CUDA devices in the arguments of torch calls to the CPU; lets `tensor.type()` answer as a CUDA tensor would."""
+
+    def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.device:
+            return _to_cpu(func(*args, **kwargs))
+        if any(map(_is_cuda_device, args)) or _is_cuda_device(kwargs.get("device")):
+            args = tuple(map(_to_cpu, args))
+            kwargs = {key: _to_cpu(value) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _answer(value: Any) -> Callable:
+    """A new function that returns `value` whatever it is asked (new each time: torch.compile's tables refuse one function under two names)."""
+    return lambda *_, **__: value
+
+
+@contextlib.contextmanager
+def _in_stream(_: Any):
+    yield
+
+
+def _install_cuda_namespace() -> None:
+    """Give `torch.cuda` the answers of a host whose only device is the CPU. `torch.cuda.is_available()` stays false."""
+    cuda = torch.cuda
+    cuda.current_device = _answer(_CPU)
+    cuda.Stream, cuda.Event, cuda.stream = Stream, Event, _in_stream
+    cuda.current_stream, cuda.default_stream = _answer(Stream()), _answer(Stream())
+    cuda.is_current_stream_capturing = _answer(False)
+    cuda.get_device_capability = _answer((0, 0))
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "reset_max_memory_allocated", "set_stream", "ipc_collect"):
+        setattr(cuda, name, _answer(None))
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, _answer(0))
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.manual_seed_all = cuda.random.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _answer(None), _answer(None)
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+    torch.Tensor.record_stream = _answer(None)
+
+
+def _install_collectives() -> None:
+    """gloo wants split sizes as lists; megatron-core's expert dispatcher passes numpy arrays."""
+    original = torch.distributed.all_to_all_single
+
+    @functools.wraps(original)
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+        def as_list(sizes):
+            return None if sizes is None else [int(size) for size in sizes]
+
+        return original(output, input, as_list(output_split_sizes), as_list(input_split_sizes), group=group, async_op=async_op)
+
+    torch.distributed.all_to_all_single = all_to_all_single
+
+
+def _torch_on_cpu() -> types.ModuleType:
+    """A view of the module `torch` whose tensor factories read device="cuda" as the CPU; all else is torch itself."""
+    view = types.ModuleType("torch")
+    view.__getattr__ = lambda name: getattr(torch, name)  # PEP 562: what the view does not define comes from torch
+
+    def on_cpu(factory: Callable) -> Callable:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if "device" in kwargs:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+            return factory(*args, **kwargs)
+
+        return make
+
+    for name in _FACTORIES:
+        setattr(view, name, on_cpu(getattr(torch, name)))
+    return view
+
+
+def _patch_megatron() -> None:
+    """The places in megatron-core that the answers above do not reach."""
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import random as random_state
+    from megatron.core.transformer.moe import moe_utils
+
+    # The tracker of random states talks to torch._C, not to torch.cuda.
+    random_state._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random_state._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # Here both are one generator, so that draws "change the CPU state within the GPU context" is how it should be.
+    logging.getLogger(random_state.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    # Tensors made with device="cuda" amid forward and backward: the schedules' token counters, the router's loss tracker.
+    schedules.torch = moe_utils.torch = _torch_on_cpu()
+    # Imported only where Transformer Engine is, used everywhere.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def install() -> None:
+    """Put the stand-in in place, for the life of the process."""
+    _install_cuda_namespace()
+    _install_collectives()
+    _patch_megatron()

@@ -1,0 +1,1 @@
+"""Verdicts on responses, computed in worker processes."""

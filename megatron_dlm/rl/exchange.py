@@ -1,0 +1,64 @@
+"""From rollouts on many replicas to the traces that each rank trains on.
+
+Every rank first learns one light record per response (`Graded`): reward, lengths, what it would cost in a row. From those all ranks derive the same
+groups, advantages, updates and rows. Only then does a trace move, once, to the ranks that train on it.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_dlm.diffusion.planner import Load
+from megatron_dlm.diffusion.trace import Trace
+from megatron_dlm.parallel.exchange import exchange_objects, gather_objects
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """A response without its tokens.
+
+    Attributes:
+        group, sample: the prompt's key, and which of its responses.
+        owner, index: the global rank that holds the trace, and its place there.
+        correct: the verdict. reward: after the over-long rule.
+        length: response tokens. steps: denoising steps. forwards: model passes.
+        truncated: it was cut at the limit.
+        load: its size in a row. num_targets: tokens that would be learned.
+    """
+
+    group: str
+    sample: int
+    owner: int
+    index: int
+    correct: float
+    reward: float
+    length: int
+    steps: int
+    forwards: int
+    truncated: bool
+    load: Load
+    num_targets: int
+
+
+def gather_graded(mine: Sequence[Graded]) -> list[Graded]:
+    """All records of all ranks, in one order that does not depend on who generated what. Collective over all ranks."""
+    everyone = [graded for part in gather_objects(list(mine)) for graded in part]
+    return sorted(everyone, key=lambda graded: (graded.group, graded.sample))
+
+
+def deliver(wanted: Sequence[Sequence[Graded]], mine: Sequence[Trace], rank: int) -> list[Trace]:
+    """Move traces to the ranks that want them. Collective over all ranks.
+
+    Args:
+        wanted: for every global rank, the records of the traces that it trains on.
+        mine: the traces that this rank holds, where `Graded.index` points.
+
+    Returns:
+        The traces that this rank wants, in the order of `wanted[rank]`.
+    """
+    outgoing = {
+        destination: [((graded.group, graded.sample), mine[graded.index]) for graded in records if graded.owner == rank]
+        for destination, records in enumerate(wanted)
+    }
+    received = dict(exchange_objects(outgoing))
+    return [received[graded.group, graded.sample] for graded in wanted[rank]]

@@ -1,0 +1,199 @@
+"""The rollout engine: submit requests, step, receive traces.
+
+Sequences at different blocks and denoising steps share every pass. A pass gives each sequence the tokens whose final keys are not in the cache yet
+(the prompt's full blocks at first, later the block that was just finished) together with the block being denoised; under the visibility rule that is exact, so
+neither prefill nor the commit of a block costs a pass of its own, and the terminal block is never committed. The head and the softmax see masked positions only.
+
+The result is a function of the weights and of each request's key: not of the batch, of the order of submission, or of the number of replicas (in floating
+point, up to the rounding of the matrix products; docs/architecture.md).
+
+    engine.submit(requests)
+    while not engine.idle:
+        traces += engine.step()
+"""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.diffusion.keys import uniforms
+from megatron_dlm.diffusion.sampling import draw
+from megatron_dlm.diffusion.trace import Trace
+from megatron_dlm.diffusion.unmasking import scheduled_count, select
+from megatron_dlm.model.block_diffusion import BlockDiffusionModel
+from megatron_dlm.model.policy import Vocabulary, log_normaliser, policy_scores
+from megatron_dlm.model.row_params import RowParams
+from megatron_dlm.rollout.batch import RunningBatch
+from megatron_dlm.rollout.kv_cache import BlockKVCache, CachedAttention
+from megatron_dlm.rollout.request import Request, check
+
+
+class Engine:
+    """Generates responses with a model that holds all layers on this rank (tensor-parallel at most).
+
+    All ranks of the tensor-parallel group make the same calls with the same requests, and hold the same state.
+
+    Args:
+        model: a chunk with both ends of the pipeline. Its weights are read at each pass, so an update of them is seen at once.
+        vocabulary: what the policy ranges over.
+        max_running_requests: sequences in flight.
+        max_length: longest text, prompt and terminal block included.
+
+    Raises:
+        ConfigError: the model is only a part of a pipeline.
+    """
+
+    def __init__(self, model: BlockDiffusionModel, vocabulary: Vocabulary, max_running_requests: int, max_length: int) -> None:
+        if not (model.pre_process and model.post_process):
+            raise ConfigError("The rollout engine needs all layers on one rank. Build the rollout model with pipeline size 1.")
+        self.model = model
+        self.vocabulary = vocabulary
+        self.tp_group = model.pg_collection.tp if dist.get_world_size(model.pg_collection.tp) > 1 else None
+        config, weight = model.config, model.embedding.word_embeddings.weight
+        self.device = weight.device
+        kv_heads = config.num_query_groups // config.tensor_model_parallel_size
+        if kv_heads * config.tensor_model_parallel_size != config.num_query_groups:
+            raise ConfigError(
+                f"--tensor-model-parallel-size {config.tensor_model_parallel_size} does not divide the {config.num_query_groups} key-value heads "
+                "of the rollout model. Use a smaller one."
+            )
+        self.cache = BlockKVCache(
+            max_running_requests, max_length, config.num_layers, kv_heads, config.kv_channels, weight.dtype, self.device
+        )
+        self.batch = RunningBatch(max_running_requests, max_length, vocabulary.mask_id, self.device)
+        self.waiting: deque[Request] = deque()
+        self.weight_version = 0
+        self.num_passes = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and len(self.batch.free) == len(self.batch.request)
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests.
+
+        Raises:
+            DataError: a request that can never run; none is queued then.
+        """
+        requests = list(requests)
+        for request in requests:
+            check(request, self.cache.max_length)
+        self.waiting.extend(requests)
+
+    def abort(self) -> list[Trace]:
+        """Stop everything: the waiting requests are forgotten, the running ones return what their finished blocks hold ('abort')."""
+        self.waiting.clear()
+        traces = []
+        for slot in self.batch.running:
+            end = max(int(self.batch.start[slot]), int(self.batch.prompt_length[slot]))
+            # The block in progress is dropped: a trace ends with a complete block.
+            self.batch.start[slot] -= self.batch.block_size[slot]
+            traces.append(self.batch.trace(slot, end, "abort"))
+            self.batch.release(slot)
+        return traces
+
+    @torch.no_grad()
+    def step(self) -> list[Trace]:
+        """One pass: every running sequence takes one denoising step. Returns the responses that it completed."""
+        while self.waiting and self.batch.free:
+            self.batch.admit(self.waiting.popleft())
+        running = self.batch.running
+        if not running:
+            return []
+        slot = torch.tensor(running, device=self.device)
+        self._denoise(slot)
+        return self._advance(slot)
+
+    def run(self, requests: Iterable[Request]) -> list[Trace]:
+        """Submit and step until all are done; traces in order of completion."""
+        self.submit(requests)
+        traces: list[Trace] = []
+        while not self.idle:
+            traces += self.step()
+        return traces
+
+    def _denoise(self, slot: Tensor) -> None:
+        """The pass, the draw at every masked position, and the unmasking."""
+        batch, ragged = self.batch, self.batch.ragged(slot)
+        token_slot = slot[ragged.sequence]
+        tokens = batch.tokens[token_slot, ragged.position]
+        masked = torch.nonzero(~batch.known[token_slot, ragged.position])[:, 0]  # [N], all in the current blocks
+        params = RowParams(position=ragged.position, slots=masked, attention=CachedAttention(self.cache, ragged))
+        logits = self.model.forward_tokens(tokens, params)  # [N, V / TP]
+        where, position = token_slot[masked], ragged.position[masked]
+        draws = draw(
+            self._policy(logits, batch.temperature[where]), uniforms(batch.stream[where], position, batch.steps_taken[where]),
+            batch.greedy[where], batch.top_k[where], batch.top_p[where],
+        )
+        chosen = self._select(slot, ragged.sequence[masked], position - batch.start[where], draws.confidence)
+        where, position = where[chosen], position[chosen]
+        batch.tokens[where, position] = draws.token[chosen]
+        batch.known[where, position] = True
+        batch.step[where, position] = batch.steps_taken[where] + 1
+        batch.logprob[where, position] = draws.logprob[chosen].double()
+        batch.sampling_logprob[where, position] = draws.sampling_logprob[chosen].double()
+        batch.version[where, position] = self.weight_version
+        self.num_passes += 1
+
+    def _policy(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """Log-probabilities over the whole vocabulary, [N, V]."""
+        scores = policy_scores(logits, temperature, self.vocabulary, self.tp_group)
+        policy = scores - log_normaliser(scores, self.tp_group)[:, None]
+        if self.tp_group is None:
+            return policy
+        shards = [torch.empty_like(policy) for _ in range(dist.get_world_size(self.tp_group))]
+        dist.all_gather(shards, policy.contiguous(), group=self.tp_group)
+        return torch.cat(shards, dim=-1)
+
+    def _select(self, slot: Tensor, sequence: Tensor, column: Tensor, confidence: Tensor) -> Tensor:
+        """Which of the N masked positions to unmask, bool [N]; `sequence` and `column` place them in a table of blocks."""
+        batch = self.batch
+        block_size, denoising_steps, taken = batch.block_size[slot], batch.denoising_steps[slot], batch.block_steps[slot]
+        shape = (len(slot), int(block_size.max()))
+        table = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        table[sequence, column] = confidence.double()
+        masked = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        masked[sequence, column] = True
+        count = scheduled_count(block_size, denoising_steps, taken)
+        chosen = select(batch.remasking[slot], table, masked, count, batch.threshold[slot], taken + 1 >= denoising_steps)
+        return chosen[sequence, column]
+
+    def _advance(self, slot: Tensor) -> list[Trace]:
+        """Count the step; move finished blocks on; hand out finished responses."""
+        batch = self.batch
+        batch.steps_taken[slot] += 1
+        batch.block_steps[slot] += 1
+        batch.forwards[slot] += 1
+        batch.cached[slot] = batch.start[slot]  # the pass stored everything before the current block in its final form
+        end = batch.start[slot] + batch.block_size[slot]
+        column = torch.arange(int(batch.block_size[slot].max()), device=self.device)
+        position = batch.start[slot][:, None] + column
+        inside = position < end[:, None]
+        done = (batch.known[slot[:, None], position.clamp(max=self.cache.max_length - 1)] | ~inside).all(1)
+        traces = []
+        for index in torch.nonzero(done)[:, 0].tolist():
+            one = int(slot[index])
+            response_end, reason = self._response_end(one)
+            if reason is not None:
+                traces.append(batch.trace(one, response_end, reason))
+                batch.release(one)
+            else:
+                batch.start[one] += batch.block_size[one]
+                batch.block_steps[one] = 0
+        return traces
+
+    def _response_end(self, slot: int) -> tuple[int, str | None]:
+        """Where the response ends if it ends in the block just finished, and why; reason None if it goes on."""
+        batch, sampling = self.batch, self.batch.request[slot].sampling
+        limit, block_end = int(batch.limit[slot]), int(batch.start[slot] + batch.block_size[slot])
+        first = max(int(batch.start[slot]), int(batch.prompt_length[slot]))
+        if not sampling.ignore_eos:
+            for offset, token in enumerate(batch.tokens[slot, first : min(block_end, limit)].tolist()):
+                if token in sampling.stop_token_ids:
+                    return first + offset + 1, "stop"
+        return (limit, "length") if block_end >= limit else (block_end, None)

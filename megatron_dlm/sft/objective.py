@@ -1,0 +1,65 @@
+"""The loss of block SFT, and the items that it is computed on.
+
+    loss = 1/D * sum over hidden response tokens of w(t) * -log p(token | its block's visible tokens, all blocks before)
+
+with t drawn per block, w = min(1/t, max weight), and D the number of response tokens of the whole update: an estimate of the evidence bound per token
+(BD3-LM, arXiv 2503.09573, eq. 8). Masks are drawn anew at every step.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from megatron_dlm.data.sft_data import Sample
+from megatron_dlm.diffusion.keys import stream
+from megatron_dlm.diffusion.layout import Grid
+from megatron_dlm.diffusion.masking import MaskSchedule
+from megatron_dlm.diffusion.rows import Row
+from megatron_dlm.diffusion.views import Item, masked_views
+from megatron_dlm.model.policy import Vocabulary, label_logprobs, policy_scores
+
+
+@dataclass(frozen=True, slots=True)
+class SFTItems:
+    """The items of one update (samples in which nothing was hidden are left out), and its number of response tokens D."""
+
+    items: list[Item]
+    num_tokens: int
+
+
+def sft_items(samples: Sequence[Sample], step: int, seed: int, grid: Grid, schedule: MaskSchedule, pad_id: int, loss_on_pad: bool) -> SFTItems:
+    """Draw the masks of one update.
+
+    The last block is filled with pad tokens; they are hidden like others and, with `loss_on_pad`, learned like others.
+    """
+    items, num_tokens = [], 0
+    for sample in samples:
+        prompt, written = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
+        length = written if grid.block_size is None else grid.span(grid.block_of(written - 1, prompt), prompt, 1 << 62)[1]
+        predict_until = length if loss_on_pad else written
+        num_tokens += predict_until - prompt
+        tokens = np.array([*sample.prompt_ids, *sample.response_ids, *[pad_id] * (length - written)], dtype=np.int64)
+        views = masked_views(prompt, length, grid, schedule, stream(seed, "sft-mask", step, sample.key), predict_until)
+        if len(views.block):
+            items.append(Item(sample.key, tokens, prompt, views, grid))
+    return SFTItems(items, num_tokens)
+
+
+def sft_forward(vocabulary: Vocabulary, num_tokens: int):
+    """forward_step of training/step.py for block SFT; a row's target weights are w(t), divided here by D."""
+
+    def forward_step(row: Row, model):
+        logits = model.module.forward_row(row)
+
+        def loss_fn(logits: Tensor):
+            group = model.module.pg_collection.tp
+            logprob = label_logprobs(policy_scores(logits, 1.0, vocabulary, group), row.targets.label, group)
+            loss = -(row.targets.weight.to(logprob.dtype) * logprob).sum() / num_tokens
+            return loss, {"targets": logprob.new_tensor(float(len(logprob))), "nll": -logprob.sum()}
+
+        return logits, loss_fn
+
+    return forward_step

@@ -1,0 +1,1 @@
+"""One trainable model and one optimizer step: what every trainer shares."""

@@ -1,0 +1,245 @@
+"""One trainable model: its parameters, gradients, optimizer and schedule, in one process layout.
+
+A process may hold several (policy, value, reference). Each owns its TransformerConfig, because megatron-core's schedules hang hooks on it: a config
+must not be shared between two states. A state without an optimizer still gathers gradients (tests, analysis); one whose parameters are all frozen
+allocates no gradients (reference models).
+
+The scale of the gradient is decided here once: `calculate_per_token_loss` makes megatron-core sum over microbatches and data-parallel ranks, and our
+`finalize` hook leaves its division by a token count out. So the gradient is that of the plain sum of all losses: rows carry final weights.
+"""
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from megatron_dlm import platform
+from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.parallel.groups import Groups
+
+ModelBuilder = Callable[[bool, bool, "int | None"], nn.Module]
+"""(pre_process, post_process, vp_stage) -> one chunk of a megatron-core model, built with the state's own TransformerConfig."""
+
+_LAYER = re.compile(r"^(.*\blayers\.)(\d+)$")
+
+
+@dataclass(slots=True)
+class TrainState:
+    """One trainable model. `chunks` are wrapped for data parallelism, one per virtual pipeline stage; `iteration` counts finished updates."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer | None
+    scheduler: OptimizerParamScheduler | None
+    config: TransformerConfig
+    groups: Groups
+    iteration: int = 0
+
+    @classmethod
+    def build(
+        cls,
+        model_builder: ModelBuilder,
+        transformer_config: TransformerConfig,
+        optimizer_config: OptimizerConfig | None,
+        parallel_config: ParallelConfig,
+        groups: Groups,
+        train_iters: int,
+    ) -> TrainState:
+        """Build this rank's chunks, wrap them, and make the optimizer and its schedule. Collective.
+
+        Args:
+            model_builder: makes one chunk; its `.config` must be `transformer_config` itself.
+            transformer_config: owned by the state from here on.
+            optimizer_config: None for a model that is never updated.
+            train_iters: updates in the whole run; the length of the learning-rate schedule unless `lr_decay_iters` says otherwise.
+
+        Raises:
+            ConfigError: the warm-up is not shorter than the schedule; a distributed optimizer other than Adam.
+        """
+        _prepare_config(transformer_config, groups)
+        with platform.cuda_calls_on_cpu():
+            modules = _build_modules(model_builder, transformer_config, groups)
+            chunks = _wrap(modules, transformer_config, parallel_config, groups)
+            optimizer = scheduler = None
+            if optimizer_config is not None:
+                optimizer = _build_optimizer(chunks, transformer_config, optimizer_config, parallel_config, groups)
+                scheduler = _build_scheduler(optimizer, optimizer_config, train_iters)
+        _hang_hooks(transformer_config, chunks, optimizer, parallel_config)
+        return cls(chunks, optimizer, scheduler, transformer_config, groups)
+
+    @property
+    def module(self) -> nn.Module:
+        """The first chunk, without its data-parallel wrapper: the whole model unless there are virtual pipeline stages."""
+        return self.chunks[0].module
+
+    def unwrapped_chunks(self) -> list[nn.Module]:
+        return [chunk.module for chunk in self.chunks]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters, with the names that they have in a model without pipeline parallelism."""
+        for chunk in self.unwrapped_chunks():
+            rename = global_names(chunk)
+            for name, parameter in chunk.named_parameters():
+                yield rename(name), parameter
+
+    def gather_parameters(self) -> None:
+        """Bring every parameter up to date on this rank. Collective over the data-parallel ranks.
+
+        With `overlap_param_gather` an update leaves each rank with its own shard only, until the next forward pass gathers the rest. Whoever reads
+        weights otherwise (a checkpoint, refit, an engine bound to this storage) calls this first. Without overlap there is nothing to do.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def learning_rate(self) -> float:
+        """The rate that the next update will use."""
+        return 0.0 if self.optimizer is None else self.optimizer.param_groups[0]["lr"]
+
+
+def global_names(chunk: nn.Module) -> Callable[[str], str]:
+    """A function from names within a pipeline chunk to names within the whole model.
+
+    Pipeline stages number their layers from 0 each; a megatron-core layer knows its place in the model as `layer_number`, from 1.
+    """
+    prefixes = {}
+    for name, module in chunk.named_modules():
+        match = _LAYER.match(name)
+        if match and hasattr(module, "layer_number"):
+            prefixes[name] = f"{match[1]}{module.layer_number - 1}"
+
+    def rename(name: str) -> str:
+        parts = name.split(".")
+        for length in range(len(parts), 0, -1):
+            prefix = ".".join(parts[:length])
+            if prefix in prefixes:
+                return prefixes[prefix] + name[len(prefix) :]
+        return name
+
+    return rename
+
+
+def _prepare_config(config: TransformerConfig, groups: Groups) -> None:
+    if config.finalize_model_grads_func is not None:
+        raise ValueError("this TransformerConfig already belongs to a TrainState; make one for each model")
+    config.calculate_per_token_loss = True
+    if groups.pp_size > 1:
+        config.pipeline_dtype = config.pipeline_dtype or config.params_dtype
+        config.deallocate_pipeline_outputs = True
+
+
+def _build_modules(builder: ModelBuilder, config: TransformerConfig, groups: Groups) -> list[nn.Module]:
+    stages = config.virtual_pipeline_model_parallel_size
+    modules = []
+    for stage in range(stages or 1):
+        first = groups.is_pipeline_first and stage == 0
+        last = groups.is_pipeline_last and stage == (stages or 1) - 1
+        module = builder(first, last, None if stages is None else stage)
+        if module.config is not config:
+            raise ValueError("model_builder must build with the very TransformerConfig that the TrainState is given")
+        if platform.is_cuda():
+            module.cuda(platform.device())
+        for parameter in module.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        modules.append(module)
+    return modules
+
+
+def _wrap(modules: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, groups: Groups) -> list[DistributedDataParallel]:
+    return [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=config.params_dtype in (torch.bfloat16, torch.float16),
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+            ),
+            module,
+            disable_bucketing=index > 0,
+            pg_collection=groups.pg_collection,
+        )
+        for index, module in enumerate(modules)
+    ]
+
+
+def _build_optimizer(
+    chunks: list[DistributedDataParallel],
+    config: TransformerConfig,
+    wanted: OptimizerConfig,
+    parallel: ParallelConfig,
+    groups: Groups,
+) -> MegatronOptimizer:
+    if parallel.use_distributed_optimizer and wanted.optimizer != "adam":
+        raise ConfigError(f"--use-distributed-optimizer works with --optimizer adam only, not {wanted.optimizer}. Drop one of the two.")
+    known = {field.name for field in dataclasses.fields(MegatronOptimizerConfig)}
+    ours = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted) if field.name in known}
+    # The norm is computed only for clipping; a limit that is never reached yields it and clips nothing.
+    ours["clip_grad"] = wanted.clip_grad or float("inf")
+    megatron = MegatronOptimizerConfig(
+        **ours,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(megatron, chunks, use_gloo_process_groups=False, pg_collection=groups.pg_collection)
+
+
+def _build_scheduler(optimizer: MegatronOptimizer, wanted: OptimizerConfig, train_iters: int) -> OptimizerParamScheduler:
+    steps = wanted.lr_decay_iters or train_iters
+    if wanted.lr_warmup_iters >= steps:
+        raise ConfigError(
+            f"--lr-warmup-iters {wanted.lr_warmup_iters} is not shorter than the learning-rate schedule of {steps} iterations. "
+            "Lower it, or raise --lr-decay-iters."
+        )
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=wanted.lr,
+        min_lr=wanted.min_lr,
+        lr_warmup_steps=wanted.lr_warmup_iters,
+        lr_decay_steps=steps,
+        lr_decay_style=wanted.lr_decay_style,
+        start_wd=wanted.weight_decay,
+        end_wd=wanted.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run keeps its place in the schedule, and follows the flags of today
+    )
+
+
+def _hang_hooks(
+    config: TransformerConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer | None, parallel: ParallelConfig
+) -> None:
+    """What megatron-core's schedules read from the config while they run."""
+
+    def one_or_all(hooks: list) -> Any:
+        return hooks[0] if len(hooks) == 1 else hooks
+
+    def finalize(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+        finalize_model_grads(model, None, **options)  # weights are final: nothing is divided by num_tokens
+
+    config.finalize_model_grads_func = finalize
+    if optimizer is not None:
+        config.grad_scale_func = optimizer.scale_loss
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
+        if len(chunks) > 1:
+            config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if parallel.overlap_param_gather and len(chunks) > 1:
+        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]

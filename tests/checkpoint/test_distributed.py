@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dlm.config.errors import CheckpointError
+from tests.harness import pool
+from tests.small_model import Setup, forward_step, make, rows, share, whole
+
+
+def begin(setup: Setup, folder: Path) -> None:
+    from megatron_dlm.checkpoint.distributed import save
+
+    save(make(setup), folder, 0, {})
+
+
+def steps(setup: Setup, folder: Path, first: int, count: int, save_at_end: bool = False, expect: dict | None = None):
+    """Load the newest checkpoint, train on, and return the losses, the gradient norms and the whole weights."""
+    from megatron_dlm.checkpoint.distributed import load, save
+    from megatron_dlm.training.step import train_step
+
+    state = make(setup)
+    extra = load(state, folder)
+    assert extra == (expect or {}), extra
+    assert state.iteration == first
+    results = [train_step(state, share(state, rows(4, seed=first + n)), forward_step, 16) for n in range(count)]
+    if save_at_end:
+        save(state, folder, state.iteration, {"seen": [1, 2], "name": "x"})
+    weights = whole(state, dict(state.named_parameters()))
+    return [r.metrics["loss"] for r in results], [r.grad_norm for r in results], weights, state.learning_rate()
+
+
+def close(one: tuple, other: tuple, tolerance: float = 1e-5) -> None:
+    assert one[0] == pytest.approx(other[0], rel=tolerance)
+    assert one[1] == pytest.approx(other[1], rel=tolerance)
+    assert one[3] == other[3]
+    assert one[2].keys() == other[2].keys()
+    for name, weight in one[2].items():
+        assert (weight - other[2][name]).norm() <= tolerance * weight.norm().clamp(min=1), name
+
+
+SETUPS = {
+    "adam": (1, Setup()),
+    "sgd momentum": (1, Setup(optimizer="sgd", momentum=0.9)),
+    "bf16": (1, Setup(bf16=True)),
+    "distributed": (2, Setup(distributed=True)),
+    "distributed bf16": (2, Setup(distributed=True, bf16=True)),
+    "tp2": (2, Setup(tp=2, sequence_parallel=True)),
+    "pp2 tied": (2, Setup(pp=2, tied=True)),
+}
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_save_and_load_continue_as_if_uninterrupted(name: str, tmp_path: Path) -> None:
+    world, setup = SETUPS[name]
+    pool(world).run(begin, setup, tmp_path)
+    uninterrupted = pool(world).run(steps, setup, tmp_path, 0, 4)[0]
+    pool(world).run(steps, setup, tmp_path, 0, 2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000000", "iter_0000002", "latest_checkpointed_iteration.txt"]
+    resumed = pool(world).run(steps, setup, tmp_path, 2, 2, False, {"seen": [1, 2], "name": "x"})[0]
+    assert resumed[0] == uninterrupted[0][2:]
+    assert resumed[1] == uninterrupted[1][2:]
+    for key, weight in resumed[2].items():
+        assert torch.equal(weight, uninterrupted[2][key]), key
+    assert resumed[3] == uninterrupted[3]
+
+
+CHANGES = {
+    "tp2 -> 1": (2, Setup(tp=2), 1, Setup()),
+    "1 -> tp2pp2": (1, Setup(), 4, Setup(tp=2, pp=2)),
+    "pp2 -> tp2": (2, Setup(pp=2), 2, Setup(tp=2)),
+    "distributed dp2 -> dp1": (2, Setup(distributed=True), 1, Setup(distributed=True)),
+    "distributed tp2dp2 -> pp2dp2": (4, Setup(tp=2, distributed=True), 4, Setup(pp=2, distributed=True)),
+    "distributed 1 -> bf16-free tp2dp2": (1, Setup(distributed=True), 4, Setup(tp=2, sequence_parallel=True, distributed=True)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_layout_continues_alike(name: str, tmp_path: Path) -> None:
+    world, setup, new_world, new_setup = CHANGES[name]
+    pool(world).run(begin, setup, tmp_path)
+    pool(world).run(steps, setup, tmp_path, 0, 2, True)
+    extra = {"seen": [1, 2], "name": "x"}
+    close(pool(world).run(steps, setup, tmp_path, 2, 2, False, extra)[0], pool(new_world).run(steps, new_setup, tmp_path, 2, 2, False, extra)[0])
+
+
+def weights_only(folder: Path, bf16: bool) -> None:
+    from megatron_dlm.checkpoint.distributed import load, save
+    from megatron_dlm.training.step import train_step
+
+    state = make(Setup(bf16=bf16))
+    train_step(state, rows(4), forward_step, 16)
+    train_step(state, rows(4), forward_step, 16)
+    save(state, folder, 2, {"a": 1}, with_optimizer=False)
+    wanted = {name: value.detach().clone() for name, value in state.named_parameters()}
+    train_step(state, rows(4), forward_step, 16)
+    assert load(state, folder, with_optimizer=False) == {"a": 1}
+    assert state.iteration == 3
+    for name, value in state.named_parameters():
+        assert torch.equal(value, wanted[name]), name
+        if bf16:
+            assert torch.equal(value.main_param, wanted[name].float()), name
+    with pytest.raises(CheckpointError, match="no optimizer state"):
+        load(state, folder)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_without_optimizer(bf16: bool, tmp_path: Path) -> None:
+    pool(1).run(weights_only, tmp_path, bf16)
+
+
+def refusals(folder: Path) -> None:
+    from megatron_dlm.checkpoint.distributed import load, save
+
+    state = make(Setup())
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        load(state, folder / "nowhere")
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        load(state, folder)
+    save(state, folder, 5, {})
+    with pytest.raises(CheckpointError, match="iter_0000007 is missing"):
+        load(state, folder, iteration=7)
+
+
+def misfits(folder: Path, setup: Setup, message: str) -> None:
+    from megatron_dlm.checkpoint.distributed import load
+
+    with pytest.raises(CheckpointError, match=message):
+        load(make(setup), folder)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    pool(1).run(refusals, tmp_path)
+    pool(1).run(misfits, tmp_path, Setup(hidden=64), "has shape")
+    pool(1).run(misfits, tmp_path, Setup(layers=6), "has shape|has no weight")
+    pool(1).run(misfits, tmp_path, Setup(optimizer="sgd"), "written by the optimizer 'adam'")
+    pool(2).run(misfits, tmp_path, Setup(distributed=True), "this run uses 'distributed adam'")
+
+
+def crash(folder: Path, where: str) -> None:
+    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.training.step import train_step
+
+    state = make(Setup())
+    distributed.save(state, folder, 0, {"n": 0})
+    before = {name: value.detach().clone() for name, value in state.named_parameters()}
+    train_step(state, rows(4), forward_step, 16)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    owner, name = {"write": (distributed.dist_checkpointing, "save"), "move": (distributed, "_put_in_place"), "name": (distributed, "_name_as_latest")}[where]
+    original = getattr(owner, name)
+    setattr(owner, name, fail)
+    try:
+        with pytest.raises(OSError, match="disk full"):
+            distributed.save(state, folder, 1, {"n": 1})
+    finally:
+        setattr(owner, name, original)
+    assert distributed.latest_iteration(folder) == 0
+    assert distributed.load(state, folder) == {"n": 0}
+    for name, value in state.named_parameters():
+        assert torch.equal(value, before[name])
+    distributed.save(state, folder, 1, {"n": 2})  # and the next save is not disturbed by the remains
+    assert distributed.load(state, folder) == {"n": 2}
+
+
+@pytest.mark.parametrize("where", ["write", "move", "name"])
+def test_a_failed_save_leaves_the_previous_one_in_use(where: str, tmp_path: Path) -> None:
+    pool(1).run(crash, tmp_path, where)

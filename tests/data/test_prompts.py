@@ -1,0 +1,100 @@
+"""Prompts: what is read, what is left out, and the order in which they come."""
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from megatron_dlm.config.errors import DataError
+from megatron_dlm.data.prompts import Dropped, Prompt, PromptSampler, load_prompts
+
+
+def _file(tmp_path, *records, name="p.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def _ask(question, answer="1"):
+    return {"question": question, "ground_truth_answer": answer}
+
+
+def test_one_prompt(tmp_path, tiny):
+    (prompt,), dropped = load_prompts([_file(tmp_path, _ask("1+1=", 2))], tiny, "Q: {question}")
+    assert tiny.decode(list(prompt.token_ids)) == "Q: 1+1="
+    assert (prompt.question, prompt.ground_truth, prompt.verifier) == ("1+1=", "2", "math")
+    assert dropped == Dropped(0, 0, 0)
+
+
+def test_what_is_left_out_is_counted(tmp_path, tiny):
+    records = [_ask("1+1="), _ask(" 1+1= "), _ask("1+1+1+1="), _ask("2+2=", None), _ask("3+3=", " "), _ask("4+4=")]
+    prompts, dropped = load_prompts([_file(tmp_path, *records)], tiny, max_prompt_len=4)
+    assert [prompt.question for prompt in prompts] == ["1+1=", "4+4="]
+    assert dropped == Dropped(too_long=1, duplicate=1, no_answer=2)
+
+
+def test_keys_do_not_depend_on_file_or_template(tmp_path, tiny):
+    (a,), _ = load_prompts([_file(tmp_path, _ask("1+1="), name="a.jsonl")], tiny)
+    (b,), _ = load_prompts([_file(tmp_path, _ask("1+1="), name="b.jsonl")], tiny, "Solve {question}")
+    assert a.key == b.key and a.token_ids != b.token_ids
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([_ask("1+1="), {"question": "2+2="}], "line 2: the field 'ground_truth_answer' is missing"),
+        ([{"ground_truth_answer": "1"}], "line 1: no prompt was found"),
+        ([_ask("1+1+1+1+1=")], "No prompt of at most 5 tokens"),
+    ],
+)
+def test_sentences(tmp_path, tiny, records, words):
+    with pytest.raises(DataError, match=words):
+        load_prompts([_file(tmp_path, *records)], tiny, max_prompt_len=5)
+
+
+def test_generated_tasks(tmp_path, tiny):
+    pytest.importorskip("reasoning_gym")
+    sources = [_file(tmp_path, _ask("1+1=")), "reasoning_gym:chain_sum?size=7&seed=3"]
+    prompts, dropped = load_prompts(sources, tiny, "{question}\n")
+    assert len(prompts) + dropped.duplicate == 8
+    assert [prompt.verifier for prompt in prompts] == ["math"] + ["reasoning_gym"] * (len(prompts) - 1)
+    again, _ = load_prompts(sources, tiny, "{question}\n")
+    assert again == prompts and again[-1].metadata == prompts[-1].metadata
+
+
+def _prompts(n):
+    return [Prompt(f"key{i}", (i,), str(i), str(i), "math") for i in range(n)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 50])
+def test_an_epoch_holds_every_prompt_once(n):
+    sampler = PromptSampler(_prompts(n), seed=1)
+    for epoch in range(3):
+        assert Counter(p.key for p in sampler.take(epoch * n, n)) == Counter(p.key for p in _prompts(n))
+        assert sampler.take(epoch * n, n) == sampler.epoch_order(epoch)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20, 64])
+def test_positions_do_not_depend_on_batches_or_on_what_was_taken(batch):
+    whole = PromptSampler(_prompts(20), seed=1).take(0, 100)
+    sampler = PromptSampler(_prompts(20)[::-1], seed=1)  # nor on the order of the files
+    pieces = {start: sampler.take(start, min(batch, 100 - start)) for start in reversed(range(0, 100, batch))}
+    assert [prompt for start in sorted(pieces) for prompt in pieces[start]] == whole
+    assert PromptSampler(_prompts(20), seed=1).take(57, 30) == whole[57:87]  # a resumed run
+
+
+def test_epochs_and_seeds_differ():
+    sampler = PromptSampler(_prompts(50), seed=1)
+    orders = [sampler.epoch_order(0), sampler.epoch_order(1), PromptSampler(_prompts(50), seed=2).epoch_order(0), _prompts(50)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_first_places_are_spread_evenly():
+    first = Counter(PromptSampler(_prompts(5), seed).take(0, 1)[0].key for seed in range(2000))
+    assert all(abs(count - 400) < 90 for count in first.values()) and len(first) == 5  # five standard deviations
+
+
+def test_nothing_to_draw_from():
+    with pytest.raises(DataError):
+        PromptSampler([], seed=0)

@@ -1,0 +1,1 @@
+"""Tests of the diffusion core, and the slow obvious oracles they are held to."""

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.diffusion.keys import stream
+from megatron_dlm.diffusion.layout import Grid
+from megatron_dlm.diffusion.planner import Load, Plan, pack, partition
+from megatron_dlm.diffusion.rows import build_row
+from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, trace_item
+
+
+def row_tokens(loads: list[Load], row: tuple[int, ...]) -> int:
+    """What a row really holds: each group's prompt once."""
+    return sum({loads[i].group: loads[i].shared for i in row}.values()) + sum(loads[i].own for i in row)
+
+
+def rows_of(plan: Plan) -> list[tuple[int, ...]]:
+    return [row for rank in plan.ranks for row in rank]
+
+
+def test_one_item_one_row() -> None:
+    assert pack([Load("a", 4, 6)], budget=16) == Plan(ranks=(((0,),),), length=10)
+
+
+def test_a_group_pays_its_prompt_once() -> None:
+    plan = pack([Load("a", 10, 5), Load("a", 10, 5), Load("b", 10, 5)], budget=20)
+    assert sorted(sorted(row) for row in rows_of(plan)) == [[0, 1], [2]]
+    assert plan.length == 20
+
+
+def test_nothing_to_do() -> None:
+    plan = pack([], budget=64, num_ranks=2, multiple_of=16)
+    assert plan.length == 16 and len(plan.ranks) == 2 and len({len(rank) for rank in plan.ranks}) == 1
+    assert all(row == () for row in rows_of(plan))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_updates(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, 40, int(rng.integers(1, 9)))
+    loads = []
+    for _ in range(int(rng.integers(1, 40))):
+        group = int(rng.integers(0, len(shared)))
+        loads.append(Load(f"g{group}", int(shared[group]), int(rng.integers(1, 60))))
+    num_ranks, multiple = int(rng.integers(1, 5)), int(rng.choice([1, 8, 16]))
+    budget = int(rng.integers(max(load.shared + load.own for load in loads), 400))
+    plan = pack(loads, budget, num_ranks, multiple)
+
+    rows = rows_of(plan)
+    assert sorted(i for row in rows for i in row) == list(range(len(loads)))
+    assert len(plan.ranks) == num_ranks and len({len(rank) for rank in plan.ranks}) == 1
+    assert plan.num_rows == len(rows)
+    sizes = [row_tokens(loads, row) for row in rows]
+    assert max(sizes) <= budget
+    assert plan.length % multiple == 0 and max(sizes) <= plan.length <= math.ceil(budget / multiple) * multiple
+    for group in {load.group for load in loads}:
+        members = [i for i, load in enumerate(loads) if load.group == group]
+        if row_tokens(loads, tuple(members)) <= budget:
+            assert len({n for n, row in enumerate(rows) for i in members if i in row}) == 1, "a group that fits a row was split"
+    assert pack(loads, budget, num_ranks, multiple) == plan
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_at_least_half_full(seed: int) -> None:
+    """The promise of taking the longest first: fewer than twice the rows that the tokens need, but for filling up the ranks."""
+    rng = np.random.default_rng(seed)
+    loads = [Load(str(i), 0, int(rng.integers(1, 100))) for i in range(50)]
+    num_ranks, budget = int(rng.integers(1, 5)), int(rng.integers(100, 300))
+    total = sum(load.own for load in loads)
+    assert pack(loads, budget, num_ranks).num_rows <= 2 * total / budget + 2 * num_ranks
+
+
+def test_the_length_is_no_longer_than_needed() -> None:
+    plan = pack([Load("a", 0, 7), Load("b", 0, 3)], budget=1000, num_ranks=2, multiple_of=4)
+    assert plan.length == 8 and plan.ranks == (((0,),), ((1,),))
+
+
+def test_an_item_that_is_too_long_is_refused_in_a_sentence() -> None:
+    loads = [Load("a", 30, 71), Load("b", 0, 5)]
+    with pytest.raises(ConfigError) as caught:
+        pack(loads, budget=100, multiple_of=16)
+    message = str(caught.value)
+    assert "--max-tokens-per-row 100" in message and "101" in message and "\n" not in message
+    advised = int(re.search(r"at least (\d+)", message).group(1))
+    assert advised >= 101
+    assert sorted(i for row in rows_of(pack(loads, advised, multiple_of=16)) for i in row) == [0, 1]
+
+
+def test_an_item_that_just_fits_is_taken() -> None:
+    assert pack([Load("a", 30, 70)], budget=100).length == 100
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 32, 33])
+@pytest.mark.parametrize("num_updates", [1, 2, 4, 8, 50])
+def test_partition_covers_everything_in_equal_parts(n: int, num_updates: int) -> None:
+    updates = partition(n, num_updates, stream(0, "updates"))
+    assert sorted(i for update in updates for i in update) == list(range(n))
+    assert len(updates) == min(n, num_updates)
+    sizes = [len(update) for update in updates]
+    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+
+
+def test_partition_of_nothing_is_no_update() -> None:
+    assert partition(0, 4, stream(0, "updates")) == []
+
+
+def test_partition_shuffles_by_its_key() -> None:
+    first = partition(100, 4, stream(0, "updates", 1))
+    assert first == partition(100, 4, stream(0, "updates", 1))
+    assert first != partition(100, 4, stream(0, "updates", 2))
+    assert [i for update in first for i in update] != list(range(100))
+    assert len({i // 25 for i in first[0]}) > 1
+
+
+@pytest.mark.parametrize("grid", [Grid(4), Grid(None)], ids=str)
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_can_be_built_as_planned(seed: int, grid: Grid) -> None:
+    rng = np.random.default_rng(seed)
+    traces = [
+        trace for number in range(4)
+        for trace in random_group(int(rng.integers(0, 12)), rng.integers(1, 20, 4).tolist(), 4, rng, prompt_key=f"p{number}")
+    ]
+    items = [trace_item(trace, grid) for trace in traces]
+    loads = [Load(item.group, item.shared_length, item.own_length) for item in items]
+    budget = 2 * max(load.shared + load.own for load in loads)
+    plan, seen = pack(loads, budget, num_ranks=2, multiple_of=16), []
+    for planned in rows_of(plan):
+        row = build_row([(i, items[i]) for i in planned], plan.length, MASK_ID, PAD_ID)
+        assert int((row.layout.group >= 0).sum()) == row_tokens(loads, planned)
+        seen += zip(row.targets.response.tolist(), row.targets.index.tolist())
+    assert sorted(seen) == [(i, j) for i, trace in enumerate(traces) for j in range(len(trace.response_ids))]

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dlm.diffusion.unmasking import Remasking, scheduled_count, select
+
+
+def naive_select(remasking: int, confidence: list[float], masked: list[bool], count: int, threshold: float, last: bool) -> list[bool]:
+    """One row of `select`, from the specification, 2.1, with its two guards."""
+    candidates = [i for i in range(len(masked)) if masked[i]]
+    count = max(count, 1)
+    if last:
+        chosen = set(candidates)
+    elif remasking == Remasking.SEQUENTIAL:
+        chosen = set(candidates[:count])
+    else:
+        best = sorted(candidates, key=lambda i: (-confidence[i], i))[:count]
+        chosen = set(best)
+        if remasking == Remasking.DYNAMIC:
+            above = {i for i in candidates if confidence[i] > threshold}
+            chosen = above if len(above) >= count else above | set(best)
+    return [i in chosen for i in range(len(masked))]
+
+
+def run(remasking: int, confidence: list[float], masked: list[bool], count: int = 1, threshold: float = 0.9, last: bool = False) -> list[bool]:
+    return select(
+        torch.tensor([remasking]), torch.tensor([confidence]), torch.tensor([masked]), torch.tensor([count]), torch.tensor([threshold]),
+        torch.tensor([last]),
+    )[0].tolist()
+
+
+def test_static_takes_the_most_confident() -> None:
+    assert run(Remasking.STATIC, [0.1, 0.7, 0.3, 0.2], [True] * 4) == [False, True, False, False]
+
+
+def test_dynamic_takes_all_above_the_threshold_or_the_best() -> None:
+    assert run(Remasking.DYNAMIC, [0.95, 0.7, 0.3, 0.91], [True] * 4) == [True, False, False, True]
+    assert run(Remasking.DYNAMIC, [0.1, 0.7, 0.3, 0.2], [True] * 4) == [False, True, False, False]
+    assert run(Remasking.DYNAMIC, [0.95, 0.7, 0.3, 0.2], [True] * 4, count=2) == [True, True, False, False]
+
+
+def test_the_threshold_is_strict() -> None:
+    assert run(Remasking.DYNAMIC, [0.5, 0.5, 0.75, 0.5], [True] * 4, threshold=0.5) == [False, False, True, False]
+
+
+def test_sequential_takes_the_first_masked() -> None:
+    assert run(Remasking.SEQUENTIAL, [0.9, 0.1, 0.9, 0.9], [False, True, False, True]) == [False, True, False, False]
+    assert run(Remasking.SEQUENTIAL, [0.9, 0.1, 0.9, 0.9], [False, True, False, True], count=2) == [False, True, False, True]
+
+
+@pytest.mark.parametrize("remasking", list(Remasking))
+def test_equal_confidence_is_settled_by_the_lowest_index(remasking: Remasking) -> None:
+    for count in range(1, 9):
+        assert run(remasking, [1.0] * 8, [True] * 8, count, threshold=1.0) == [i < count for i in range(8)]
+    assert run(remasking, [1.0] * 64, [False] * 5 + [True] * 59, 7, threshold=1.0) == [5 <= i < 12 for i in range(64)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_mixed_batch_against_the_naive_policy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n, b = 25, int(rng.integers(1, 17))
+    remasking = rng.integers(0, 3, n)
+    confidence = rng.integers(0, 6, (n, b)) / 5 if seed % 2 else rng.random((n, b))  # with many ties, or none
+    masked = rng.random((n, b)) < rng.random((n, 1))
+    count = rng.integers(0, b + 3, n)
+    threshold = rng.choice([0.0, 0.2, 0.4, 0.9, 1.0], n)
+    last = rng.random(n) < 0.2
+    confidence[~masked & (rng.random((n, b)) < 0.5)] = 2.0  # what stands at known positions must not matter
+    chosen = select(*(torch.from_numpy(x) for x in (remasking, confidence, masked, count, threshold, last))).numpy()
+    for row in range(n):
+        args = (int(remasking[row]), confidence[row].tolist(), masked[row].tolist(), int(count[row]), float(threshold[row]), bool(last[row]))
+        assert chosen[row].tolist() == naive_select(*args), args
+    assert not (chosen & ~masked).any()
+    assert (chosen.any(1) == masked.any(1)).all()
+    assert (chosen[last] == masked[last]).all()
+
+
+def test_confidence_at_known_positions_is_not_read() -> None:
+    for remasking in Remasking:
+        for junk in (float("nan"), float("inf"), -1.0):
+            assert run(remasking, [junk, 0.3, junk, 0.2], [False, True, False, True]) == [False, True, False, False]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4, 8, 32])
+def test_the_schedule_spreads_a_block_over_its_steps(block: int) -> None:
+    for steps in range(1, block + 1):
+        counts = [
+            int(scheduled_count(torch.tensor([block]), torch.tensor([steps]), torch.tensor([step]))[0]) for step in range(steps)
+        ]
+        assert sum(counts) == block
+        assert counts == sorted(counts, reverse=True) and max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("remasking", list(Remasking))
+@pytest.mark.parametrize("block", [1, 4, 8])
+def test_a_block_is_full_after_its_denoising_steps(block: int, remasking: Remasking) -> None:
+    rng = np.random.default_rng(block)
+    for denoising_steps in range(1, block + 1):
+        for known in range(block):
+            masked = torch.arange(block)[None] >= known
+            for step in range(denoising_steps):
+                before = masked.clone()
+                masked = masked & ~select(
+                    torch.tensor([int(remasking)]), torch.from_numpy(rng.random((1, block))), masked,
+                    scheduled_count(torch.tensor([block]), torch.tensor([denoising_steps]), torch.tensor([step])), torch.tensor([0.9]),
+                    torch.tensor([step == denoising_steps - 1]),
+                )
+                assert not before.any() or masked.sum() < before.sum()
+            assert not masked.any()

@@ -1,0 +1,177 @@
+"""Process pools for tests: real jobs of several gloo processes, started once per world size.
+
+    from tests.harness import pool
+
+    def case(rank_independent_argument):          # a module-level function of a test module
+        groups = initialize(ParallelConfig(...), seed=1)
+        return something_picklable
+
+    def test_it():
+        results = pool(2).run(case, argument)      # one result per rank
+
+Workers keep their default process group; after each case the model-parallel groups are torn down, so that every case may ask for another layout. A
+worker's exception is raised in the test with its traceback; after a failure or a timeout the pool is ended and the next `pool(n)` starts a fresh one.
+"""
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[1]
+_pools: dict[int, Pool] = {}
+
+
+class WorkerError(AssertionError):
+    """A case failed in a worker; the message holds the worker's traceback."""
+
+
+class Pool:
+    """`world_size` worker processes that run one case after the other."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        key = os.urandom(16)
+        with Listener(("127.0.0.1", 0), backlog=world_size, authkey=key) as listener:
+            _nursery().fork({"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}, listener.address[1], key)
+            connections = [listener.accept() for _ in range(world_size)]
+        arrived = sorted(((*link.recv(), link) for link in connections), key=lambda item: item[0])
+        self.pids = [pid for _, pid, _ in arrived]
+        self.connections: list[Connection] = [link for _, _, link in arrived]
+
+    def run(self, case: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
+        """Run `case(*args)` on every rank; returns the results by rank."""
+        task = pickle.dumps((case.__module__, case.__qualname__, args))
+        for link in self.connections:
+            link.send_bytes(task)
+        deadline, results, failures = time.monotonic() + timeout, [], []
+        for rank, link in enumerate(self.connections):
+            # Once one rank has failed the others may wait for it for ever: give them a moment to say so, no more.
+            patience = 3.0 if failures else max(0.0, deadline - time.monotonic())
+            try:
+                if not link.poll(patience):
+                    failures.append(f"rank {rank}: no answer")
+                    continue
+                good, value = pickle.loads(link.recv_bytes())
+            except EOFError:
+                good, value = False, "the process has ended"
+            if good:
+                results.append(value)
+            else:
+                failures.append(f"rank {rank}: {value}")
+        if failures:
+            self.close()
+            raise WorkerError("\n".join([f"{case.__qualname__} on {self.world_size} processes", *failures]))
+        return results
+
+    def close(self) -> None:
+        _pools.pop(self.world_size, None)
+        for link in self.connections:
+            link.close()
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+class Nursery:
+    """One process that has imported everything and forks workers: imports cost seconds, forks do not."""
+
+    def __init__(self) -> None:
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+            "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, sys.path)]), "PYTHONWARNINGS": "ignore",
+        }  # fmt: skip
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.harness"], cwd=_ROOT, env=environment, stdin=subprocess.PIPE, text=True)
+
+    def fork(self, environment: dict[str, str], port: int, key: bytes) -> None:
+        self.process.stdin.write(json.dumps([environment, port, key.hex()]) + "\n")
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@functools.cache
+def _nursery() -> Nursery:
+    nursery = Nursery()
+    atexit.register(nursery.close)
+    return nursery
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pool(world_size: int) -> Pool:
+    """The pool of this world size, started when first asked for."""
+    if world_size not in _pools:
+        _pools[world_size] = Pool(world_size)
+    return _pools[world_size]
+
+
+@atexit.register
+def _close_all() -> None:
+    for running in list(_pools.values()):
+        running.close()
+
+
+def _serve_nursery() -> None:
+    import torch
+
+    from megatron_dlm import platform
+
+    if not platform.is_cuda():  # a process that has touched CUDA cannot be forked
+        platform.install()
+    import megatron_dlm.parallel.groups
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
+    for order in sys.stdin:
+        environment, port, key = json.loads(order)
+        for rank in range(int(environment["WORLD_SIZE"])):
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+                _work(port, bytes.fromhex(key))
+                os._exit(0)  # gloo's threads need no farewell
+
+
+def _work(port: int, key: bytes) -> None:
+    from megatron_dlm import platform
+    from megatron_dlm.parallel import groups
+
+    platform.install()
+    link = Client(("127.0.0.1", port), authkey=key)
+    link.send((int(os.environ["RANK"]), os.getpid()))
+    while True:
+        try:
+            module, name, args = pickle.loads(link.recv_bytes())
+        except EOFError:
+            return  # the test session is over
+        try:
+            answer = pickle.dumps((True, getattr(importlib.import_module(module), name)(*args)))
+        except BaseException:  # whatever it is, the test must see it
+            answer = pickle.dumps((False, traceback.format_exc()))
+        groups.destroy(keep_world=True)
+        link.send_bytes(answer)
+
+
+if __name__ == "__main__":
+    _serve_nursery()

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_dlm.config.parallel import ParallelConfig
+from tests.harness import pool
+
+
+def exchange(tp: int) -> tuple:
+    import torch.distributed as dist
+
+    from megatron_dlm.parallel.exchange import broadcast_object, exchange_objects, gather_objects
+    from megatron_dlm.parallel.groups import initialize
+
+    groups = initialize(ParallelConfig(tensor_model_parallel_size=tp), seed=1)
+    here, size, rank = groups.dp, groups.dp_size, groups.dp_rank
+    outgoing = {to: [f"{rank}->{to} #{n}" * 10 for n in range((rank + to) % 3)] for to in range(size)}
+    received = exchange_objects(outgoing, here)
+    nothing = exchange_objects({}, here)
+    return dist.get_process_group_ranks(here), rank, received, nothing, gather_objects(("from", rank), here), broadcast_object(rank, size - 1, here)
+
+
+@pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 1), (4, 1), (4, 2)])
+def test_objects_reach_whom_they_were_sent_to(world: int, tp: int) -> None:
+    for ranks, rank, received, nothing, gathered, broadcast in pool(world).run(exchange, tp):
+        assert received == [f"{sender}->{rank} #{n}" * 10 for sender in range(len(ranks)) for n in range((sender + rank) % 3)]
+        assert nothing == []
+        assert gathered == [("from", other) for other in range(len(ranks))]
+        assert broadcast == len(ranks) - 1
+
+
+def to_a_stranger() -> None:
+    from megatron_dlm.parallel.exchange import exchange_objects
+    from megatron_dlm.parallel.groups import initialize
+
+    initialize(ParallelConfig(), seed=1)
+    with pytest.raises(ValueError, match="not all ranks"):
+        exchange_objects({5: ["x"]})
+
+
+def test_unknown_destination() -> None:
+    pool(1).run(to_a_stranger)

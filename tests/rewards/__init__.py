@@ -1,0 +1,1 @@
+"""Tests of verdicts and of the processes that give them."""

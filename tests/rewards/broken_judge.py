@@ -1,0 +1,2 @@
+"""A judge that cannot be imported."""
+raise SystemExit("broken on purpose")

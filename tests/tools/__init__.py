@@ -1,0 +1,1 @@
+"""Tests of the tools, run as a user runs them."""
