@@ -53,7 +53,7 @@ class Pool:
         self.pids = [pid for _, pid, _ in arrived]
         self.connections: list[Connection] = [link for _, _, link in arrived]
 
-    def run(self, case: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, case: Callable, *args: Any, timeout: float = 40.0) -> list[Any]:
         """Run `case(*args)` on every rank; returns the results by rank."""
         task = pickle.dumps((case.__module__, case.__qualname__, args))
         for link in self.connections:

@@ -1,6 +1,6 @@
 """A small causal GPT of unmodified megatron-core parts, and rows for it: what the tests of training, checkpoints and refit run.
 
-It knows nothing of diffusion. Weights are drawn from the layout-independent name of each parameter, so that all layouts start alike.
+It knows nothing of diffusion. Layouts that are to be compared start from one checkpoint: each draws other initial weights.
 """
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class Setup:
     float64: bool = False
     tied: bool = False
     experts: int | None = None
+    auxiliary: float = 0.0
+    expert_bias: bool = False
     hidden: int = 32
     layers: int = 4
     clip: float = 0.5
@@ -50,9 +52,6 @@ class Setup:
 
 def make(setup: Setup, train_iters: int = 10, with_optimizer: bool = True):
     """Join the layout of `setup` and build its TrainState."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.transformer import TransformerConfig
-
     from megatron_dlm.config.optimizer import OptimizerConfig
     from megatron_dlm.config.parallel import ParallelConfig
     from megatron_dlm.parallel.groups import initialize
@@ -77,13 +76,15 @@ def make(setup: Setup, train_iters: int = 10, with_optimizer: bool = True):
     return state
 
 
-def transformer_config(setup: Setup, dtype: torch.dtype | None = None):
+def transformer_config(setup: Setup):
     from megatron.core.transformer import TransformerConfig
 
     dtype = torch.bfloat16 if setup.bf16 else torch.float64 if setup.float64 else torch.float32
     moe = {} if setup.experts is None else {
         "num_moe_experts": setup.experts, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_token_dispatcher_type": "alltoall",
-        "moe_router_load_balancing_type": "none", "expert_model_parallel_size": setup.ep, "expert_tensor_parallel_size": 1 if setup.ep > 1 else setup.tp,
+        "moe_router_load_balancing_type": "aux_loss" if setup.auxiliary else "none",
+        "moe_aux_loss_coeff": setup.auxiliary, "moe_router_enable_expert_bias": setup.expert_bias,
+        "moe_router_score_function": "sigmoid" if setup.expert_bias else "softmax", "expert_model_parallel_size": setup.ep, "expert_tensor_parallel_size": 1 if setup.ep > 1 else setup.tp,
         "moe_router_dtype": "fp32",
     }  # fmt: skip
     return TransformerConfig(

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Make a small data set to try the system with: three-term sums, or a file of questions and answers, split. See megatron_dlm/data/quickstart.py."""
+"""Make a small data set to try the system with: three-term sums, or a file of questions and answers, split.
+
+See megatron_dlm/data/quickstart.py.
+"""
 from __future__ import annotations
 
 import argparse
@@ -14,10 +17,19 @@ from megatron_dlm.data import quickstart  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("See")[0])
-    parser.add_argument("--output", required=True, help="folder for sft.jsonl, prompts.jsonl, heldout.jsonl and tokenizer/")
-    parser.add_argument("--source", help="JSON lines with question, ground_truth_answer and, if any, solution; default: sums of two-digit numbers")
+    parser.add_argument(
+        "--output", required=True, help="folder for sft.jsonl, prompts.jsonl, heldout.jsonl and tokenizer/"
+    )
+    parser.add_argument(
+        "--source",
+        help="JSON lines with question, ground_truth_answer and, if any, solution; default: sums of two-digit numbers",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-train", type=int, help=f"default: {quickstart.DEFAULT_SUMS} sums, or all of --source that is not held out")
+    parser.add_argument(
+        "--num-train",
+        type=int,
+        help=f"default: {quickstart.DEFAULT_SUMS} sums, or all of --source that is not held out",
+    )
     parser.add_argument("--num-test", type=int, default=500)
     args = parser.parse_args()
     try:

@@ -17,7 +17,13 @@ def main() -> int:
     parser.add_argument("--input", required=True, nargs="+", metavar="FILE", help="text, .jsonl, or either with .gz")
     parser.add_argument("--vocab-size", required=True, type=int, help="number of tokens, mask and stop included")
     parser.add_argument("--output", required=True, help="folder to save in")
-    parser.add_argument("--add-token", nargs="+", default=[], metavar="TEXT", help=r"strings that are always one token, such as '\boxed{'")
+    parser.add_argument(
+        "--add-token",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help=r"strings that are always one token, such as '\boxed{'",
+    )
     args = parser.parse_args()
     try:
         texts = (text for path in args.input for text in texts_of(path))

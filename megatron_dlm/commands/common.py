@@ -29,16 +29,18 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     return {name: dataclasses.asdict(section) for name, section in config.items()}
 
 
-def open_rig(session, state, rollout: RolloutConfig, max_prompt_len: int, max_response_len: int):
-    """The rollout engine for a state: its model, cache and weights. Collective."""
-    from megatron_dlm.rollout.engine import Engine
-    from megatron_dlm.rollout.rig import RolloutRig
+def restore(state, checkpoint: CheckpointConfig) -> dict:
+    """Load what --load names, if anything. Returns what was saved beside the weights; empty after a fresh start or with --finetune."""
+    if checkpoint.load is None:
+        return {}
+    from megatron_dlm.checkpoint import distributed
 
-    model, groups, transfer = session.rollout_model(state)
-    block = rollout.rollout_block_size or session.model.block_size
-    longest = -(-(max_prompt_len + max_response_len) // block) * block
-    engine = Engine(model, session.vocabulary, rollout.max_running_requests, longest)
-    return RolloutRig(engine, groups, transfer, session.model.block_size, (session.tokenizer.eos_id,))
+    with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim) and state.optimizer is not None
+    extra = distributed.load(state, checkpoint.load, with_optimizer=with_optimizer)
+    if checkpoint.finetune:
+        state.iteration = 0
+        return {}
+    return extra
 
 
 def longest_prompt(*sets) -> int:

@@ -1,7 +1,7 @@
 """`megatron-dlm evaluate`: accuracy, length and speed on held-out prompts."""
 from __future__ import annotations
 
-from megatron_dlm.commands.common import longest_prompt, longest_response, open_rig, prepare_process, running, settings_of
+from megatron_dlm.commands.common import longest_prompt, longest_response, prepare_process, restore, running, settings_of
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick
@@ -22,6 +22,7 @@ def main(argv: list[str]) -> None:
     from megatron_dlm.data.prompts import load_prompts
     from megatron_dlm.evaluation.evaluate import Evaluator, table
     from megatron_dlm.rewards.scorers import make_scorer
+    from megatron_dlm.rollout.rig import RolloutRig
     from megatron_dlm.training.report import Report
     from megatron_dlm.training.setup import Session
 
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> None:
             evaluation.eval_prompt_data, session.tokenizer, words.prompt_template, words.apply_chat_template, rollout.rollout_max_prompt_len
         )
         state = session.train_state(None, 1)
-        session.restore(state, config["checkpoint"])
-        rig = open_rig(session, state, rollout, longest_prompt(prompts), longest_response(rollout, evaluation))
+        restore(state, config["checkpoint"])
+        rig = RolloutRig.open(session, state, rollout, longest_prompt(prompts), longest_response(rollout, evaluation))
         with make_scorer(config["reward"].reward, config["reward"].reward_workers, config["reward"].reward_timeout) as scorer:
             with Report(config["logging"], session.groups.is_main, settings_of(config)) as report:
                 evaluator = Evaluator(rig, scorer, session.tokenizer, prompts, evaluation, rollout, config["run"].seed)

@@ -1,7 +1,7 @@
 """`megatron-dlm sft`: supervised fine-tuning."""
 from __future__ import annotations
 
-from megatron_dlm.commands.common import checkpointer, prepare_process, running, settings_of
+from megatron_dlm.commands.common import checkpointer, prepare_process, restore, running, settings_of
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick
 from megatron_dlm.config.validate_training import check_checkpoint, check_logging, check_optimizer, check_sft, check_tokenizer
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
         check_sft(sft, session.model)
         samples, dropped = load_sft(sft.data_path, session.tokenizer, words.prompt_template, words.apply_chat_template, sft.seq_length)
         state = session.train_state(config["optimizer"], sft.train_iters)
-        restored = session.restore(state, config["checkpoint"])
+        restored = restore(state, config["checkpoint"])
         trainer = SFTTrainer(session, state, samples, sft, run.seed, restored.get("consumed_samples", 0))
         with Report(config["logging"], session.groups.is_main, settings_of(config)) as report:
             report.say(f"{len(samples)} samples ({dropped} longer than --seq-length left out); {session.describe(state)}")

@@ -1,7 +1,7 @@
 """`megatron-dlm tracerl`: trajectory-aware reinforcement learning."""
 from __future__ import annotations
 
-from megatron_dlm.commands.common import checkpointer, longest_prompt, longest_response, open_rig, prepare_process, running, settings_of
+from megatron_dlm.commands.common import checkpointer, longest_prompt, longest_response, prepare_process, restore, running, settings_of
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick
@@ -25,6 +25,7 @@ def main(argv: list[str]) -> None:
     from megatron_dlm.evaluation.evaluate import Evaluator
     from megatron_dlm.rewards.scorers import make_scorer
     from megatron_dlm.rl.trainer import TraceRLTrainer
+    from megatron_dlm.rollout.rig import RolloutRig
     from megatron_dlm.training.report import Report
     from megatron_dlm.training.setup import Session
 
@@ -43,8 +44,8 @@ def main(argv: list[str]) -> None:
             )
         updates = rl.num_rollout * (rl.num_steps_per_rollout or -(-rollout.rollout_batch_size * rollout.n_samples_per_prompt // rl.global_batch_size))
         state = session.train_state(config["optimizer"], updates)
-        restored = session.restore(state, config["checkpoint"])
-        rig = open_rig(session, state, rollout, longest_prompt(prompts, held_out), longest_response(rollout, evaluation))
+        restored = restore(state, config["checkpoint"])
+        rig = RolloutRig.open(session, state, rollout, longest_prompt(prompts, held_out), longest_response(rollout, evaluation))
         with make_scorer(config["reward"].reward, config["reward"].reward_workers, config["reward"].reward_timeout) as scorer:
             with Report(config["logging"], session.groups.is_main, settings_of(config)) as report:
                 trainer = TraceRLTrainer(session, state, rig, scorer, prompts, rl, rollout, run.seed, restored.get("rl_step", 0))

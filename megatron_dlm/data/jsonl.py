@@ -1,6 +1,7 @@
 """JSON lines, and the sentences for what can be wrong with them.
 
-Every file of samples enters the package through `read_jsonl`, so that a bad line is reported by file and line number wherever it is used.
+Every file of samples enters the package through `read_jsonl`, so that a bad line is reported by file and line number
+wherever it is used.
 """
 from __future__ import annotations
 
@@ -33,12 +34,18 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{path}, line {number}: this is not JSON ({error.msg} at column {error.colno}). Every line must be one JSON object."
+                f"{path}, line {number}: this is not JSON ({error.msg} at column {error.colno}). "
+                "Every line must be one JSON object."
             ) from None
         except RecursionError:
-            raise DataError(f"{path}, line {number}: this JSON is nested too deeply. Every line must be one plain object.") from None
+            raise DataError(
+                f"{path}, line {number}: this JSON is nested too deeply. Every line must be one plain object."
+            ) from None
         if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}: this is a JSON {_kind(record)}, not an object. Every line must be one JSON object.")
+            raise DataError(
+                f"{path}, line {number}: this is a JSON {_kind(record)}, not an object. "
+                "Every line must be one JSON object."
+            )
         records.append((number, record))
     if not records:
         raise DataError(f"{path} holds no samples. Give a file with one JSON object per line.")

@@ -1,11 +1,12 @@
 """Prompts for reinforcement learning and evaluation, and the order in which they are drawn.
 
-A source is a JSON-lines file or a generator of the reasoning_gym package. A prompt carries what its verdict needs (ground truth, verifier,
-metadata), so that sources can be mixed in one run.
+A source is a JSON-lines file or a generator of the reasoning_gym package. A prompt carries what its verdict needs
+(ground truth, verifier, metadata), so that sources can be mixed in one run.
 
 Invariants (tests/data/test_prompts.py):
   - keys are unique, and depend on the question alone: not on file, line, template or tokenizer;
-  - the prompt at a position is a function of (prompts, seed, position), whatever was taken before; each epoch holds every prompt once;
+  - the prompt at a position is a function of (prompts, seed, position), whatever was taken before; each epoch holds
+    every prompt once;
   - the order of an epoch does not depend on the order of the files.
 """
 from __future__ import annotations
@@ -65,8 +66,8 @@ def load_prompts(
     """Read all sources.
 
     Args:
-        sources: paths of JSON-lines files with `ground_truth_answer` and one of `question`, `prompt`, `messages` (data/records.py says what
-            they mean), or `reasoning_gym:NAME?size=500&seed=1`.
+        sources: paths of JSON-lines files with `ground_truth_answer` and one of `question`, `prompt`, `messages`
+            (data/records.py says what they mean), or `reasoning_gym:NAME?size=500&seed=1`.
         prompt_template: text with {question}.
         apply_chat_template: whether questions become the user's turn of the tokenizer's chat template.
         max_prompt_len: longer prompts, in tokens, are left out; None keeps all.
@@ -95,7 +96,10 @@ def load_prompts(
                 prompts[prompt.key] = prompt
     if not prompts:
         limit = "" if max_prompt_len is None else f" of at most {max_prompt_len} tokens"
-        raise DataError(f"No prompt{limit} was found in {', '.join(sources) or 'an empty list of sources'}. Give other data or a larger limit.")
+        raise DataError(
+            f"No prompt{limit} was found in {', '.join(sources) or 'an empty list of sources'}. "
+            "Give other data or a larger limit."
+        )
     return list(prompts.values()), Dropped(too_long, duplicate, no_answer)
 
 
@@ -114,7 +118,14 @@ def _from_generator(source: str, tokenizer: Tokenizer, prompt_template: str, app
     for task in reasoning_gym.generate(source):
         token_ids = question_tokens(task.question, tokenizer, prompt_template, apply_chat_template)
         prompts.append(
-            Prompt(content_key(task.question), tuple(token_ids), task.question, task.answer, reasoning_gym.NAME, task.metadata)
+            Prompt(
+                content_key(task.question),
+                tuple(token_ids),
+                task.question,
+                task.answer,
+                reasoning_gym.NAME,
+                task.metadata,
+            )
         )
     return prompts
 
@@ -125,8 +136,8 @@ class PromptSampler:
         sampler = PromptSampler(prompts, seed)
         batch = sampler.take(state.prompts_seen, prompts_per_step)
 
-    Positions count prompts since the start of the run; epoch e is positions e * n to (e + 1) * n - 1. Nothing is remembered between calls: a run
-    resumes from its position alone.
+    Positions count prompts since the start of the run; epoch e is positions e * n to (e + 1) * n - 1. Nothing is
+    remembered between calls: a run resumes from its position alone.
     """
 
     def __init__(self, prompts: list[Prompt], seed: int):

@@ -1,9 +1,9 @@
-"""A small, complete data set to try the system with: supervised samples, prompts for reinforcement learning, held-out prompts, a tokenizer.
+"""A small, complete data set to try the system with: supervised samples, prompts, held-out prompts and a tokenizer.
 
 Either sums of three two-digit numbers, made here, or any file of questions and answers, split here.
 
-    sums     question "47+85+36=", response "132+36=\\boxed{168}": the intermediate sum is written out, the judge of rewards/math.py reads the box
-    a file   question as it is, response its solution, where it has one, and \\boxed{answer}
+  sums     question "47+85+36=", response "132+36=\\boxed{168}": the intermediate sum is written out;
+  a file   question as it is, response its solution, where it has one, and \\boxed{answer}.
 
 Invariants (tests/data/test_quickstart.py):
   - nothing held out is trained on: no question, and no three operands in any order;
@@ -53,7 +53,8 @@ def sums(seed: int, num_train: int | None, num_test: int) -> Split:
     _check_sizes(num_train, num_test)
     if num_test + 2 * num_train > len(triples):
         raise ConfigError(
-            f"There are {len(triples)} sums of three two-digit numbers, too few for {num_test} held out and twice {num_train} to train on. "
+            f"There are {len(triples)} sums of three two-digit numbers, "
+            f"too few for {num_test} held out and twice {num_train} to train on. "
             f"Use --num-train {(len(triples) - num_test) // 2} or less."
         )
     triples.sort(key=lambda triple: stream(seed, "quickstart-sums", *triple))
@@ -67,7 +68,9 @@ def sums(seed: int, num_train: int | None, num_test: int) -> Split:
 
 
 def from_source(path: str | Path, seed: int, num_train: int | None, num_test: int) -> Split:
-    """Split a file of questions and answers. Samples and prompts are made from the same questions, held-out prompts from others.
+    """Split a file of questions and answers.
+
+    Samples and prompts are made from the same questions, held-out prompts from others.
 
     Args:
         path: JSON lines with `question`, `ground_truth_answer` and, if there is one, `solution` or `response`.
@@ -82,15 +85,21 @@ def from_source(path: str | Path, seed: int, num_train: int | None, num_test: in
     records: dict[str, dict] = {}
     for line, record in read_jsonl(path):
         where = f"{path}, line {line}"
-        question, answer = text_field(record, "question", where), text_field(record, "ground_truth_answer", where, null="")
+        question, answer = (
+            text_field(record, "question", where),
+            text_field(record, "ground_truth_answer", where, null=""),
+        )
         if not answer.strip():
             continue  # nothing to learn, nothing to judge
         solution = next((text_field(record, name, where) for name in ("solution", "response") if record.get(name)), "")
-        records.setdefault(content_key(question), {"question": question, "answer": answer, "response": _boxed(solution, answer)})
+        records.setdefault(
+            content_key(question), {"question": question, "answer": answer, "response": _boxed(solution, answer)}
+        )
     wanted = num_test + (1 if num_train is None else num_train)
     if len(records) < wanted:
         raise DataError(
-            f"{path} has {len(records)} different questions with an answer, but {num_test} held out and {wanted - num_test} to train on are asked for. "
+            f"{path} has {len(records)} different questions with an answer, "
+            f"but {num_test} held out and {wanted - num_test} to train on are asked for. "
             "Use a larger file, or lower --num-test or --num-train."
         )
     order = sorted(records, key=lambda key: stream(seed, "quickstart-source", key))

@@ -1,7 +1,8 @@
 """Generated tasks from the reasoning_gym package, as a source of prompts.
 
-`reasoning_gym:NAME?size=500&seed=1&min_terms=3` names a generator and its options. The task keeps the generator's name, options and entry, with
-which rewards/reasoning_gym.py asks the generator itself whether an answer is right. The package is imported only when such a source is used.
+`reasoning_gym:NAME?size=500&seed=1&min_terms=3` names a generator and its options. The task keeps the generator's name,
+options and entry, with which rewards/reasoning_gym.py asks the generator itself whether an answer is right. The package
+is imported only when such a source is used.
 """
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ DEFAULT_SEED = 0  # without one the package would draw its own, and the run woul
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A generated task; `metadata` has dataset (name), options (its configuration) and entry (as generated), all plain data."""
+    """A generated task.
+
+    `metadata` has dataset (name), options (its configuration) and entry (as generated), all plain data.
+    """
 
     question: str
     answer: str
@@ -28,7 +32,10 @@ class Task:
 
 
 def parse_source(source: str) -> tuple[str, dict[str, Any]]:
-    """Split 'reasoning_gym:NAME?a=1&b=x' into the name and its options; values are read as JSON where they are JSON, else as text."""
+    """Split 'reasoning_gym:NAME?a=1&b=x' into the name and its options.
+
+    Values are read as JSON where they are JSON, else as text.
+    """
     name, _, query = source.removeprefix(PREFIX).partition("?")
     return name, {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
 
@@ -57,7 +64,8 @@ def create(name: str, options: dict[str, Any]):
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError:
         raise DependencyError(
-            "The prompt source 'reasoning_gym:' needs the reasoning-gym package, which is not installed. Run: pip install reasoning-gym"
+            "The prompt source 'reasoning_gym:' needs the reasoning-gym package, which is not installed. "
+            "Run: pip install reasoning-gym"
         ) from None
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=5, cutoff=0.4) or sorted(DATASETS)[:5]
@@ -65,7 +73,10 @@ def create(name: str, options: dict[str, Any]):
     known = {entry.name for entry in fields(DATASETS[name][1])}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise DataError(f"The reasoning_gym dataset {name!r} has no option {', '.join(unknown)}. It takes {', '.join(sorted(known))}.")
+        raise DataError(
+            f"The reasoning_gym dataset {name!r} has no option {', '.join(unknown)}. "
+            f"It takes {', '.join(sorted(known))}."
+        )
     try:
         return create_dataset(name, **options)
     except (AssertionError, ValueError, TypeError) as error:

@@ -6,8 +6,8 @@ Both kinds of training read the same three ways of writing a prompt, and this mo
   prompt     taken as it stands: whoever wrote it has applied the templates;
   messages   a conversation, always through the chat template.
 
-A content key names a record by its text. It is stable across runs, files and machines: random draws are keyed with it, and two files are
-disjoint when their keys are.
+A content key names a record by its text. It is stable across runs, files and machines: random draws are keyed with it,
+and two files are disjoint when their keys are.
 """
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def fill_template(prompt_template: str, question: str) -> str:
         DataError: the template has no {question}.
     """
     if QUESTION_SLOT not in prompt_template:
-        raise DataError(f"The prompt template {prompt_template!r} has no place for the question. Write {QUESTION_SLOT} where it belongs.")
+        raise DataError(
+            f"The prompt template {prompt_template!r} has no place for the question. "
+            f"Write {QUESTION_SLOT} where it belongs."
+        )
     return prompt_template.replace(QUESTION_SLOT, question)
 
 
@@ -50,7 +53,9 @@ def question_tokens(question: str, tokenizer: Tokenizer, prompt_template: str, a
     return tokenizer.encode(text)
 
 
-def prompt_of(record: dict, where: str, tokenizer: Tokenizer, prompt_template: str, apply_chat_template: bool) -> tuple[str, list[int]]:
+def prompt_of(
+    record: dict, where: str, tokenizer: Tokenizer, prompt_template: str, apply_chat_template: bool
+) -> tuple[str, list[int]]:
     """The prompt of a record that holds `question`, `prompt` or `messages` (looked for in this order).
 
     Args:
@@ -86,7 +91,9 @@ def check_messages(messages: object, where: str) -> list[dict[str, str]]:
         raise DataError(f"{where}: 'messages' must be a non-empty list of objects with 'role' and 'content'.")
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
-            raise DataError(f"{where}: entry {index} of 'messages' must be an object with the texts 'role' and 'content'.")
+            raise DataError(
+                f"{where}: entry {index} of 'messages' must be an object with the texts 'role' and 'content'."
+            )
     return messages
 
 

@@ -3,10 +3,12 @@
 A line holds one of
   question + response    the question goes through the prompt template and, if asked for, the chat template;
   prompt + response      the prompt is taken as it stands;
-  messages               the last turn must be the assistant's and is the response; the turns before it go through the chat template.
+  messages               the last turn must be the assistant's and is the response; the turns before it go through
+                         the chat template.
 
-Prompt and response are tokenised separately, as they meet in reinforcement learning. A response ends in exactly one stop token of ours: it is
-appended unless the tokens already end in it. Samples that do not fit the sequence length are left out and counted, never cut.
+Prompt and response are tokenised separately, as they meet in reinforcement learning. A response ends in exactly one
+stop token of ours: it is appended unless the tokens already end in it. Samples that do not fit the sequence length are
+left out and counted, never cut.
 """
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Text to token ids and back, with the three ids that a diffusion model cannot do without.
 
-A `Tokenizer` wraps a HuggingFace fast tokenizer that lies in a local folder (tokenizer.json and, usually, tokenizer_config.json); nothing is ever
-fetched. It decides which token is the mask, and adds one where the vocabulary has none: diffusion models are often grown from autoregressive
-ones, whose tokenizers know no mask.
+A `Tokenizer` wraps a HuggingFace fast tokenizer that lies in a local folder (tokenizer.json and, usually,
+tokenizer_config.json); nothing is ever fetched. It decides which token is the mask, and adds one where the vocabulary
+has none: diffusion models are often grown from autoregressive ones, whose tokenizers know no mask.
 
 Invariants (tests/data/test_tokenizer.py):
   - every id that `encode` returns, and mask_id, pad_id, eos_id, is smaller than vocab_size;
@@ -21,7 +21,8 @@ class Tokenizer:
     """A fast tokenizer from a local folder.
 
     Attributes:
-        vocab_size: number of ids in use, added tokens included (what the embedding must at least hold, before padding it).
+        vocab_size: number of ids in use, added tokens included (what the embedding must at least hold, before padding
+            it).
         mask_id: the token that stands for "not yet decided".
         eos_id: the stop token.
         pad_id: fills rows; the stop token where the tokenizer names no other.
@@ -42,7 +43,9 @@ class Tokenizer:
         self.folder = Path(folder)
         self._hf = _load(self.folder)
         if self._hf.eos_token_id is None:
-            raise DataError(f"The tokenizer in {self.folder} declares no eos_token. Add it to its tokenizer_config.json.")
+            raise DataError(
+                f"The tokenizer in {self.folder} declares no eos_token. Add it to its tokenizer_config.json."
+            )
         self.eos_id = self._hf.eos_token_id
         self.pad_id = self._hf.pad_token_id if self._hf.pad_token_id is not None else self.eos_id
         self.mask_id = _mask_id(self._hf)
@@ -67,28 +70,37 @@ class Tokenizer:
         """
         if not self._hf.chat_template:
             raise DataError(
-                f"The tokenizer in {self.folder} has no chat template. Switch the chat template off, or add a chat_template to the tokenizer."
+                f"The tokenizer in {self.folder} has no chat template. Switch the chat template off, "
+                "or add a chat_template to the tokenizer."
             )
         import jinja2  # a chat template is a jinja template: transformers has imported it when we get here
 
         try:
             text = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise DataError(f"The chat template of the tokenizer in {self.folder} refuses a conversation: {error}.") from None
+            raise DataError(
+                f"The chat template of the tokenizer in {self.folder} refuses a conversation: {error}."
+            ) from None
         return self.encode(text)
 
 
 def _load(folder: Path):
     if not (folder / "tokenizer.json").is_file():
-        raise DataError(f"There is no tokenizer.json in {folder}. Give a local folder with a HuggingFace fast tokenizer.")
+        raise DataError(
+            f"There is no tokenizer.json in {folder}. Give a local folder with a HuggingFace fast tokenizer."
+        )
     try:
         from transformers import PreTrainedTokenizerFast
     except ImportError:
-        raise DependencyError("Tokenizers need the transformers package, which is not installed. Run: pip install transformers") from None
+        raise DependencyError(
+            "Tokenizers need the transformers package, which is not installed. Run: pip install transformers"
+        ) from None
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise DataError(f"The tokenizer in {folder} cannot be loaded ({error}). Export it again with save_pretrained.") from error
+        raise DataError(
+            f"The tokenizer in {folder} cannot be loaded ({error}). Export it again with save_pretrained."
+        ) from error
 
 
 def _mask_id(hf) -> int:

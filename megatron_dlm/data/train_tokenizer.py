@@ -1,10 +1,11 @@
 """Train a small byte-level BPE tokenizer.
 
-For models trained from scratch on a small corpus: every byte is in the vocabulary, so any text can be encoded; digits stand alone, so that numbers of
-one length have one length in tokens; chosen strings (such as \\boxed{) can be tokens of their own.
+For models trained from scratch on a small corpus: every byte is in the vocabulary, so any text can be encoded; digits
+stand alone, so that numbers of one length have one length in tokens; chosen strings (such as \\boxed{) can be tokens of
+their own.
 
-Invariants (tests/data/test_train_tokenizer.py): the saved folder loads with our Tokenizer and with transformers.AutoTokenizer, has exactly the vocabulary
-size asked for or fewer tokens, and decode(encode(text)) == text.
+Invariants (tests/data/test_train_tokenizer.py): the saved folder loads with our Tokenizer and with
+transformers.AutoTokenizer, has exactly the vocabulary size asked for or fewer tokens, and decode(encode(text)) == text.
 """
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def smallest_vocabulary(whole_tokens: Iterable[str] = ()) -> int:
 
 
 def texts_of(path: str | Path) -> Iterator[str]:
-    """Texts of a file: all strings in the objects of .jsonl (and .jsonl.gz) files, nested ones included; the lines of any other file.
+    """Texts of a file.
+
+    All strings in the objects of .jsonl (and .jsonl.gz) files, nested ones included; the lines of any other file.
 
     Raises:
         DataError: the file is missing or malformed.
@@ -64,14 +67,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, w
     smallest = smallest_vocabulary(whole_tokens)
     if vocab_size < smallest:
         raise ConfigError(
-            f"A vocabulary of {vocab_size} is too small: {BYTES} bytes, mask, stop and the added tokens need {smallest}. Ask for at least that."
+            f"A vocabulary of {vocab_size} is too small: {BYTES} bytes, mask, "
+            f"stop and the added tokens need {smallest}. Ask for at least that."
         )
     try:
         from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
         from transformers import PreTrainedTokenizerFast
     except ImportError:
-        raise DependencyError("Tokenizers need the transformers package, which is not installed. Run: pip install transformers") from None
+        raise DependencyError(
+            "Tokenizers need the transformers package, which is not installed. Run: pip install transformers"
+        ) from None
 
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -87,7 +93,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, w
     backend.train_from_iterator(_without(texts, whole_tokens), trainer)
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in whole_tokens])
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=backend, mask_token=MASK_TOKEN, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        mask_token=MASK_TOKEN,
+        eos_token=EOS_TOKEN,
+        pad_token=EOS_TOKEN,
+        clean_up_tokenization_spaces=False,
     )
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """What a reward is: verdicts on responses, and the interface that gives them.
 
-A *judge* is a pure function of one item, (response, ground truth, metadata) -> Verdict; it knows nothing of processes or time limits. A *scorer*
-judges many items at once, and always returns a verdict for each of them: whatever a response does to its judge, the others get theirs.
+A *judge* is a pure function of one item, (response, ground truth, metadata) -> Verdict; it knows nothing of processes
+or time limits. A *scorer* judges many items at once, and always returns a verdict for each of them: whatever a response
+does to its judge, the others get theirs.
 """
 from __future__ import annotations
 

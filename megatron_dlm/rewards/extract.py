@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import re
 
-_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # a box opens; an escaped character, which is no brace; a brace
+# a box opens; an escaped character, which is no brace; a brace
+_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?")
 
 

@@ -1,13 +1,16 @@
 """Is a mathematical answer right?
 
-The answer is the last closed \\boxed{...} of the response; without one, what the math-verify package finds at the response's end. It is compared
+The answer is the last closed \\boxed{...} of the response; without one, what the math-verify package finds at the
+response's end. It is compared
 
   1. as text, after dropping what cannot change a meaning (spaces, $, \\left, \\text, ...);
   2. as exact integers, when both are;
-  3. by math-verify (symbolic, sets, intervals, matrices, units, percent), which can take any time and memory: that is for the worker's limits.
+  3. by math-verify (symbolic, sets, intervals, matrices, units, percent), which can take any time and memory: that is
+     for the worker's limits.
 
-An answer must be worked out: where the ground truth is a plain number, "47+85+36" is no answer to "47+85+36=", though it equals 168. Of a chain
-"132+36=168" the last member is judged. Neither is "90/2" an answer where it is an integer, while "9/2" is one where it is 4.5.
+An answer must be worked out: where the ground truth is a plain number, "47+85+36" is no answer to "47+85+36=", though
+it equals 168. Of a chain "132+36=168" the last member is judged. Neither is "90/2" an answer where it is an integer,
+while "9/2" is one where it is 4.5.
 
 Invariants (tests/rewards/test_math.py): every ground truth is right against itself; no response raises.
 """
@@ -27,7 +30,9 @@ _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)")
 _NUMBER = re.compile(r"(?=.*\d)[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:/\d+)?")
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|mathrm)\{([^{}]*)\}")
 _MEANINGLESS = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\?\$")
-_LOOSE_SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")  # "1 2" is not 12; braces stay for the same reason: \frac{1}{12} is not \frac{11}{2}
+_LOOSE_SPACE = re.compile(
+    r"(?<!\w)\s+|\s+(?!\w)"
+)  # "1 2" is not 12; braces stay for the same reason: \frac{1}{12} is not \frac{11}{2}
 _UNIT = re.compile(r"\\(?:text|mbox|textbf|mathrm)\{[^{}]*\}|\^\\circ|\^\{\\circ\}|\\?[%$]|[a-zA-Z]+\.?$")
 _DOLLAR = re.compile(r"\\?\$")
 _LAST_WORD = re.compile(r"(?<=\d)\s+[a-zA-Z]{2,}$")
@@ -44,7 +49,8 @@ def judge(response: str, ground_truth: str, metadata: dict) -> Verdict:
         ground_truth: plain text or LaTeX, with or without $...$.
         metadata: not used.
 
-    Source: the answer check of the TraceRL reference (last box, then text, then symbols), with math-verify in the place of its own rules.
+    Source: the answer check of the TraceRL reference (last box, then text, then symbols), with math-verify in the place
+        of its own rules.
     """
     truth = ground_truth.strip()
     answer = last_boxed(response)
@@ -71,7 +77,9 @@ def judge(response: str, ground_truth: str, metadata: dict) -> Verdict:
 def _judge_found(answers: list, truth: str) -> Verdict:
     """Verdict on what math-verify found: the expression, and the text it was read from."""
     number = _number(truth)
-    if number is not None and any(isinstance(answer, str) and _unfinished(_last_member(answer), number) for answer in answers):
+    if number is not None and any(
+        isinstance(answer, str) and _unfinished(_last_member(answer), number) for answer in answers
+    ):
         return Verdict(0.0, NOT_WORKED_OUT)
     return _compare(answers, truth)
 
@@ -125,13 +133,19 @@ def _parse(text: str) -> list:
 
 
 def _parse_latex(text: str) -> list:
-    """What math-verify makes of one formula, taken whole: it does not look for a number somewhere in what it cannot read."""
+    """What math-verify makes of one formula, taken whole.
+
+    It does not look for a number somewhere in what it cannot read.
+    """
     from math_verify import LatexExtractionConfig, parse
 
     return parse(f"${_DOLLAR.sub('', text)}$", [LatexExtractionConfig()], parsing_timeout=None)
 
 
 def prepare() -> None:
-    """Import math-verify and compile its patterns, before anything is timed; quiet its warnings on timeouts that are off on purpose."""
+    """Import math-verify and compile its patterns, before anything is timed.
+
+    Quiet its warnings on timeouts that are off on purpose.
+    """
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     _judge_found(_parse("It is $1+1$, which is 2."), "2")

@@ -1,7 +1,7 @@
 """Generated tasks are judged by their own generator.
 
-The answer is the content of the last \\boxed{...}; without a box, the last line, then the last number in it. A score of 1.0 from the
-generator's score_answer counts as correct; its partial scores do not.
+The answer is the content of the last \\boxed{...}; without a box, the last line, then the last number in it. A score of
+1.0 from the generator's score_answer counts as correct; its partial scores do not.
 """
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from megatron_dlm.rewards.extract import last_boxed, last_line, last_number
 
 
 def judge(response: str, ground_truth: str, metadata: dict) -> Verdict:
-    """Verdict on one response; `metadata` is that of data/reasoning_gym.py. The ground truth is inside the entry, and not used."""
+    """Verdict on one response.
+
+    `metadata` is that of data/reasoning_gym.py. The ground truth is inside the entry, and not used.
+    """
     generator = _generator(metadata["dataset"], json.dumps(metadata["options"], sort_keys=True))
     candidates = _candidates(response)
     if not candidates:

@@ -1,7 +1,8 @@
 """From a verifier's name to a scorer.
 
-One pool of workers per verifier, started when the first of its prompts arrives: a run that mixes files and generated tasks pays for both, others
-for one. The pool is the caller's own: with one training process per device, `workers` counts per process.
+One pool of workers per verifier, started when the first of its prompts arrives: a run that mixes files and generated
+tasks pays for both, others for one. The pool is the caller's own: with one training process per device, `workers`
+counts per process.
 """
 from __future__ import annotations
 
@@ -39,6 +40,8 @@ class PooledScorer:
 
         with make_scorer("auto", workers=4, timeout=5.0) as scorer:
             verdicts = scorer.score([(prompt, response_text), ...])
+
+    Between calls nothing is kept but the processes.
     """
 
     def __init__(self, name: str, workers: int, timeout: float):
@@ -91,7 +94,9 @@ def make_scorer(name: str, workers: int, timeout: float) -> PooledScorer:
     if name != AUTO:
         _verifier(name)
     if workers < 1 or timeout <= 0:
-        raise ConfigError(f"Rewards need at least 1 worker and a positive time limit, not {workers} workers and {timeout} seconds.")
+        raise ConfigError(
+            f"Rewards need at least 1 worker and a positive time limit, not {workers} workers and {timeout} seconds."
+        )
     return PooledScorer(name, workers, timeout)
 
 
@@ -101,6 +106,7 @@ def _verifier(name: str) -> Verifier:
     verifier = VERIFIERS[name]
     if importlib.util.find_spec(verifier.package) is None:
         raise DependencyError(
-            f"The verifier {name!r} needs the {verifier.package} package, which is not installed. Run: pip install '{verifier.distribution}'"
+            f"The verifier {name!r} needs the {verifier.package} package, which is not installed. "
+            f"Run: pip install '{verifier.distribution}'"
         )
     return verifier

@@ -1,14 +1,16 @@
 """The inside of a reward worker: read chunks of items, answer item by item.
 
-A worker is a bare interpreter, started by rewards/workers.py with the parent's import path: it imports a judge and what that judge needs, and
-neither torch nor the user's program. Nothing here trusts the judge:
+A worker is a bare interpreter, started by rewards/workers.py with the parent's import path: it imports a judge and what
+that judge needs, and neither torch nor the user's program. Nothing here trusts the judge:
 
-  - every answer is sent as soon as it is there, with the time, so that the parent knows which item a silent worker is at, and since when;
+  - every answer is sent as soon as it is there, with the time, so that the parent knows which item a silent worker is
+    at, and since when;
   - memory is limited (a MemoryError becomes that item's verdict);
-  - should the parent die while a judge hangs, a timer ends this process: the default action of SIGALRM needs no cooperation of Python code.
+  - should the parent die while a judge hangs, a timer ends this process: the default action of SIGALRM needs no
+    cooperation of Python code.
 
-Messages to the parent: a float (time at which work starts: ready, or a chunk was received), or (index, verdict, time). Times are
-time.monotonic(), which all processes of a Linux host share.
+Messages to the parent: a float (time at which work starts: ready, or a chunk was received), or (index, verdict, time).
+Times are time.monotonic(), which all processes of a Linux host share.
 """
 from __future__ import annotations
 

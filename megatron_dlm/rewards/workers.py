@@ -1,15 +1,19 @@
 """A pool of worker processes that judge responses under a real limit per item.
 
 What it promises (tests/rewards/test_workers.py):
-  - one verdict per item, in order, whatever an item does: a judge that hangs is killed at the limit, one that takes its process down is replaced,
-    and only that item pays ('timeout', 'crash');
-  - the limit counts from the moment the worker starts the item: waiting in a queue, the start of a process and its imports are free;
+  - one verdict per item, in order, whatever an item does: a judge that hangs is killed at the limit, one that takes its
+    process down is replaced, and only that item pays ('timeout', 'crash');
+  - the limit counts from the moment the worker starts the item: waiting in a queue, the start of a process and its
+    imports are free;
   - workers import the judge's module, never the caller's program and never torch.
 
-How: workers are bare interpreters (rewards/worker.py) behind pipes, started once. Not multiprocessing's spawn or forkserver, because these import
-the caller's main module again in every worker (torch included, and a training script without a __main__ guard would start anew); not fork, because the
-caller has threads and a CUDA context. A chunk of items goes to whichever worker is free; answers come back one by one with the time, so the
-parent always knows the item a worker is at. When a worker dies or is killed, that item gets its verdict and the rest of its chunk returns to the queue.
+How: workers are bare interpreters (rewards/worker.py) behind pipes, started once. Not multiprocessing's spawn or
+forkserver, because these import the caller's main module again in every worker (torch included, and a training script
+without a __main__ guard would start anew); not fork, because the caller has threads and a CUDA context.
+
+A chunk of items goes to whichever worker is free; answers come back one by one with the time, so the parent always
+knows the item a worker is at. When a worker dies or is killed, that item gets its verdict and the rest of its chunk
+returns to the queue.
 """
 from __future__ import annotations
 
@@ -34,7 +38,8 @@ Item = tuple[str, str, dict]  # response, ground truth, metadata
 
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from megatron_dlm.rewards.worker import main; main(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), int(sys.argv[5]))"
+    "from megatron_dlm.rewards.worker import main; main(int(sys.argv[2]), sys.argv[3], "
+    "float(sys.argv[4]), int(sys.argv[5]))"
 )
 
 
@@ -43,13 +48,16 @@ class WorkerPool:
 
         with WorkerPool("megatron_dlm.rewards.math", workers=4, timeout=5.0) as pool:
             verdicts = pool.judge([(response, ground_truth, metadata), ...])
+
+    Nothing is left over between calls.
     """
 
     def __init__(self, judge_module: str, workers: int, timeout: float, memory_limit: int = MEMORY_LIMIT):
         """Start the workers; they import their judge while the caller goes on.
 
         Args:
-            judge_module: importable module with judge(response, ground_truth, metadata) -> Verdict and, if it wants, prepare().
+            judge_module: importable module with judge(response, ground_truth, metadata) -> Verdict and, if it wants,
+                prepare().
             workers: number of processes, at least 1.
             timeout: seconds of wall time per item.
             memory_limit: bytes of address space per worker, 0 for none.
@@ -67,6 +75,7 @@ class WorkerPool:
         """
         if not self._workers:
             raise RuntimeError("the reward workers are closed")
+        self._workers = [self._start() if worker.abandoned() else worker for worker in self._workers]
         verdicts: dict[int, Verdict] = {}
         queue = deque(enumerate(items))
         while len(verdicts) < len(items):
@@ -79,7 +88,10 @@ class WorkerPool:
         return [verdicts[index] for index in range(len(items))]
 
     def _hand_out(self, queue: deque[tuple[int, Item]]) -> None:
-        """A chunk for every free worker: long enough to hide the pipe, short enough that all workers finish together."""
+        """A chunk for every free worker.
+
+        Long enough to hide the pipe, short enough that all workers finish together.
+        """
         for slot, worker in enumerate(self._workers):
             if not queue:
                 return
@@ -97,19 +109,27 @@ class WorkerPool:
         return max(0.0, min(1.0, min(worker.deadline() for worker in self._workers) - now))
 
     def _collect(self, worker: _Worker, verdicts: dict[int, Verdict]) -> str | None:
-        """Take what the worker has sent. Returns why it must be replaced, or None. Answers that came late but came are kept."""
+        """Take what the worker has sent.
+
+        Returns why it must be replaced, or None. Answers that came late but came are kept.
+        """
         try:
             verdicts.update(worker.receive())
         except (EOFError, OSError, pickle.UnpicklingError):
             return CRASH
         return TIMEOUT if time.monotonic() > worker.deadline() else None
 
-    def _replace(self, worker: _Worker, failure: str, verdicts: dict[int, Verdict], queue: deque[tuple[int, Item]]) -> _Worker:
+    def _replace(
+        self, worker: _Worker, failure: str, verdicts: dict[int, Verdict], queue: deque[tuple[int, Item]]
+    ) -> _Worker:
         """Blame the item the worker was at, give the others back, and start a new worker."""
         worker.kill()
         if not worker.ready:
             self.close()
-            raise RuntimeError(f"a reward worker did not start ({failure}, exit code {worker.process.returncode}); its error is on stderr")
+            raise RuntimeError(
+                f"a reward worker did not start ({failure}, exit code {worker.process.returncode}); "
+                "its error is on stderr"
+            )
         if worker.pending:
             index, _ = worker.pending.popleft()
             verdicts[index] = Verdict(0.0, failure)
@@ -134,7 +154,13 @@ class _Worker:
 
     def __init__(self, judge_module: str, timeout: float, memory_limit: int):
         self.pipe, theirs = Pipe()
-        arguments = [json.dumps([entry for entry in sys.path if isinstance(entry, str)]), theirs.fileno(), judge_module, timeout, memory_limit]
+        arguments = [
+            json.dumps([entry for entry in sys.path if isinstance(entry, str)]),
+            theirs.fileno(),
+            judge_module,
+            timeout,
+            memory_limit,
+        ]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, *map(str, arguments)],
             pass_fds=[theirs.fileno()],
@@ -150,6 +176,12 @@ class _Worker:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def abandoned(self) -> bool:
+        """Whether items of an earlier, interrupted call are still inside; ends the process if so."""
+        if self.pending:
+            self.kill()
+        return bool(self.pending)
+
     def deadline(self) -> float:
         """On the clock of time.monotonic(); infinity when nothing is expected from the worker."""
         if not self.ready:
@@ -164,7 +196,10 @@ class _Worker:
             self.pipe.send(chunk)
 
     def receive(self) -> dict[int, Verdict]:
-        """Whatever has arrived; does not wait. Raises EOFError or OSError once everything is read and the worker is gone."""
+        """Whatever has arrived.
+
+        Does not wait. Raises EOFError or OSError once everything is read and the worker is gone.
+        """
         verdicts = {}
         try:
             while self.pipe.poll():

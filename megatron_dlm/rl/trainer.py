@@ -1,6 +1,7 @@
 """The TraceRL loop, top to bottom: rollout, reward, advantage, old log-probabilities, update, refit."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class TraceRLTrainer:
     def step(self, report: Report) -> dict[str, float]:
         """One RL step. Collective. Returns its metrics, the same on every rank."""
         watch = Stopwatch()
-        prompts = self.sampler.take(self.step_index * self.rollout_config.rollout_batch_size, self.rollout_config.rollout_batch_size)
+        prompts = self._prompts()
         with watch.phase("rollout_time"):
             traces = self._generate(prompts, report)
         with watch.phase("reward_time"):
@@ -82,6 +83,12 @@ class TraceRLTrainer:
         metrics["perf/step_time"] = sum(watch.seconds.values())
         metrics["perf/rollout_tokens_per_sec"] = sum(graded.length for graded in rollout.graded) / watch.seconds["rollout_time"]
         return metrics
+
+    def _prompts(self) -> list[Prompt]:
+        """The prompts of this step, all different: an epoch's last few, too few for a step, are left out (others in each epoch)."""
+        count, size = self.rollout_config.rollout_batch_size, len(self.sampler)
+        epoch, place = divmod(self.step_index, size // count)
+        return self.sampler.take(epoch * size + place * count, count)
 
     def _generate(self, prompts: list[Prompt], report: Report) -> list[Trace]:
         """This replica's share of the responses."""
@@ -132,7 +139,7 @@ class TraceRLTrainer:
         groups, words = self.session.groups, self.session.tokenizer
         settings = self.settings
         if self.rl.global_batch_size is not None:
-            settings = _with_updates(settings, -(-len(learned) // self.rl.global_batch_size))
+            settings = dataclasses.replace(settings, num_updates=-(-len(learned) // self.rl.global_batch_size))
         updates = plan_updates(learned, settings, groups, stream(self.seed, "partition", self.step_index))
         prepared = []
         for (records, plan), mine in zip(updates, fetch(updates, traces, groups)):
@@ -189,12 +196,6 @@ def rollout_metrics(graded: list[Graded]) -> dict[str, float]:
         "rollout/tokens_per_step": tokens / sum(record.steps for record in graded),
         "rollout/tokens_per_forward": tokens / sum(record.forwards for record in graded),
     }
-
-
-def _with_updates(settings: UpdateSettings, num_updates: int) -> UpdateSettings:
-    import dataclasses
-
-    return dataclasses.replace(settings, num_updates=num_updates)
 
 
 def _console(metrics: dict[str, float]) -> dict[str, float | str]:

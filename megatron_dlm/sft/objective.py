@@ -7,6 +7,7 @@ with t drawn per block, w = min(1/t, max weight), and D the number of response t
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,13 +37,15 @@ def sft_items(samples: Sequence[Sample], step: int, seed: int, grid: Grid, sched
     The last block is filled with pad tokens; they are hidden like others and, with `loss_on_pad`, learned like others.
     """
     items, num_tokens = [], 0
+    seen: Counter[str] = Counter()  # a sample that comes twice in an update gets masks of its own each time
     for sample in samples:
         prompt, written = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
         length = written if grid.block_size is None else grid.span(grid.block_of(written - 1, prompt), prompt, 1 << 62)[1]
         predict_until = length if loss_on_pad else written
         num_tokens += predict_until - prompt
         tokens = np.array([*sample.prompt_ids, *sample.response_ids, *[pad_id] * (length - written)], dtype=np.int64)
-        views = masked_views(prompt, length, grid, schedule, stream(seed, "sft-mask", step, sample.key), predict_until)
+        views = masked_views(prompt, length, grid, schedule, stream(seed, "sft-mask", step, sample.key, seen[sample.key]), predict_until)
+        seen[sample.key] += 1
         if len(views.block):
             items.append(Item(sample.key, tokens, prompt, views, grid))
     return SFTItems(items, num_tokens)

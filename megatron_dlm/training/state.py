@@ -22,6 +22,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from megatron_dlm import platform
@@ -151,6 +152,9 @@ def _build_modules(builder: ModelBuilder, config: TransformerConfig, groups: Gro
             raise ValueError("model_builder must build with the very TransformerConfig that the TrainState is given")
         if platform.is_cuda():
             module.cuda(platform.device())
+        for part in module.modules():
+            if isinstance(part, TopKRouter):
+                part.calculate_per_token_loss = False  # training/step.py makes its auxiliary losses the mean over the rows of an update
         for parameter in module.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         modules.append(module)

@@ -6,7 +6,8 @@ The caller gives a function for one row:
     loss_fn(output) -> (loss, metrics)                 # on the last stage only
 
 `loss` is the row's share of the update's loss, `metrics` a dict of 0-d tensors; both are SUMS with final weights. The update's loss is the plain
-sum over rows and data-parallel ranks; nothing is divided by microbatches, tokens or ranks. A row without targets returns zeros of the same names,
+sum over rows and data-parallel ranks; nothing is divided by microbatches, tokens or ranks. (The auxiliary losses of mixture-of-experts routers, which
+megatron-core adds in the backward pass, are averaged over the rows of the update.) A row without targets returns zeros of the same names,
 with a loss that still hangs on the graph (so that its pipeline stages have a gradient to pass back): `(hidden * 0).sum()` will do.
 
 All ranks give the same number of rows, all of the same length in one update (pipeline stages exchange buffers of one shape); interleaved schedules
@@ -17,6 +18,7 @@ which rank got which row.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from megatron_dlm import platform
@@ -80,7 +83,8 @@ def accumulate_gradients(state: TrainState, rows: Sequence[Any], forward_step: F
         output, loss_fn = forward_step(next(rows_left), model)
         return output, partial(_loss_for_schedule, loss_fn)
 
-    collected = _run_schedule(state, rows, step, seq_length, forward_only=False)
+    with _router_losses_averaged(len(rows) * state.groups.dp_size):
+        collected = _run_schedule(state, rows, step, seq_length, forward_only=False)
     return _sum_metrics(state, collected)
 
 
@@ -114,6 +118,17 @@ def forward_only(
     if collect == "all" and state.groups.pp_size > 1:
         items = broadcast_object(items, src=state.groups.pp_size - 1, group=state.groups.pp)
     return items
+
+
+@contextlib.contextmanager
+def _router_losses_averaged(count: int) -> Iterator[None]:
+    """Divide the routers' auxiliary losses by the number of rows; megatron-core sets their scale anew in each forward pass."""
+    original = MoEAuxLossAutoScaler.set_loss_scale
+    MoEAuxLossAutoScaler.set_loss_scale = staticmethod(lambda scale: original(scale / count))
+    try:
+        yield
+    finally:
+        MoEAuxLossAutoScaler.set_loss_scale = staticmethod(original)
 
 
 def _run_schedule(state: TrainState, rows: Sequence[Any], step: Callable, seq_length: int, forward_only: bool) -> list[Any]:

@@ -28,6 +28,7 @@ def steps(setup: Setup, folder: Path, first: int, count: int, save_at_end: bool 
     results = [train_step(state, share(state, rows(4, seed=first + n)), forward_step, 16) for n in range(count)]
     if save_at_end:
         save(state, folder, state.iteration, {"seen": [1, 2], "name": "x"})
+    state.gather_parameters()
     weights = whole(state, dict(state.named_parameters()))
     return [r.metrics["loss"] for r in results], [r.grad_norm for r in results], weights, state.learning_rate()
 
@@ -47,6 +48,7 @@ SETUPS = {
     "bf16": (1, Setup(bf16=True)),
     "distributed": (2, Setup(distributed=True)),
     "distributed bf16": (2, Setup(distributed=True, bf16=True)),
+    "distributed overlap": (2, Setup(distributed=True, overlap=True)),
     "tp2": (2, Setup(tp=2, sequence_parallel=True)),
     "pp2 tied": (2, Setup(pp=2, tied=True)),
 }
@@ -70,6 +72,8 @@ def test_save_and_load_continue_as_if_uninterrupted(name: str, tmp_path: Path) -
 CHANGES = {
     "tp2 -> 1": (2, Setup(tp=2), 1, Setup()),
     "1 -> tp2pp2": (1, Setup(), 4, Setup(tp=2, pp=2)),
+    "experts 1 -> ep2": (1, Setup(experts=4), 2, Setup(experts=4, ep=2)),
+    "experts distributed ep2 -> 1": (2, Setup(experts=4, ep=2, distributed=True), 1, Setup(experts=4, distributed=True)),
     "pp2 -> tp2": (2, Setup(pp=2), 2, Setup(tp=2)),
     "distributed dp2 -> dp1": (2, Setup(distributed=True), 1, Setup(distributed=True)),
     "distributed tp2dp2 -> pp2dp2": (4, Setup(tp=2, distributed=True), 4, Setup(pp=2, distributed=True)),

@@ -56,7 +56,11 @@ def test_bad_files_name_file_and_line(tmp_path, content, words):
 
 def test_missing_file_folder_and_false_gzip(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"plain text")
-    for path, word in [(tmp_path / "no.jsonl", "does not exist"), (tmp_path, "is a folder"), (tmp_path / "a.jsonl.gz", "cannot be read")]:
+    for path, word in [
+        (tmp_path / "no.jsonl", "does not exist"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "a.jsonl.gz", "cannot be read"),
+    ]:
         with pytest.raises(DataError, match=word):
             read_jsonl(path)
 
@@ -65,6 +69,11 @@ def test_text_field():
     assert text_field({"a": "x"}, "a", "f") == "x"
     assert text_field({"a": 3}, "a", "f") == "3"
     assert text_field({"a": None}, "a", "f", null="") == ""
-    for record, word in [({"b": 1}, "missing"), ({"a": [1]}, "list, not text"), ({"a": None}, "null, not text"), ({"a": True}, "boolean, not text")]:
+    for record, word in [
+        ({"b": 1}, "missing"),
+        ({"a": [1]}, "list, not text"),
+        ({"a": None}, "null, not text"),
+        ({"a": True}, "boolean, not text"),
+    ]:
         with pytest.raises(DataError, match=f"^f: .*{word}"):
             text_field(record, "a", "f")

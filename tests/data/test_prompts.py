@@ -86,7 +86,12 @@ def test_positions_do_not_depend_on_batches_or_on_what_was_taken(batch):
 
 def test_epochs_and_seeds_differ():
     sampler = PromptSampler(_prompts(50), seed=1)
-    orders = [sampler.epoch_order(0), sampler.epoch_order(1), PromptSampler(_prompts(50), seed=2).epoch_order(0), _prompts(50)]
+    orders = [
+        sampler.epoch_order(0),
+        sampler.epoch_order(1),
+        PromptSampler(_prompts(50), seed=2).epoch_order(0),
+        _prompts(50),
+    ]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 

@@ -33,7 +33,9 @@ def test_sums_have_no_operands_in_common(seed):
     triples = [_operands(record) for record in (*split.sft, *split.prompts, *split.heldout)]
     assert len(set(triples)) == len(triples)
     assert all(10 <= term <= 99 for triple in triples for term in triple)
-    assert any(split.sft[i]["question"].split("+")[0] > split.sft[i]["question"].split("+")[1] for i in range(20))  # not sorted
+    assert any(
+        split.sft[i]["question"].split("+")[0] > split.sft[i]["question"].split("+")[1] for i in range(20)
+    )  # not sorted
 
 
 def test_what_is_held_out_depends_on_the_seed_alone():
@@ -51,8 +53,18 @@ def test_all_sums_can_be_used():
 
 def _source(tmp_path, n=30):
     path = tmp_path / "source.jsonl"
-    records = [{"question": f"Two times {i}?", "ground_truth_answer": str(2 * i), **({"solution": f"{i}+{i}"} if i % 2 else {})} for i in range(n)]
-    records += [{"question": " Two  times 3?", "ground_truth_answer": "6"}, {"question": "Why?", "ground_truth_answer": None}]
+    records = [
+        {
+            "question": f"Two times {i}?",
+            "ground_truth_answer": str(2 * i),
+            **({"solution": f"{i}+{i}"} if i % 2 else {}),
+        }
+        for i in range(n)
+    ]
+    records += [
+        {"question": " Two  times 3?", "ground_truth_answer": "6"},
+        {"question": "Why?", "ground_truth_answer": None},
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -65,7 +77,9 @@ def test_a_file_is_split(tmp_path):
     responses = {record["question"]: record["response"] for record in split.sft}
     for record in split.prompts:
         number = int(record["ground_truth_answer"]) // 2
-        assert responses[record["question"]] == (f"{number}+{number}\n" if number % 2 else "") + f"\\boxed{{{2 * number}}}"
+        assert (
+            responses[record["question"]] == (f"{number}+{number}\n" if number % 2 else "") + f"\\boxed{{{2 * number}}}"
+        )
 
 
 def test_a_file_can_be_too_small(tmp_path):

@@ -23,7 +23,9 @@ def test_key_depends_on_the_text_alone():
 
 
 def test_key_is_the_same_on_every_machine():
-    assert content_key("1+1=") == "9293c683c3b749bdf1ffce7085bd9f2c"  # a change here changes the draws of every recorded run
+    assert (
+        content_key("1+1=") == "9293c683c3b749bdf1ffce7085bd9f2c"
+    )  # a change here changes the draws of every recorded run
 
 
 def test_template_keeps_other_braces():
@@ -38,7 +40,11 @@ def test_template_keeps_other_braces():
         ({"question": "q"}, False, "Q: q"),
         ({"question": "q"}, True, "<user>Q: q<assistant>"),
         ({"prompt": "p"}, True, "p"),
-        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}, False, "<system>s<user>u<assistant>"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
+            False,
+            "<system>s<user>u<assistant>",
+        ),
     ],
 )
 def test_three_ways_to_write_a_prompt(record, chat, text):

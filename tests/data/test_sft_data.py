@@ -16,7 +16,9 @@ def _load(tmp_path, tokenizer, *records, **options):
 
 
 def test_one_sample(tmp_path, tiny):
-    (sample,), dropped = _load(tmp_path, tiny, {"question": "1+1=", "response": "\\boxed{2}"}, prompt_template="Q: {question}")
+    (sample,), dropped = _load(
+        tmp_path, tiny, {"question": "1+1=", "response": "\\boxed{2}"}, prompt_template="Q: {question}"
+    )
     assert tiny.decode(list(sample.prompt_ids)) == "Q: 1+1="
     assert tiny.decode(list(sample.response_ids)) == "\\boxed{2}<|endoftext|>"
     assert dropped == 0
@@ -61,7 +63,10 @@ def test_keys_tell_responses_apart(tmp_path, tiny):
         ({"question": "1"}, "line 2: the field 'response' is missing"),
         ({"response": "1"}, "line 2: no prompt was found"),
         ({"messages": [{"role": "user", "content": "1"}]}, "line 2: 'messages' must end in a turn of the assistant"),
-        ({"messages": [{"role": "assistant", "content": "1"}]}, "line 2: 'messages' must end in a turn of the assistant"),
+        (
+            {"messages": [{"role": "assistant", "content": "1"}]},
+            "line 2: 'messages' must end in a turn of the assistant",
+        ),
         ({"messages": "hi"}, "line 2: 'messages' must be a non-empty list"),
     ],
 )

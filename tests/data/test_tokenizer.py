@@ -18,7 +18,9 @@ def test_text_survives(name, text, request):
     tokenizer = request.getfixturevalue(name)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert all(0 <= token < tokenizer.vocab_size for token in [*ids, tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id])
+    assert all(
+        0 <= token < tokenizer.vocab_size for token in [*ids, tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id]
+    )
 
 
 def test_special_tokens_are_read_and_skipped(tiny):

@@ -49,7 +49,11 @@ def test_texts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"q": "x", "n": 3, "m": [{"content": "y"}]}\n')
     (tmp_path / "b.txt").write_text("l1\nl2\n")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"l3"))
-    assert [list(texts_of(tmp_path / name)) for name in ("a.jsonl", "b.txt", "c.txt.gz")] == [["x", "y"], ["l1\n", "l2\n"], ["l3"]]
+    assert [list(texts_of(tmp_path / name)) for name in ("a.jsonl", "b.txt", "c.txt.gz")] == [
+        ["x", "y"],
+        ["l1\n", "l2\n"],
+        ["l3"],
+    ]
     with pytest.raises(DataError, match="cannot be read"):
         list(texts_of(tmp_path / "no.txt"))
 

@@ -1,8 +1,9 @@
 """Slow and obvious versions of what the diffusion core does, and builders of random traces and items.
 
-Nothing here calls the code that it judges: the oracles use Python loops over tokens, blocks and steps. `random_trace` and `random_item` build what a
-rollout and a planner would hand over; other tests import them.
+The oracles use Python loops over tokens, blocks and steps, and call nothing of the code that they judge. `random_trace`,
+`random_group` and `trace_item` build what a rollout would hand over; other tests import them.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -18,12 +19,19 @@ MASK_ID = VOCAB
 PAD_ID = VOCAB + 1
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ builders
+# ------------------------------------------------------------------------------------------------------------- builders
 def random_trace(
-    prompt_len: int, response_len: int, block: int, rng: np.random.Generator, *, prompt_ids: np.ndarray | None = None,
-    prompt_key: str = "p0", sample: int = 0, vocab: int = VOCAB,
+    prompt_len: int,
+    response_len: int,
+    block: int,
+    rng: np.random.Generator,
+    *,
+    prompt_ids: np.ndarray | None = None,
+    prompt_key: str = "p0",
+    sample: int = 0,
+    vocab: int = VOCAB,
 ) -> Trace:
-    """A response as a rollout would leave it: whole decode blocks from position 0, each unmasked in a random order and number of steps.
+    """A response as a rollout would leave it: whole decode blocks, each unmasked in a random order and number of steps.
 
     Args:
         prompt_len, response_len: tokens; what is left of the terminal block becomes the tail.
@@ -48,10 +56,19 @@ def random_trace(
     tokens = rng.integers(0, vocab, generated)
     logprobs = -rng.exponential(1.0, response_len)
     return Trace(
-        prompt_ids=np.asarray(prompt_ids, dtype=np.int64), response_ids=tokens[:response_len], tail_ids=tokens[response_len:],
-        steps=steps[:response_len], tail_steps=steps[response_len:], logprobs=logprobs, sampling_logprobs=logprobs.copy(),
-        weight_versions=np.zeros(response_len, dtype=np.int64), sampling=SamplingParams(block_size=block, denoising_steps=block),
-        prompt_key=prompt_key, sample=sample, finish_reason="stop", num_forwards=step,
+        prompt_ids=np.asarray(prompt_ids, dtype=np.int64),
+        response_ids=tokens[:response_len],
+        tail_ids=tokens[response_len:],
+        steps=steps[:response_len],
+        tail_steps=steps[response_len:],
+        logprobs=logprobs,
+        sampling_logprobs=logprobs.copy(),
+        weight_versions=np.zeros(response_len, dtype=np.int64),
+        sampling=SamplingParams(block_size=block, denoising_steps=block),
+        prompt_key=prompt_key,
+        sample=sample,
+        finish_reason="stop",
+        num_forwards=step,
     )
 
 
@@ -71,7 +88,7 @@ def random_group(
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- visibility
+# ----------------------------------------------------------------------------------------------------------- visibility
 def sees(q: tuple[int, ...], k: tuple[int, ...], same_slot: bool) -> bool:
     """DESIGN's sentence about (group, response, view, block, position), word by word."""
     q_group, q_response, q_view, q_block, _ = q
@@ -89,12 +106,14 @@ def sees(q: tuple[int, ...], k: tuple[int, ...], same_slot: bool) -> bool:
 
 def visibility(layout) -> np.ndarray:
     """bool [T, T] by a double loop over the tokens of a layout."""
-    columns = [column.tolist() for column in (layout.group, layout.response, layout.view, layout.block, layout.position)]
+    columns = [
+        column.tolist() for column in (layout.group, layout.response, layout.view, layout.block, layout.position)
+    ]
     tokens = list(zip(*columns))
     return np.array([[sees(q, k, i == j) for j, k in enumerate(tokens)] for i, q in enumerate(tokens)], dtype=bool)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- steps
+# ---------------------------------------------------------------------------------------------------------------- steps
 def block_index(position: int, prompt_len: int, grid: Grid) -> int:
     """Counted by walking: from position 0, or in both directions from the first response token."""
     if grid.block_size is None:
@@ -103,14 +122,16 @@ def block_index(position: int, prompt_len: int, grid: Grid) -> int:
         starts = [p for p in range(position + 1) if p % grid.block_size == 0]
         return len(starts) - 1
     starts = {prompt_len + i * grid.block_size for i in range(-position - prompt_len - 2, position + 2)}
-    return len([p for p in range(1, position + 1) if p in starts])  # the first block of the prompt starts at 0, ragged or not
+    return len(
+        [p for p in range(1, position + 1) if p in starts]
+    )  # the first block of the prompt starts at 0, ragged or not
 
 
 def merged_steps(steps: list[int], shrinkage: int) -> list[int]:
     """Every `shrinkage` consecutive distinct values become the largest of them."""
     distinct, merged = sorted(set(steps)), {}
     for start in range(0, len(distinct), shrinkage):
-        together = distinct[start:start + shrinkage]
+        together = distinct[start : start + shrinkage]
         for value in together:
             merged[value] = max(together)
     return [merged[value] for value in steps]
@@ -118,7 +139,7 @@ def merged_steps(steps: list[int], shrinkage: int) -> list[int]:
 
 @dataclass(frozen=True)
 class State:
-    """The text as it stood when some tokens of it were decided: positions 0, 1, 2, ... up to the end of the block being denoised."""
+    """The text as it stood when some tokens of it were decided: from position 0 to the end of the block being denoised."""
 
     block: int
     shown: tuple[int, ...]  # token at each position, MASK_ID where it was hidden
@@ -132,7 +153,10 @@ class State:
 
 
 def states(trace: Trace, grid: Grid, shrinkage: int = 1) -> list[State]:
-    """One state per training block and (merged) step in which a response token was decided; finished blocks, then the block with its masks."""
+    """One state per training block and (merged) step in which a response token was decided.
+
+    Each is the finished blocks, then the block with its masks.
+    """
     prompt_len, tokens = len(trace.prompt_ids), [int(token) for token in trace.tokens]
     raw = [0] * prompt_len + [int(step) for step in trace.all_steps]
     response_end = prompt_len + len(trace.response_ids)
@@ -151,7 +175,7 @@ def states(trace: Trace, grid: Grid, shrinkage: int = 1) -> list[State]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------------------- fingerprints
+# --------------------------------------------------------------------------------------------------------- fingerprints
 def _scramble(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.uint64)
     for _ in range(2):
@@ -162,8 +186,8 @@ def _scramble(x: np.ndarray) -> np.ndarray:
 def fingerprints(tokens: np.ndarray, positions: np.ndarray, visible: np.ndarray, layers: int = 3) -> np.ndarray:
     """What a network of `layers` attention layers can know at each slot, as one number (uint64 [T]).
 
-    A slot's number is made of its token, its position, and the multiset of the numbers that it sees one layer below. Equal numbers: no weights
-    can tell the two apart. A duplicate key, a foreign key or a stale one changes the number.
+    A slot's number is made of its token, its position, and the multiset of the numbers that it sees one layer below.
+    Equal numbers: no weights can tell the two apart. A duplicate, foreign or stale key changes the number.
     """
     own = _scramble(_scramble(np.asarray(tokens)) + np.asarray(positions).astype(np.uint64))
     mask, now = visible.astype(np.uint64), own

@@ -20,6 +20,7 @@ def mix(z: int) -> int:
 
 def unmix(z: int) -> int:
     """Its inverse."""
+
     def unshift(value: int, bits: int) -> int:
         result = value
         for _ in range(64 // bits + 1):
@@ -49,8 +50,14 @@ def test_the_same_key_gives_the_same_draw() -> None:
 
 
 def test_published_outputs_of_splitmix64() -> None:
-    """Outputs of the published generator for the seed 1234567; its state is our mixed stream, its calls are our counter."""
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    """The published generator, seeded with 1234567: its state is our mixed stream, its calls are our counter."""
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     key = signed(unmix(1234567))
     assert uniforms(key, torch.arange(5)).tolist() == [(value >> 11) / 2**53 for value in published]
 
@@ -95,7 +102,12 @@ def test_the_draws_are_uniform_along_every_counter(seed: int) -> None:
     counter, fixed = torch.arange(n), torch.full((n,), 7)
     key = stream(seed, "test")
     many_streams = torch.tensor([stream(seed, "test", item) for item in range(n // 10)])
-    for drawn in (uniforms(key, counter), uniforms(key, counter, fixed), uniforms(key, fixed, counter), uniforms(many_streams, fixed[: n // 10])):
+    for drawn in (
+        uniforms(key, counter),
+        uniforms(key, counter, fixed),
+        uniforms(key, fixed, counter),
+        uniforms(many_streams, fixed[: n // 10]),
+    ):
         u = np.sort(drawn.numpy())
         m = len(u)
         assert 0 <= u[0] and u[-1] < 1
@@ -108,8 +120,18 @@ def test_the_draws_are_uniform_along_every_counter(seed: int) -> None:
 
 def test_every_part_of_a_stream_matters() -> None:
     names = [
-        stream(0, "a"), stream(1, "a"), stream(0, "b"), stream(0, "a", 1), stream(0, "a", "1"), stream(0, "a", 1, 2), stream(0, "a", 2, 1),
-        stream(0, "a", 12), stream(0, "a", "1", "2"), stream(0, "a", "12"), stream(0, "a", ""), stream(0, "a", -1),
+        stream(0, "a"),
+        stream(1, "a"),
+        stream(0, "b"),
+        stream(0, "a", 1),
+        stream(0, "a", "1"),
+        stream(0, "a", 1, 2),
+        stream(0, "a", 2, 1),
+        stream(0, "a", 12),
+        stream(0, "a", "1", "2"),
+        stream(0, "a", "12"),
+        stream(0, "a", ""),
+        stream(0, "a", -1),
     ]
     assert len(set(names)) == len(names)
     assert all(-(1 << 63) <= name < 1 << 63 for name in names)

@@ -22,7 +22,13 @@ def test_the_rule_against_a_double_loop(seed: int) -> None:
     rng = np.random.default_rng(seed)
     n = 60
     tokens = [
-        (int(rng.integers(-1, 3)), int(rng.integers(-1, 3)), int(rng.integers(0, 3)), int(rng.integers(0, 4)), int(rng.integers(0, 16)))
+        (
+            int(rng.integers(-1, 3)),
+            int(rng.integers(-1, 3)),
+            int(rng.integers(0, 3)),
+            int(rng.integers(0, 4)),
+            int(rng.integers(0, 16)),
+        )
         for _ in range(n)
     ]
     layout = layout_of(tokens)
@@ -44,7 +50,13 @@ def test_padding_sees_only_itself_and_nothing_sees_it() -> None:
 
 
 def test_responses_of_a_group_and_groups_never_meet() -> None:
-    tokens = [(group, response, view, block, block) for group in range(2) for response in range(3) for view in range(3) for block in range(2)]
+    tokens = [
+        (group, response, view, block, block)
+        for group in range(2)
+        for response in range(3)
+        for view in range(3)
+        for block in range(2)
+    ]
     tokens += [(group, PROMPT, CLEAN, 0, 0) for group in range(2)]
     layout = layout_of(tokens)
     mask = visible(layout, layout)
@@ -55,7 +67,9 @@ def test_responses_of_a_group_and_groups_never_meet() -> None:
 
 
 def test_a_prompt_that_a_group_shares_never_sees_a_response() -> None:
-    tokens = [(0, PROMPT, CLEAN, block, block) for block in range(3)] + [(0, 0, CLEAN, block, block) for block in range(3)]
+    tokens = [(0, PROMPT, CLEAN, block, block) for block in range(3)] + [
+        (0, 0, CLEAN, block, block) for block in range(3)
+    ]
     layout = layout_of(tokens)
     assert not visible(layout, layout)[:3, 3:].any()
 
@@ -81,9 +95,11 @@ VECTOR = """
 """
 
 
-def test_the_reference_grid_gives_the_masks_of_the_specification() -> None:
-    """Specification, 1.4: two left pads, three prompt tokens, six response tokens, clean and noisy; the pads have no place in our rows."""
-    published = np.array([[character == "1" for character in line.replace(" ", "")] for line in VECTOR.split("\n") if line])
+def test_the_reference_grid_gives_the_masks_of_the_reference() -> None:
+    """Two left pads (no place for them in our rows), three prompt tokens, six response tokens, clean and noisy."""
+    published = np.array(
+        [[character == "1" for character in line.replace(" ", "")] for line in VECTOR.split("\n") if line]
+    )
     published_positions = [1, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 3, 4, 5, 6, 7, 8]
     grid, prompt_length = Grid(4, "response"), 3
     prompt, response = np.arange(3), np.arange(3, 9)
@@ -110,7 +126,11 @@ def test_grid_against_counting(block_size: int | None, anchor: str) -> None:
         for index, positions in by_block.items():
             assert blocks[positions].tolist() == [first + index] * len(positions)
             assert grid.span(first + index, prompt_length, length) == (positions[0], positions[-1] + 1)
-        tail = [p for p in range(prompt_length) if block_index(p, prompt_length, grid) == block_index(prompt_length, prompt_length, grid)]
+        tail = [
+            p
+            for p in range(prompt_length)
+            if block_index(p, prompt_length, grid) == block_index(prompt_length, prompt_length, grid)
+        ]
         assert grid.shared_prompt(prompt_length) == prompt_length - len(tail)
 
 
@@ -128,7 +148,9 @@ def test_the_response_grid_starts_a_block_at_the_first_response_token(block_size
         grid = Grid(block_size, "response")
         first = grid.block_of(prompt_length, prompt_length)
         assert grid.block_of(prompt_length - 1, prompt_length) == first - 1
-        assert [grid.block_of(prompt_length + j, prompt_length) - first for j in range(20)] == [j // block_size for j in range(20)]
+        assert [grid.block_of(prompt_length + j, prompt_length) - first for j in range(20)] == [
+            j // block_size for j in range(20)
+        ]
         assert grid.shared_prompt(prompt_length) == prompt_length
 
 
@@ -139,7 +161,9 @@ def test_staircase_of_a_clean_text_for_every_prompt_length(block_size: int) -> N
     for prompt_length in range(0, 2 * block_size + 1):
         grid = Grid(block_size)
         shared = grid.shared_prompt(prompt_length)
-        layout = layout_of([(0, PROMPT if p < shared else 0, CLEAN, grid.block_of(p, prompt_length), p) for p in range(length)])
+        layout = layout_of(
+            [(0, PROMPT if p < shared else 0, CLEAN, grid.block_of(p, prompt_length), p) for p in range(length)]
+        )
         expected = [[k // block_size <= q // block_size for k in range(length)] for q in range(length)]
         assert visible(layout, layout).tolist() == expected
 
@@ -152,7 +176,9 @@ def test_denoising_reads_the_whole_cache_and_its_own_block(block_size: int) -> N
         shared = grid.shared_prompt(prompt_length)
 
         def tokens(start: int, stop: int, view: int) -> list[tuple[int, int, int, int, int]]:
-            return [(0, PROMPT if p < shared else 0, view, grid.block_of(p, prompt_length), p) for p in range(start, stop)]
+            return [
+                (0, PROMPT if p < shared else 0, view, grid.block_of(p, prompt_length), p) for p in range(start, stop)
+            ]
 
         now, end = shared + 2 * block_size, shared + 3 * block_size
         cache = tokens(0, now, CLEAN)
@@ -168,5 +194,9 @@ def test_to_keeps_every_field() -> None:
     layout = layout_of([(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)])
     moved = layout.to(torch.device("cpu"))
     assert [getattr(moved, name).tolist() for name in ("group", "response", "view", "block", "position")] == [
-        [0, 5], [1, 6], [2, 7], [3, 8], [4, 9]
+        [0, 5],
+        [1, 6],
+        [2, 7],
+        [3, 8],
+        [4, 9],
     ]

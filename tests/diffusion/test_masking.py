@@ -83,12 +83,20 @@ def test_the_clip_costs_what_arithmetic_says() -> None:
     assert abs((masked * weight).mean() - 0.75) < 4.5 / math.sqrt(masked.size)
 
 
+def test_ratio_and_mask_are_separate_draws_even_where_block_and_position_are_equal() -> None:
+    """Blocks of one token: given its ratio, a token is still hidden by chance."""
+    position = torch.arange(3000)
+    masked, weight = MaskSchedule(min_ratio=0.2).draw(stream(0, "mask"), position, position)
+    assert abs(float((masked * weight).mean()) - 1) < 4.5 / math.sqrt(3000)
+    assert abs(float(masked.double().mean()) - 0.6) < 4.5 * 0.5 / math.sqrt(3000)
+
+
 @pytest.mark.parametrize("per", ["block", "sample"])
 def test_a_token_is_drawn_alike_whoever_is_drawn_with_it(per: str) -> None:
     schedule, key = MaskSchedule(per), stream(3, "mask")
     masked, weight = schedule.draw(key, POSITION, BLOCK)
     for i in range(len(POSITION)):
-        one_masked, one_weight = schedule.draw(key, POSITION[i:i + 1], BLOCK[i:i + 1])
+        one_masked, one_weight = schedule.draw(key, POSITION[i : i + 1], BLOCK[i : i + 1])
         assert one_masked[0] == masked[i] and one_weight[0] == weight[i]
 
 

@@ -61,13 +61,15 @@ def test_random_updates(seed: int) -> None:
     for group in {load.group for load in loads}:
         members = [i for i, load in enumerate(loads) if load.group == group]
         if row_tokens(loads, tuple(members)) <= budget:
-            assert len({n for n, row in enumerate(rows) for i in members if i in row}) == 1, "a group that fits a row was split"
+            assert len({n for n, row in enumerate(rows) for i in members if i in row}) == 1, (
+                "a group that fits a row was split"
+            )
     assert pack(loads, budget, num_ranks, multiple) == plan
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_are_at_least_half_full(seed: int) -> None:
-    """The promise of taking the longest first: fewer than twice the rows that the tokens need, but for filling up the ranks."""
+    """Taking the longest first needs fewer than twice the rows that the tokens fill, but for filling up the ranks."""
     rng = np.random.default_rng(seed)
     loads = [Load(str(i), 0, int(rng.integers(1, 100))) for i in range(50)]
     num_ranks, budget = int(rng.integers(1, 5)), int(rng.integers(100, 300))
@@ -122,8 +124,11 @@ def test_partition_shuffles_by_its_key() -> None:
 def test_rows_can_be_built_as_planned(seed: int, grid: Grid) -> None:
     rng = np.random.default_rng(seed)
     traces = [
-        trace for number in range(4)
-        for trace in random_group(int(rng.integers(0, 12)), rng.integers(1, 20, 4).tolist(), 4, rng, prompt_key=f"p{number}")
+        trace
+        for number in range(4)
+        for trace in random_group(
+            int(rng.integers(0, 12)), rng.integers(1, 20, 4).tolist(), 4, rng, prompt_key=f"p{number}"
+        )
     ]
     items = [trace_item(trace, grid) for trace in traces]
     loads = [Load(item.group, item.shared_length, item.own_length) for item in items]

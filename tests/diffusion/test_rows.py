@@ -14,7 +14,17 @@ from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.diffusion.views import Item, masked_views
 from tests.diffusion.oracles import (
-    MASK_ID, PAD_ID, VOCAB, expected_fingerprints, fingerprints, random_group, random_trace, row_fingerprints, states, trace_item, visibility,
+    MASK_ID,
+    PAD_ID,
+    VOCAB,
+    expected_fingerprints,
+    fingerprints,
+    random_group,
+    random_trace,
+    row_fingerprints,
+    states,
+    trace_item,
+    visibility,
 )
 
 GRIDS = [Grid(size, anchor) for size in (1, 2, 4, 8) for anchor in ("absolute", "response")] + [Grid(None)]
@@ -30,9 +40,13 @@ def build(items: list[Item], padding: int = 3) -> Row:
 
 
 def check(traces: list[Trace], grid: Grid, shrinkage: int = 1) -> None:
-    """Every response token is a target once, with its label, and can know exactly what the rollout knew when it decided the token."""
+    """Every response token is a target once, with its label, and knows exactly what the rollout knew when it decided it."""
     row = build([trace_item(trace, grid, shrinkage) for trace in traces])
-    expected = {(i, index): print_ for i, trace in enumerate(traces) for index, print_ in expected_fingerprints(trace, grid, shrinkage).items()}
+    expected = {
+        (i, index): print_
+        for i, trace in enumerate(traces)
+        for index, print_ in expected_fingerprints(trace, grid, shrinkage).items()
+    }
     assert sorted(expected) == [(i, j) for i, trace in enumerate(traces) for j in range(len(trace.response_ids))]
     assert row_fingerprints(row) == expected
     labels = [int(traces[i].response_ids[j]) for i, j in zip(row.targets.response.tolist(), row.targets.index.tolist())]
@@ -53,14 +67,23 @@ def test_a_row_of_one_block_is_readable() -> None:
     assert row.layout.block.tolist()[:12] == [0] * 4 + [1] * 8
     assert row.layout.position.tolist()[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]
     assert list(zip(row.targets.slot.tolist(), row.targets.label.tolist(), row.targets.index.tolist())) == [
-        (4, r[0], 0), (6, r[2], 2), (9, r[1], 1), (11, r[3], 3)
+        (4, r[0], 0),
+        (6, r[2], 2),
+        (9, r[1], 1),
+        (11, r[3], 3),
     ]
 
 
 def test_types() -> None:
     row = build([trace_item(random_trace(5, 6, 4, np.random.default_rng(0)), Grid(4))])
     assert row.tokens.dtype == torch.int64 and row.layout.block.dtype == torch.int32
-    assert row.targets.slot.dtype == row.targets.label.dtype == row.targets.index.dtype == row.targets.response.dtype == torch.int64
+    assert (
+        row.targets.slot.dtype
+        == row.targets.label.dtype
+        == row.targets.index.dtype
+        == row.targets.response.dtype
+        == torch.int64
+    )
     assert row.targets.weight.dtype == torch.float64
     assert row.to(torch.device("cpu")).targets.slot.equal(row.targets.slot)
 
@@ -80,13 +103,19 @@ def test_responses_that_share_a_prompt(grid: Grid) -> None:
             check(random_group(prompt_length, lengths, grid.block_size or 4, rng), grid)
 
 
-@pytest.mark.parametrize("decode_block, attention_block", [(4, 8), (8, 4), (1, 4), (4, 1), (2, 8), (8, None), (4, None), (3, 4)])
+@pytest.mark.parametrize(
+    "decode_block, attention_block", [(4, 8), (8, 4), (1, 4), (4, 1), (2, 8), (8, None), (4, None), (3, 4)]
+)
 @pytest.mark.parametrize("anchor", ["absolute", "response"])
 def test_training_with_another_block_size(decode_block: int, attention_block: int | None, anchor: str) -> None:
     rng = np.random.default_rng(13)
     for prompt_length in range(0, 9):
         for shrinkage in (1, 2):
-            check(random_group(prompt_length, [int(rng.integers(1, 14)), 6], decode_block, rng), Grid(attention_block, anchor), shrinkage)
+            check(
+                random_group(prompt_length, [int(rng.integers(1, 14)), 6], decode_block, rng),
+                Grid(attention_block, anchor),
+                shrinkage,
+            )
 
 
 @pytest.mark.parametrize("grid", [Grid(4), Grid(8, "response"), Grid(None)], ids=str)
@@ -112,13 +141,15 @@ def mixed_items(seed: int, grid: Grid) -> list[tuple[Trace, Item]]:
 def test_neither_order_nor_company_matter(seed: int, grid: Grid) -> None:
     pairs = mixed_items(seed, grid)
     expected = {
-        (i, index): print_ for i, (trace, _) in enumerate(pairs) for index, print_ in expected_fingerprints(trace, grid).items()
+        (i, index): print_
+        for i, (trace, _) in enumerate(pairs)
+        for index, print_ in expected_fingerprints(trace, grid).items()
     }
     rng = np.random.default_rng(seed)
     for cut in (len(pairs), 2, 1):
         order, got = rng.permutation(len(pairs)).tolist(), {}
         for start in range(0, len(order), cut):
-            together = [(i, pairs[i][1]) for i in order[start:start + cut]]
+            together = [(i, pairs[i][1]) for i in order[start : start + cut]]
             row = build_row(together, used([item for _, item in together]) + 2, MASK_ID, PAD_ID)
             got |= row_fingerprints(row)
         assert got == expected
@@ -128,17 +159,25 @@ def test_neither_order_nor_company_matter(seed: int, grid: Grid) -> None:
 def test_every_stored_token_is_read_and_the_length_is_the_stated_one(grid: Grid) -> None:
     rng = np.random.default_rng(15)
     for prompt_length in range(0, (grid.block_size or 4) + 2):
-        items = [trace_item(trace, grid) for trace in random_group(prompt_length, [5, int(rng.integers(1, 12))], grid.block_size or 4, rng)]
+        items = [
+            trace_item(trace, grid)
+            for trace in random_group(prompt_length, [5, int(rng.integers(1, 12))], grid.block_size or 4, rng)
+        ]
         row = build(items, padding=0)
         assert (row.layout.group >= 0).all()
         mask = visibility(row.layout)
         at_targets = mask[row.targets.slot.numpy()].any(0)
         clean = (row.layout.view == CLEAN).numpy()
         assert at_targets[clean].all(), "a clean token is stored that no target reads"
-        with_target = {(r, v) for r, v in zip(row.layout.response[row.targets.slot].tolist(), row.layout.view[row.targets.slot].tolist())}
+        with_target = {
+            (r, v)
+            for r, v in zip(row.layout.response[row.targets.slot].tolist(), row.layout.view[row.targets.slot].tolist())
+        }
         views = {(r, v) for r, v in zip(row.layout.response.tolist(), row.layout.view.tolist()) if v != CLEAN}
         assert views == with_target
-        keys = list(zip(*(getattr(row.layout, name).tolist() for name in ("group", "response", "view", "block", "position"))))
+        keys = list(
+            zip(*(getattr(row.layout, name).tolist() for name in ("group", "response", "view", "block", "position")))
+        )
         assert len(set(keys)) == len(keys), "a token is stored twice"
 
 
@@ -176,25 +215,36 @@ def test_ids_are_those_of_the_caller() -> None:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_masked_views_in_a_row(grid: Grid) -> None:
-    """Supervised fine-tuning against a sequence per block: what is before it, finished, and the block with its masks."""
+    """Fine-tuning against one sequence per block: what is before it, finished, then the block with its masks."""
     rng = np.random.default_rng(16)
     for prompt_length in range(0, (grid.block_size or 4) + 2):
         tokens = rng.integers(0, VOCAB, prompt_length + 11)
-        views = masked_views(prompt_length, len(tokens), grid, MaskSchedule(min_ratio=0.3), stream(0, "mask", prompt_length), prompt_length + 9)
+        views = masked_views(
+            prompt_length,
+            len(tokens),
+            grid,
+            MaskSchedule(min_ratio=0.3),
+            stream(0, "mask", prompt_length),
+            prompt_length + 9,
+        )
         if not len(views.block):
             continue
         item = Item("g", tokens, prompt_length, views, grid)
         got = row_fingerprints(row := build([item]))
         expected = {}
         for i in range(len(views.block)):
-            start, end = (int(p) for p in (views.position[i][views.position[i] >= 0].min(), views.position[i].max() + 1))
+            start, end = (
+                int(p) for p in (views.position[i][views.position[i] >= 0].min(), views.position[i].max() + 1)
+            )
             shown = tokens[:end].copy()
             shown[views.position[i][views.masked[i]]] = MASK_ID
             block = np.array([grid.block_of(p, prompt_length) for p in range(end)])
             prints = fingerprints(shown, np.arange(end), block[None, :] <= block[:, None])
             expected |= {(0, int(p) - prompt_length): int(prints[p]) for p in views.position[i][views.target[i]]}
         assert got == expected
-        for slot, label, weight, index in zip(*(getattr(row.targets, name).tolist() for name in ("slot", "label", "weight", "index"))):
+        for slot, label, weight, index in zip(
+            *(getattr(row.targets, name).tolist() for name in ("slot", "label", "weight", "index"))
+        ):
             where = views.target & (views.position == prompt_length + index)
             assert label == tokens[prompt_length + index] and weight == views.weight[where].item() and index < 9
 
@@ -234,7 +284,9 @@ def test_losses_and_gradients_are_those_of_one_row_per_step(grid: Grid, shrinkag
         naive = torch.zeros((), dtype=torch.float64)
         for i, trace in enumerate(traces):
             for state in states(trace, grid, shrinkage):
-                logp = network(torch.tensor(state.shown), torch.arange(len(state.shown)), torch.from_numpy(state.visible))
+                logp = network(
+                    torch.tensor(state.shown), torch.arange(len(state.shown)), torch.from_numpy(state.visible)
+                )
                 for position in state.decided:
                     naive = naive + logp[position, trace.tokens[position]] * advantage[i, position - prompt_length]
         naive_gradient = torch.autograd.grad(naive, list(network.parameters()))

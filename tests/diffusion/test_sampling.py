@@ -19,7 +19,13 @@ def log_policy(probabilities: list[float] | np.ndarray, dtype: torch.dtype = tor
 def run(policy: Tensor, uniform: Tensor, greedy: bool = False, top_k: int = 0, top_p: float = 1.0) -> Draws:
     """Every uniform number against one distribution [V]."""
     n = len(uniform)
-    return draw(policy.expand(n, -1), uniform, torch.full((n,), greedy), torch.full((n,), top_k), torch.full((n,), top_p, dtype=torch.float64))
+    return draw(
+        policy.expand(n, -1),
+        uniform,
+        torch.full((n,), greedy),
+        torch.full((n,), top_k),
+        torch.full((n,), top_p, dtype=torch.float64),
+    )
 
 
 def naive_filter(probabilities: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
@@ -71,7 +77,11 @@ def test_filters_against_the_naive_ones(seed: int) -> None:
     weights = weights.astype(np.float64)
     weights[rng.integers(0, v)] = 3.0
     probabilities = weights / weights.sum()
-    for top_k, top_p in ((0, float(rng.random())), (int(rng.integers(1, v + 3)), 1.0), (int(rng.integers(1, v + 3)), float(rng.random()))):
+    for top_k, top_p in (
+        (0, float(rng.random())),
+        (int(rng.integers(1, v + 3)), 1.0),
+        (int(rng.integers(1, v + 3)), float(rng.random())),
+    ):
         shaped = naive_filter(probabilities, top_k, top_p)
         drawn = run(log_policy(probabilities), sweep(n), top_k=top_k, top_p=top_p)
         counts = np.bincount(drawn.token.numpy(), minlength=v)
@@ -88,6 +98,13 @@ def test_equals_at_the_edge_of_a_filter_go_to_the_lowest_id() -> None:
     assert set(run(policy, sweep(100), top_p=0.3).token.tolist()) == {0, 1, 2}
     policy = log_policy(np.full(2000, 1 / 2000), torch.float32)
     assert set(run(policy, sweep(100), top_k=1).token.tolist()) == {0}
+
+
+def test_top_p_stops_at_the_token_that_reaches_it() -> None:
+    """At the exact boundary the set is the smallest; powers of two, so that nothing is rounded."""
+    policy = log_policy([0.5, 0.25, 0.25])
+    for top_p, kept in ((0.25, {0}), (0.5, {0}), (0.75, {0, 1})):
+        assert set(run(policy, sweep(100), top_p=top_p).token.tolist()) == kept
 
 
 def test_top_p_zero_or_top_k_one_leave_the_most_likely() -> None:
@@ -119,7 +136,9 @@ def test_a_policy_that_allows_one_token_draws_it() -> None:
         policy = torch.full((8,), float("-inf"))
         policy[only] = 0.0
         for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"greedy": True}):
-            assert set(run(policy, torch.tensor([0.0, 0.5, ALMOST_ONE], dtype=torch.float64), **options).token.tolist()) == {only}
+            assert set(
+                run(policy, torch.tensor([0.0, 0.5, ALMOST_ONE], dtype=torch.float64), **options).token.tolist()
+            ) == {only}
 
 
 def test_the_likelihood_of_an_unfiltered_draw_is_the_policy() -> None:
@@ -151,13 +170,13 @@ def test_a_draw_does_not_depend_on_the_requests_around_it(dtype: torch.dtype) ->
     top_p = torch.where(kind == 3, 0.8, 1.0)
     together = draw(policy, uniform, greedy, top_k, top_p)
     for i in range(64):
-        alone = draw(policy[i:i + 1], uniform[i:i + 1], greedy[i:i + 1], top_k[i:i + 1], top_p[i:i + 1])
+        alone = draw(policy[i : i + 1], uniform[i : i + 1], greedy[i : i + 1], top_k[i : i + 1], top_p[i : i + 1])
         for name in ("token", "logprob", "sampling_logprob", "confidence"):
             assert getattr(alone, name)[0] == getattr(together, name)[i], (name, int(kind[i]))
 
 
 def test_top_p_of_one_keeps_the_whole_tail() -> None:
-    """Rounding must not cut what 'keep all' keeps: 4000 unlikely tokens behind one that takes nearly everything, with top-k as wide as that."""
+    """Rounding must not cut what 'keep all' keeps: 4000 unlikely tokens, and one that takes nearly everything."""
     logits = torch.full((4001,), -16.5)
     logits[0] = 0.3
     for seed in range(20):

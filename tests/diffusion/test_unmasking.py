@@ -7,7 +7,9 @@ import torch
 from megatron_dlm.diffusion.unmasking import Remasking, scheduled_count, select
 
 
-def naive_select(remasking: int, confidence: list[float], masked: list[bool], count: int, threshold: float, last: bool) -> list[bool]:
+def naive_select(
+    remasking: int, confidence: list[float], masked: list[bool], count: int, threshold: float, last: bool
+) -> list[bool]:
     """One row of `select`, from the specification, 2.1, with its two guards."""
     candidates = [i for i in range(len(masked)) if masked[i]]
     count = max(count, 1)
@@ -24,9 +26,20 @@ def naive_select(remasking: int, confidence: list[float], masked: list[bool], co
     return [i in chosen for i in range(len(masked))]
 
 
-def run(remasking: int, confidence: list[float], masked: list[bool], count: int = 1, threshold: float = 0.9, last: bool = False) -> list[bool]:
+def run(
+    remasking: int,
+    confidence: list[float],
+    masked: list[bool],
+    count: int = 1,
+    threshold: float = 0.9,
+    last: bool = False,
+) -> list[bool]:
     return select(
-        torch.tensor([remasking]), torch.tensor([confidence]), torch.tensor([masked]), torch.tensor([count]), torch.tensor([threshold]),
+        torch.tensor([remasking]),
+        torch.tensor([confidence]),
+        torch.tensor([masked]),
+        torch.tensor([count]),
+        torch.tensor([threshold]),
         torch.tensor([last]),
     )[0].tolist()
 
@@ -47,7 +60,12 @@ def test_the_threshold_is_strict() -> None:
 
 def test_sequential_takes_the_first_masked() -> None:
     assert run(Remasking.SEQUENTIAL, [0.9, 0.1, 0.9, 0.9], [False, True, False, True]) == [False, True, False, False]
-    assert run(Remasking.SEQUENTIAL, [0.9, 0.1, 0.9, 0.9], [False, True, False, True], count=2) == [False, True, False, True]
+    assert run(Remasking.SEQUENTIAL, [0.9, 0.1, 0.9, 0.9], [False, True, False, True], count=2) == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("remasking", list(Remasking))
@@ -70,7 +88,14 @@ def test_a_mixed_batch_against_the_naive_policy(seed: int) -> None:
     confidence[~masked & (rng.random((n, b)) < 0.5)] = 2.0  # what stands at known positions must not matter
     chosen = select(*(torch.from_numpy(x) for x in (remasking, confidence, masked, count, threshold, last))).numpy()
     for row in range(n):
-        args = (int(remasking[row]), confidence[row].tolist(), masked[row].tolist(), int(count[row]), float(threshold[row]), bool(last[row]))
+        args = (
+            int(remasking[row]),
+            confidence[row].tolist(),
+            masked[row].tolist(),
+            int(count[row]),
+            float(threshold[row]),
+            bool(last[row]),
+        )
         assert chosen[row].tolist() == naive_select(*args), args
     assert not (chosen & ~masked).any()
     assert (chosen.any(1) == masked.any(1)).all()
@@ -87,7 +112,8 @@ def test_confidence_at_known_positions_is_not_read() -> None:
 def test_the_schedule_spreads_a_block_over_its_steps(block: int) -> None:
     for steps in range(1, block + 1):
         counts = [
-            int(scheduled_count(torch.tensor([block]), torch.tensor([steps]), torch.tensor([step]))[0]) for step in range(steps)
+            int(scheduled_count(torch.tensor([block]), torch.tensor([steps]), torch.tensor([step]))[0])
+            for step in range(steps)
         ]
         assert sum(counts) == block
         assert counts == sorted(counts, reverse=True) and max(counts) - min(counts) <= 1
@@ -103,8 +129,11 @@ def test_a_block_is_full_after_its_denoising_steps(block: int, remasking: Remask
             for step in range(denoising_steps):
                 before = masked.clone()
                 masked = masked & ~select(
-                    torch.tensor([int(remasking)]), torch.from_numpy(rng.random((1, block))), masked,
-                    scheduled_count(torch.tensor([block]), torch.tensor([denoising_steps]), torch.tensor([step])), torch.tensor([0.9]),
+                    torch.tensor([int(remasking)]),
+                    torch.from_numpy(rng.random((1, block))),
+                    masked,
+                    scheduled_count(torch.tensor([block]), torch.tensor([denoising_steps]), torch.tensor([step])),
+                    torch.tensor([0.9]),
                     torch.tensor([step == denoising_steps - 1]),
                 )
                 assert not before.any() or masked.sum() < before.sum()

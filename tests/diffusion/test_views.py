@@ -17,8 +17,13 @@ GRIDS = [Grid(size, anchor) for size in (1, 2, 4, 8) for anchor in ("absolute", 
 def as_sets(views: Views) -> list[tuple[int, frozenset[int], frozenset[int], frozenset[int]]]:
     """(block, positions, masked positions, predicted positions) per view."""
     return [
-        (int(views.block[i]), *(frozenset(views.position[i][keep & (views.position[i] >= 0)].tolist())
-                                for keep in (np.ones_like(views.masked[i]), views.masked[i], views.target[i])))
+        (
+            int(views.block[i]),
+            *(
+                frozenset(views.position[i][keep & (views.position[i] >= 0)].tolist())
+                for keep in (np.ones_like(views.masked[i]), views.masked[i], views.target[i])
+            ),
+        )
         for i in range(len(views.block))
     ]
 
@@ -30,7 +35,7 @@ def spec_trace(steps: list[int], prompt_length: int = 4) -> Trace:
 
 
 def rounds(views: Views, prompt_length: int, length: int) -> list[tuple[set[int], set[int]]]:
-    """Views merged into the rows of the specification: the r-th view of every block; (masked, predicted) as response offsets."""
+    """Views merged into rounds, the r-th view of every block; (masked, predicted) as response offsets."""
     seen: dict[int, int] = {}
     rows: list[tuple[set[int], set[int]]] = []
     for block, _, masked, predicted in as_sets(views):
@@ -42,10 +47,13 @@ def rounds(views: Views, prompt_length: int, length: int) -> list[tuple[set[int]
     return rows
 
 
-@pytest.mark.parametrize("shrinkage, expected", [
-    (1, [("MMMMMMMM", {0, 2, 4, 5}), ("0M2M45MM", {1, 6}), ("012M456M", {3, 7})]),
-    (2, [("MMMMMMMM", {0, 1, 2, 4, 5, 6}), ("012M456M", {3, 7})]),
-])
+@pytest.mark.parametrize(
+    "shrinkage, expected",
+    [
+        (1, [("MMMMMMMM", {0, 2, 4, 5}), ("0M2M45MM", {1, 6}), ("012M456M", {3, 7})]),
+        (2, [("MMMMMMMM", {0, 1, 2, 4, 5, 6}), ("012M456M", {3, 7})]),
+    ],
+)
 def test_the_rows_of_the_specification(shrinkage: int, expected: list[tuple[str, set[int]]]) -> None:
     """Specification, 3.3."""
     trace = spec_trace([1, 2, 1, 3, 4, 4, 5, 6])
@@ -58,7 +66,12 @@ def test_full_attention_has_one_view_per_step_of_the_whole_response() -> None:
     trace = spec_trace([1, 2, 1, 3, 4, 4, 5, 6])
     got = rounds(trace_views(trace, Grid(None), 1), 4, 12)
     assert got == [
-        (set(range(8)), {0, 2}), ({1, 3, 4, 5, 6, 7}, {1}), ({3, 4, 5, 6, 7}, {3}), ({4, 5, 6, 7}, {4, 5}), ({6, 7}, {6}), ({7}, {7}),
+        (set(range(8)), {0, 2}),
+        ({1, 3, 4, 5, 6, 7}, {1}),
+        ({3, 4, 5, 6, 7}, {3}),
+        ({4, 5, 6, 7}, {4, 5}),
+        ({6, 7}, {6}),
+        ({7}, {7}),
     ]
     got = rounds(trace_views(trace, Grid(None), 4), 4, 12)
     assert got == [(set(range(8)), {0, 1, 2, 3, 4, 5}), ({6, 7}, {6, 7})]
@@ -75,8 +88,12 @@ def test_trace_views_against_the_states_of_the_rollout(grid: Grid, decode_block:
         block_of = [block_index(p, prompt_length, grid) for p in range(len(trace.tokens))]
         first_ours = int(grid.block_of(0, prompt_length))
         expected = [
-            (state.block + first_ours, frozenset(p for p, b in enumerate(block_of) if b == state.block),
-             frozenset(p for p, token in enumerate(state.shown) if token == MASK_ID), frozenset(state.decided))
+            (
+                state.block + first_ours,
+                frozenset(p for p, b in enumerate(block_of) if b == state.block),
+                frozenset(p for p, token in enumerate(state.shown) if token == MASK_ID),
+                frozenset(state.decided),
+            )
             for state in states(trace, grid, shrinkage)
         ]
         assert as_sets(views) == expected
@@ -90,13 +107,18 @@ def test_trace_views_against_the_states_of_the_rollout(grid: Grid, decode_block:
 def test_a_view_of_the_tail_alone_is_not_made() -> None:
     trace = random_trace(4, 2, 4, np.random.default_rng(0))
     trace.steps, trace.tail_steps = np.array([1, 1]), np.array([2, 3])
-    assert as_sets(trace_views(trace, Grid(4))) == [(1, frozenset({4, 5, 6, 7}), frozenset({4, 5, 6, 7}), frozenset({4, 5}))]
+    assert as_sets(trace_views(trace, Grid(4))) == [
+        (1, frozenset({4, 5, 6, 7}), frozenset({4, 5, 6, 7}), frozenset({4, 5}))
+    ]
 
 
 def test_the_tail_is_seen_where_it_was_seen_and_never_predicted() -> None:
     trace = random_trace(4, 2, 4, np.random.default_rng(0))
     trace.steps, trace.tail_steps = np.array([1, 3]), np.array([2, 4])
-    assert [(masked, target) for _, _, masked, target in as_sets(trace_views(trace, Grid(4)))] == [({4, 5, 6, 7}, {4}), ({5, 7}, {5})]
+    assert [(masked, target) for _, _, masked, target in as_sets(trace_views(trace, Grid(4)))] == [
+        ({4, 5, 6, 7}, {4}),
+        ({5, 7}, {5}),
+    ]
 
 
 def test_making_views_leaves_the_trace_alone() -> None:

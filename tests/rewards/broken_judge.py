@@ -1,2 +1,3 @@
 """A judge that cannot be imported."""
+
 raise SystemExit("broken on purpose")

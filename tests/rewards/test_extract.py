@@ -43,6 +43,15 @@ def test_deep_nesting():
     assert last_boxed(rf"\boxed{{{deep}}}") == deep
 
 
-@pytest.mark.parametrize(("text", "line", "number"), [("a\n 5 apples \n\n", "5 apples", "5"), ("", None, None), ("no", "no", None), ("1,234.5 or -3/4", "1,234.5 or -3/4", "-3/4"), ("x 1,234", "x 1,234", "1234")])
+@pytest.mark.parametrize(
+    ("text", "line", "number"),
+    [
+        ("a\n 5 apples \n\n", "5 apples", "5"),
+        ("", None, None),
+        ("no", "no", None),
+        ("1,234.5 or -3/4", "1,234.5 or -3/4", "-3/4"),
+        ("x 1,234", "x 1,234", "1234"),
+    ],
+)
 def test_last_line_and_number(text, line, number):
     assert (last_line(text), last_number(text)) == (line, number)

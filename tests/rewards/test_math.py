@@ -28,15 +28,47 @@ def _boxed(answer, truth):
 @pytest.mark.parametrize(
     ("truth", "answer"),
     [
-        ("43", "43"), ("43", " 43. "), ("43", "43.0"), ("43", "+43"), ("43", "043"), ("1,000", "1000"), ("1000", "1{,}000"), ("18", "\\$18"), ("$18$", "18"),
-        ("43", "43 apples"), ("43", "43 apples."), ("100", "100 dollars"), ("5\\text{ cm}", "5"), ("5", "5\\text{ cm}"), ("18", "18 \\text{ km/h}"), ("90^\\circ", "90"),
-        ("50\\%", "50"), ("50\\%", "0.5"), ("x=5", "5"), ("5", "x=5"), ("x = 5", "x=5"), ("168", "132+36=168"), ("x \\in [-2,7]", "[-2,7]"),
-        ("\\frac{1}{2}", "0.5"), ("0.5", "\\frac12"), ("\\frac{1}{2}", "\\dfrac{2}{4}"), ("3/4", "\\frac34"), ("4.5", "9/2"), ("3\\frac{1}{2}", "3.5"),
-        ("0.001", "10^{-3}"), ("1500", "1.5 \\times 10^3"), ("2\\sqrt{2}", "\\sqrt{8}"), ("x^2+2x+1", "(x+1)^2"), ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"),
-        ("7 \\text{ and } 9", "9, 7"), ("\\text{Evelyn}", "Evelyn"), ("\\text{(C)}", "C"), ("11:30", "11:30"),
+        ("43", "43"),
+        ("43", " 43. "),
+        ("43", "43.0"),
+        ("43", "+43"),
+        ("43", "043"),
+        ("1,000", "1000"),
+        ("1000", "1{,}000"),
+        ("18", "\\$18"),
+        ("$18$", "18"),
+        ("43", "43 apples"),
+        ("43", "43 apples."),
+        ("100", "100 dollars"),
+        ("5\\text{ cm}", "5"),
+        ("5", "5\\text{ cm}"),
+        ("18", "18 \\text{ km/h}"),
+        ("90^\\circ", "90"),
+        ("50\\%", "50"),
+        ("50\\%", "0.5"),
+        ("x=5", "5"),
+        ("5", "x=5"),
+        ("x = 5", "x=5"),
+        ("168", "132+36=168"),
+        ("x \\in [-2,7]", "[-2,7]"),
+        ("\\frac{1}{2}", "0.5"),
+        ("0.5", "\\frac12"),
+        ("\\frac{1}{2}", "\\dfrac{2}{4}"),
+        ("3/4", "\\frac34"),
+        ("4.5", "9/2"),
+        ("3\\frac{1}{2}", "3.5"),
+        ("0.001", "10^{-3}"),
+        ("1500", "1.5 \\times 10^3"),
+        ("2\\sqrt{2}", "\\sqrt{8}"),
+        ("x^2+2x+1", "(x+1)^2"),
+        ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"),
+        ("7 \\text{ and } 9", "9, 7"),
+        ("\\text{Evelyn}", "Evelyn"),
+        ("\\text{(C)}", "C"),
+        ("11:30", "11:30"),
         ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
     ],
-)  # fmt: skip
+)
 def test_right(truth, answer):
     assert _boxed(answer, truth).correct == 1.0
 
@@ -44,18 +76,43 @@ def test_right(truth, answer):
 @pytest.mark.parametrize(
     ("truth", "answer"),
     [
-        ("43", "44"), ("43", "-43"), ("43", "4 3"), ("43", ""), ("12", "1, 2"), ("10", "10, 11"), ("5", "5 or 6"), ("43", "I think 43"), ("6", "six 6"), ("(3,4)", "(4,3)"),
-        ("[0,1)", "[0,1]"), ("\\frac{11}{2}", "\\frac{1}{12}"), ("\\text{east}", "west"), ("7", "10^{100} \\bmod 7"), ("x+1", "x-1"),
-        ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\3\\end{pmatrix}"), ("0.25", "0.26"), ("5", "5x"), ("5", "5=6"),
+        ("43", "44"),
+        ("43", "-43"),
+        ("43", "4 3"),
+        ("43", ""),
+        ("12", "1, 2"),
+        ("10", "10, 11"),
+        ("5", "5 or 6"),
+        ("43", "I think 43"),
+        ("6", "six 6"),
+        ("(3,4)", "(4,3)"),
+        ("[0,1)", "[0,1]"),
+        ("\\frac{11}{2}", "\\frac{1}{12}"),
+        ("\\text{east}", "west"),
+        ("7", "10^{100} \\bmod 7"),
+        ("x+1", "x-1"),
+        ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\3\\end{pmatrix}"),
+        ("0.25", "0.26"),
+        ("5", "5x"),
+        ("5", "5=6"),
     ],
-)  # fmt: skip
+)
 def test_wrong(truth, answer):
     assert _boxed(answer, truth).correct == 0.0
 
 
 @pytest.mark.parametrize(
     ("truth", "answer"),
-    [("168", "47+85+36"), ("168", "132 + 36"), ("5 cm", "2+3"), ("-5", "5-10"), ("56", "8 \\times 7"), ("45", "90/2"), ("45", "\\frac{90}{2}"), ("0.75", "0.5+0.25")],
+    [
+        ("168", "47+85+36"),
+        ("168", "132 + 36"),
+        ("5 cm", "2+3"),
+        ("-5", "5-10"),
+        ("56", "8 \\times 7"),
+        ("45", "90/2"),
+        ("45", "\\frac{90}{2}"),
+        ("0.75", "0.5+0.25"),
+    ],
 )
 def test_an_answer_must_be_worked_out(truth, answer):
     assert _boxed(answer, truth) == (0.0, "not worked out")
@@ -64,7 +121,15 @@ def test_an_answer_must_be_worked_out(truth, answer):
 
 @pytest.mark.parametrize(
     ("response", "truth", "correct"),
-    [("The answer is 43.", "43", 1), ("so it is $\\frac12$", "0.5", 1), ("132+36=168", "168", 1), ("first 43, then 44", "43", 0), ("", "1", 0), ("no idea", "1", 0), ("1" * 100_000, "1", 0)],
+    [
+        ("The answer is 43.", "43", 1),
+        ("so it is $\\frac12$", "0.5", 1),
+        ("132+36=168", "168", 1),
+        ("first 43, then 44", "43", 0),
+        ("", "1", 0),
+        ("no idea", "1", 0),
+        ("1" * 100_000, "1", 0),
+    ],
 )
 def test_without_a_box(response, truth, correct):
     assert judge(response, truth, {}).correct == correct
@@ -101,10 +166,27 @@ def test_real_answers(name):
 
 def test_hostile_answers_end_and_disturb_nobody():
     hostile = [
-        "10^{10^{10}}", "9^{9^{9^{9}}}", "10000000!", "(" * 400 + "1" + ")" * 400, "\\frac{1}{" * 60 + "2" + "}" * 60, "{" * 450 + "}" * 450,
-        "\\prod_{k=1}^{100000}(x+k)", "\\int_0^1 e^{x^{x^x}} dx", "(1+x)^{5000}", "\x00", "9" * 900, "9" * 5000, "\\sqrt" * 300,
-    ]  # fmt: skip
-    responses = [f"\\boxed{{{answer}}}" for answer in hostile] + ["\\boxed{", "\\boxed{" * 5000, "}{" * 5000, "$" * 5000, "answer is " + "1 " * 3000]
+        "10^{10^{10}}",
+        "9^{9^{9^{9}}}",
+        "10000000!",
+        "(" * 400 + "1" + ")" * 400,
+        "\\frac{1}{" * 60 + "2" + "}" * 60,
+        "{" * 450 + "}" * 450,
+        "\\prod_{k=1}^{100000}(x+k)",
+        "\\int_0^1 e^{x^{x^x}} dx",
+        "(1+x)^{5000}",
+        "\x00",
+        "9" * 900,
+        "9" * 5000,
+        "\\sqrt" * 300,
+    ]
+    responses = [f"\\boxed{{{answer}}}" for answer in hostile] + [
+        "\\boxed{",
+        "\\boxed{" * 5000,
+        "}{" * 5000,
+        "$" * 5000,
+        "answer is " + "1 " * 3000,
+    ]
     easy = [(_ask(str(i)), f"\\boxed{{{i}}}") for i in range(200)]
     with make_scorer("math", workers=2, timeout=1.0) as scorer:
         verdicts = scorer.score(easy[:100] + [(_ask("x+7"), response) for response in responses] + easy[100:])

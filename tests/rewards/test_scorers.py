@@ -24,7 +24,10 @@ def test_generated_answers(form):
     pytest.importorskip("reasoning_gym")
     for prompt in _generated("chain_sum"):
         assert judge(form.format(prompt.ground_truth), prompt.ground_truth, prompt.metadata) == (1.0, "match")
-        assert judge(form.format(int(prompt.ground_truth) + 1), prompt.ground_truth, prompt.metadata) == (0.0, "mismatch")
+        assert judge(form.format(int(prompt.ground_truth) + 1), prompt.ground_truth, prompt.metadata) == (
+            0.0,
+            "mismatch",
+        )
         assert judge("", prompt.ground_truth, prompt.metadata) == (0.0, "no answer")
 
 
@@ -46,7 +49,9 @@ def test_a_mixture_keeps_its_order():
     pytest.importorskip("reasoning_gym")
     sums = _generated("chain_sum", 20)
     files = [Prompt(str(i), (), "", str(i), "math") for i in range(20)]
-    items = [pair for i in range(20) for pair in ((sums[i], sums[i].ground_truth), (files[i], f"\\boxed{{{i + i % 2}}}"))]
+    items = [
+        pair for i in range(20) for pair in ((sums[i], sums[i].ground_truth), (files[i], f"\\boxed{{{i + i % 2}}}"))
+    ]
     with make_scorer("auto", workers=1, timeout=20.0) as scorer:
         verdicts = scorer.score(items)
         assert scorer.score([]) == []

@@ -20,8 +20,24 @@ def test_quickstart_then_a_tokenizer_on_its_data(tmp_path):
     done = _run("make_quickstart_data.py", "--output", "data", "--num-train", 30, "--num-test", 10, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Wrote 30 supervised samples")
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"sft.jsonl", "prompts.jsonl", "heldout.jsonl", "tokenizer"}
-    done = _run("train_tokenizer.py", "--input", "data/sft.jsonl", "--vocab-size", 260, "--output", "t", "--add-token", "\\boxed{", cwd=tmp_path)
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {
+        "sft.jsonl",
+        "prompts.jsonl",
+        "heldout.jsonl",
+        "tokenizer",
+    }
+    done = _run(
+        "train_tokenizer.py",
+        "--input",
+        "data/sft.jsonl",
+        "--vocab-size",
+        260,
+        "--output",
+        "t",
+        "--add-token",
+        "\\boxed{",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert len(Tokenizer(tmp_path / "t").encode("\\boxed{12")) == 3
 
@@ -29,10 +45,22 @@ def test_quickstart_then_a_tokenizer_on_its_data(tmp_path):
 @pytest.mark.parametrize(
     ("tool", "arguments", "words"),
     [
-        ("make_quickstart_data.py", ["--output", "d", "--source", "none.jsonl"], "DataError: The data file none.jsonl does not exist"),
+        (
+            "make_quickstart_data.py",
+            ["--output", "d", "--source", "none.jsonl"],
+            "DataError: The data file none.jsonl does not exist",
+        ),
         ("make_quickstart_data.py", ["--output", "d", "--num-train", "99999"], "ConfigError: There are 125580 sums"),
-        ("train_tokenizer.py", ["--input", "none.txt", "--vocab-size", "300", "--output", "t"], "DataError: The text file none.txt cannot be read"),
-        ("train_tokenizer.py", ["--input", "none.txt", "--vocab-size", "3", "--output", "t"], "ConfigError: A vocabulary of 3 is too small"),
+        (
+            "train_tokenizer.py",
+            ["--input", "none.txt", "--vocab-size", "300", "--output", "t"],
+            "DataError: The text file none.txt cannot be read",
+        ),
+        (
+            "train_tokenizer.py",
+            ["--input", "none.txt", "--vocab-size", "3", "--output", "t"],
+            "ConfigError: A vocabulary of 3 is too small",
+        ),
     ],
 )
 def test_mistakes_end_in_a_sentence(tool, arguments, words, tmp_path):

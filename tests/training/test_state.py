@@ -114,3 +114,25 @@ def test_mixture_of_experts_in_every_layout(world: int, where: dict, tmp_path) -
     for rank_losses, rank_norms in pool(world).run(experts, Setup(experts=4, **where), tmp_path):
         assert rank_losses == pytest.approx(losses, rel=1e-5)
         assert rank_norms == pytest.approx(norms, rel=1e-5)
+
+
+def auxiliary_gradients(setup: Setup, folder, repeat: int) -> dict[str, float]:
+    """Norms of the routers' gradients from the auxiliary loss alone."""
+    from megatron_dlm.checkpoint.distributed import load
+    from megatron_dlm.training.step import accumulate_gradients
+
+    def no_loss(row: torch.Tensor, model: torch.nn.Module):
+        return forward_step(row, model)[0], lambda logits: (logits.sum() * 0, {})
+
+    state = make(setup, with_optimizer=False)
+    load(state, folder)
+    accumulate_gradients(state, share(state, rows(2) * repeat), no_loss, LENGTH)
+    return {name: float(parameter.main_grad.norm()) for name, parameter in state.named_parameters() if "router" in name}
+
+
+@pytest.mark.parametrize(("world", "where", "repeat"), [(1, {}, 3), (2, {"ep": 2}, 1), (2, {"ep": 2}, 3)])
+def test_router_losses_are_a_mean_over_rows(world: int, where: dict, repeat: int, tmp_path) -> None:
+    pool(1).run(write_experts, tmp_path)
+    plain = pool(1).run(auxiliary_gradients, Setup(experts=4, auxiliary=0.1), tmp_path, 1)[0]
+    assert min(plain.values()) > 1e-6
+    assert pool(world).run(auxiliary_gradients, Setup(experts=4, auxiliary=0.1, **where), tmp_path, repeat)[0] == pytest.approx(plain, rel=1e-4)

@@ -1,0 +1,43 @@
+"""Package metadata. Optional packages are extras; none of them is imported unless it is asked for."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = {}
+exec((HERE / "megatron_dlm" / "__init__.py").read_text(encoding="utf-8"), VERSION)
+
+EXTRAS = {
+    "wandb": ["wandb"],
+    "reasoning-gym": ["reasoning-gym"],
+    "sentencepiece": ["sentencepiece"],
+    "plot": ["matplotlib"],
+    "transformer-engine": ["transformer-engine[pytorch]"],
+    "flashinfer": ["flashinfer-python"],
+    "dali": ["nvidia-dali-cuda120"],
+    # Not here: NVIDIA Apex (the apex on PyPI is another package; build NVIDIA's from source) and SGLang (it pins its own torch: own environment).
+}
+EXTRAS["test"] = ["pytest", *EXTRAS["wandb"], *EXTRAS["reasoning-gym"], *EXTRAS["plot"]]
+
+setup(
+    name="megatron-dlm",
+    version=VERSION["__version__"],
+    description=VERSION["__doc__"],
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_dlm", "megatron_dlm.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1",
+        "einops",  # megatron-core's process grids
+        "psutil",  # megatron-core's checkpoint writer
+        "numpy",
+        "pyyaml",
+        "tqdm",
+        "transformers>=4.51",
+        "math-verify",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-dlm=megatron_dlm.__main__:main"]},
+)

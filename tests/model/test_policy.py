@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_dlm.model.policy import Vocabulary, entropy, label_logprobs, policy_scores
+from tests.tiny import one_process
+
+VOCABULARY = Vocabulary(size=11, mask_id=4)
+ALLOWED = [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]  # 16 columns, of which 11 to 15 are padding
+
+
+def logits(rows: int = 6, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> torch.Tensor:
+    drawn = 5 * torch.randn(rows, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return drawn.to(dtype).requires_grad_(requires_grad)
+
+
+def expected(x: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-softmax over the allowed columns only."""
+    return torch.log_softmax(x[:, ALLOWED].double() / temperature, dim=-1)
+
+
+def test_two_tokens_of_equal_logit_have_half_the_probability_each() -> None:
+    x = torch.full((1, 16), -math.inf)
+    x[0, [2, 7]] = 3.0
+    scores = policy_scores(x, 1.0, VOCABULARY)
+    assert label_logprobs(scores, torch.tensor([7])).item() == pytest.approx(math.log(0.5))
+    assert entropy(scores).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 3.0])
+def test_is_the_softmax_over_the_allowed_tokens(temperature: float) -> None:
+    x = logits()
+    scores, reference = policy_scores(x, temperature, VOCABULARY), expected(x, temperature)
+    for column, token in enumerate(ALLOWED):
+        torch.testing.assert_close(label_logprobs(scores, torch.full((6,), token)), reference[:, column], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropy(scores), -(reference.exp() * reference).sum(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_a_temperature_for_each_row() -> None:
+    x, temperature = logits(), torch.tensor([1.0, 0.5, 0.8, 2.0, 1.0, 0.1])
+    found = label_logprobs(policy_scores(x, temperature, VOCABULARY), torch.full((6,), 9))
+    one_by_one = torch.stack([expected(x[n : n + 1], float(temperature[n].double()))[0, ALLOWED.index(9)] for n in range(6)])
+    torch.testing.assert_close(found, one_by_one, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("token", [4, 11, 15])
+def test_forbidden_tokens_have_no_probability(token: int) -> None:
+    x = logits()
+    x[:, token] = 1000.0  # however much the model wants them
+    scores = policy_scores(x, 1.0, VOCABULARY)
+    assert (label_logprobs(scores, torch.full((6,), token)) == -math.inf).all()
+    torch.testing.assert_close(label_logprobs(scores, torch.full((6,), 0)), expected(x, 1.0)[:, 0], rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_is_that_of_the_softmax_over_the_allowed_tokens() -> None:
+    x, y = logits(requires_grad=True), logits(requires_grad=True)
+    labels = torch.tensor([0, 10, 5, 3, 9, 1])
+    weight = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, 1.0], dtype=torch.float64)
+    (weight * label_logprobs(policy_scores(x, 0.7, VOCABULARY), labels)).sum().backward()
+    columns = torch.tensor([ALLOWED.index(label) for label in labels.tolist()])
+    (weight * expected_with_graph(y, 0.7)[torch.arange(6), columns]).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+    assert (x.grad[:, [4, 11, 12, 13, 14, 15]] == 0).all()
+
+
+def expected_with_graph(x: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.log_softmax(x[:, ALLOWED] / temperature, dim=-1)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-6), (torch.float32, 2e-6), (torch.float64, 1e-12)])
+def test_is_computed_in_fp32_at_least(dtype: torch.dtype, tolerance: float) -> None:
+    x = logits(dtype=dtype)
+    scores = policy_scores(x, 1.0, VOCABULARY)
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(label_logprobs(scores, torch.full((6,), 3)).double(), expected(x, 1.0)[:, 3], rtol=tolerance, atol=tolerance)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    x = logits(dtype=torch.float32) + 1e4
+    found = label_logprobs(policy_scores(x, 0.1, VOCABULARY), torch.full((6,), 3))
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found.double(), expected(x, 0.1)[:, 3], rtol=1e-5, atol=2e-2)
+
+
+def test_no_targets() -> None:
+    x = logits(rows=0, requires_grad=True)
+    scores = policy_scores(x, 1.0, VOCABULARY)
+    logprob = label_logprobs(scores, torch.zeros(0, dtype=torch.int64))
+    assert logprob.shape == (0,) and entropy(scores).shape == (0,)
+    logprob.sum().backward()
+    assert x.grad.shape == (0, 16)
+
+
+def test_a_group_of_one_is_no_group() -> None:
+    group, x = one_process().tp, logits()
+    labels = torch.tensor([0, 10, 5, 3, 9, 1])
+    alone, together = policy_scores(x, 0.8, VOCABULARY), policy_scores(x, 0.8, VOCABULARY, group)
+    assert torch.equal(alone, together)
+    assert torch.equal(label_logprobs(alone, labels), label_logprobs(together, labels, group))
+    assert torch.equal(entropy(alone), entropy(together, group))
