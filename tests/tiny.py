@@ -128,3 +128,31 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     assert all(value.norm() > 0 for value in other.values()), [name for name, value in other.items() if value.norm() == 0]
     return max(((one[name] - other[name]).norm() / other[name].norm()).item() for name in other)
+
+
+class Words:
+    """A tokenizer whose words are the decimal ids."""
+
+    vocab_size, mask_id, pad_id, eos_id = PAD_ID + 1, MASK_ID, PAD_ID, EOS_ID
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        hidden = (MASK_ID, PAD_ID, EOS_ID) if skip_special_tokens else ()
+        return " ".join(str(token) for token in ids if token not in hidden)
+
+
+def make_session(**changes: object):
+    """A session over this process, as a command would open it."""
+    from megatron_dlm.training.setup import Session
+
+    return Session(model_config(**changes), ParallelConfig(), Words(), one_process(), vocabulary())
+
+
+def quiet(**settings: object):
+    """A report that shows no progress bar."""
+    from megatron_dlm.config.log import LoggingConfig
+    from megatron_dlm.training.report import Report
+
+    return Report(LoggingConfig(progress_bar=False, **settings), True, {})

@@ -19,11 +19,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def kind(optimizer: MegatronOptimizer) -> str:
-    """A name that says which optimizers can read each other's state: the update rule, "distributed" or not, "mixed" if it has fp32 masters apart."""
+    """A name that says which optimizers can read each other's state: the update rule, "distributed" or not, "mixed" if it has fp32 masters
+    apart, "expert-parallel" if experts have an optimizer of their own."""
     first = _parts(optimizer)[0]
     distributed = isinstance(first, DistributedOptimizer)
     mixed = not distributed and first.config.bf16
-    return " ".join(word for word, holds in (("distributed", distributed), ("mixed", mixed), (first.config.optimizer, True)) if holds)
+    return " ".join(word for word, holds in (("expert-parallel", len(_parts(optimizer)) > 1), ("distributed", distributed), ("mixed", mixed), (first.config.optimizer, True)) if holds)
 
 
 def to_save(optimizer: MegatronOptimizer, model: dict[str, Any], metadata: dict[str, Any]) -> Any:

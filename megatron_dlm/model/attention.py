@@ -45,6 +45,7 @@ class DenseAttention:
         first = lengths.cumsum(0) - lengths
         slot = (first[:, None] + offset).clamp(max=max(len(real) - 1, 0))
         self.slot = real[slot] if len(real) else slot  # [G, L]
+        self.real, self.place = real, torch.nonzero(self.inside.flatten())[:, 0]  # slots of real tokens, and where they stand in [G * L]
         self.mask = torch.stack([self._mask(layout, slots, inside) for slots, inside in zip(self.slot, self.inside)]) if len(groups) else None
 
     @staticmethod
@@ -57,7 +58,12 @@ class DenseAttention:
         tokens, _, heads, dim = q.shape
         if self.mask is None:
             return (q * 0).reshape(tokens, 1, heads * dim)
-        q, k, v = (x[:, 0][self.slot].transpose(1, 2) for x in (q, k, v))  # [G, heads, L, d]
+        q, k, v = (self._per_group(x) for x in (q, k, v))  # [G, heads, L, d]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        flat = out.transpose(1, 2)[self.inside]  # [sum of lengths, heads, d]
-        return flat.new_zeros(tokens, heads, dim).index_copy(0, self.slot[self.inside], flat).reshape(tokens, 1, heads * dim)
+        flat = out.transpose(1, 2).reshape(-1, heads * dim).index_select(0, self.place)  # [real tokens, heads * d]
+        return flat.new_zeros(tokens, heads * dim).index_copy(0, self.real, flat)[:, None]
+
+    def _per_group(self, x: Tensor) -> Tensor:
+        """[T, 1, heads, d] -> [G, heads, L, d]. index_select, because the backward of x[index] is many times slower on a CPU."""
+        _, _, heads, dim = x.shape
+        return x.reshape(-1, heads * dim).index_select(0, self.slot.flatten()).view(*self.slot.shape, heads, dim).transpose(1, 2)

@@ -72,8 +72,6 @@ def test_save_and_load_continue_as_if_uninterrupted(name: str, tmp_path: Path) -
 CHANGES = {
     "tp2 -> 1": (2, Setup(tp=2), 1, Setup()),
     "1 -> tp2pp2": (1, Setup(), 4, Setup(tp=2, pp=2)),
-    "experts 1 -> ep2": (1, Setup(experts=4), 2, Setup(experts=4, ep=2)),
-    "experts distributed ep2 -> 1": (2, Setup(experts=4, ep=2, distributed=True), 1, Setup(experts=4, distributed=True)),
     "pp2 -> tp2": (2, Setup(pp=2), 2, Setup(tp=2)),
     "distributed dp2 -> dp1": (2, Setup(distributed=True), 1, Setup(distributed=True)),
     "distributed tp2dp2 -> pp2dp2": (4, Setup(tp=2, distributed=True), 4, Setup(pp=2, distributed=True)),
@@ -141,6 +139,11 @@ def test_refusals(tmp_path: Path) -> None:
     pool(1).run(misfits, tmp_path, Setup(layers=6), "has shape|has no weight")
     pool(1).run(misfits, tmp_path, Setup(optimizer="sgd"), "written by the optimizer 'adam'")
     pool(2).run(misfits, tmp_path, Setup(distributed=True), "this run uses 'distributed adam'")
+
+
+def test_expert_parallel_optimizer_state_stays_expert_parallel(tmp_path: Path) -> None:
+    pool(1).run(begin, Setup(experts=4), tmp_path)
+    pool(2).run(misfits, tmp_path, Setup(experts=4, ep=2), "this run uses 'expert-parallel adam'")
 
 
 def crash(folder: Path, where: str) -> None:

@@ -1,7 +1,7 @@
 """Slow and obvious versions of what the diffusion core does, and builders of random traces and items.
 
-The oracles use Python loops over tokens, blocks and steps, and call nothing of the code that they judge. `random_trace`,
-`random_group` and `trace_item` build what a rollout would hand over; other tests import them.
+The oracles use Python loops over tokens, blocks and steps, and call nothing of the code that they judge.
+`random_trace`, `random_group` and `trace_item` build what a rollout would hand over; other tests import them.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def merged_steps(steps: list[int], shrinkage: int) -> list[int]:
 
 @dataclass(frozen=True)
 class State:
-    """The text as it stood when some tokens of it were decided: from position 0 to the end of the block being denoised."""
+    """The text as it stood when some tokens of it were decided, up to the end of the block being denoised."""
 
     block: int
     shown: tuple[int, ...]  # token at each position, MASK_ID where it was hidden

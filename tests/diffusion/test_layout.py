@@ -156,7 +156,7 @@ def test_the_response_grid_starts_a_block_at_the_first_response_token(block_size
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])
 def test_staircase_of_a_clean_text_for_every_prompt_length(block_size: int) -> None:
-    """Specification, 1.5: blocks counted from position 0; the prompt's last partial block is seen from both sides."""
+    """Blocks counted from position 0; the prompt's last partial block is seen from both sides."""
     length = 3 * block_size + 3
     for prompt_length in range(0, 2 * block_size + 1):
         grid = Grid(block_size)
@@ -170,7 +170,7 @@ def test_staircase_of_a_clean_text_for_every_prompt_length(block_size: int) -> N
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])
 def test_denoising_reads_the_whole_cache_and_its_own_block(block_size: int) -> None:
-    """Specification, 1.5 and 2.4: one denoising step, and the pass that commits a block and starts the next one."""
+    """One denoising step, and the pass that commits a block and starts the next one."""
     for prompt_length in range(block_size, 2 * block_size + 1):
         grid = Grid(block_size)
         shared = grid.shared_prompt(prompt_length)

@@ -40,7 +40,7 @@ def build(items: list[Item], padding: int = 3) -> Row:
 
 
 def check(traces: list[Trace], grid: Grid, shrinkage: int = 1) -> None:
-    """Every response token is a target once, with its label, and knows exactly what the rollout knew when it decided it."""
+    """Every response token is a target once, with its label, and knows just what the rollout knew on deciding it."""
     row = build([trace_item(trace, grid, shrinkage) for trace in traces])
     expected = {
         (i, index): print_

@@ -12,8 +12,8 @@ def test_shrinkage_one_changes_nothing() -> None:
     assert shrink(steps, 1).tolist() == steps.tolist()
 
 
-def test_the_windows_of_the_specification() -> None:
-    """Specification, 3.3."""
+def test_two_windows_of_the_reference() -> None:
+    """What the published implementation of TraceRL makes of them."""
     assert shrink(np.array([1, 2, 1, 3]), 2).tolist() == [2, 2, 2, 3]
     assert shrink(np.array([4, 4, 5, 6]), 2).tolist() == [5, 5, 5, 6]
 

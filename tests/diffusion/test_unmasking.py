@@ -10,7 +10,7 @@ from megatron_dlm.diffusion.unmasking import Remasking, scheduled_count, select
 def naive_select(
     remasking: int, confidence: list[float], masked: list[bool], count: int, threshold: float, last: bool
 ) -> list[bool]:
-    """One row of `select`, from the specification, 2.1, with its two guards."""
+    """One row of `select`, in Python, with the two guards: masked positions only, and all of them at the last step."""
     candidates = [i for i in range(len(masked)) if masked[i]]
     count = max(count, 1)
     if last:

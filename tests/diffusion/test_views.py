@@ -54,15 +54,15 @@ def rounds(views: Views, prompt_length: int, length: int) -> list[tuple[set[int]
         (2, [("MMMMMMMM", {0, 1, 2, 4, 5, 6}), ("012M456M", {3, 7})]),
     ],
 )
-def test_the_rows_of_the_specification(shrinkage: int, expected: list[tuple[str, set[int]]]) -> None:
-    """Specification, 3.3."""
+def test_the_rows_of_the_reference(shrinkage: int, expected: list[tuple[str, set[int]]]) -> None:
+    """Step map and rows of the published implementation of TraceRL, for blocks of 4."""
     trace = spec_trace([1, 2, 1, 3, 4, 4, 5, 6])
     got = rounds(trace_views(trace, Grid(4), shrinkage), 4, 12)
     assert got == [({i for i, shown in enumerate(text) if shown == "M"}, loss) for text, loss in expected]
 
 
 def test_full_attention_has_one_view_per_step_of_the_whole_response() -> None:
-    """Specification, 3.3: everything that is decided later is masked, the blocks after this one included."""
+    """Everything that is decided later is masked, the blocks after this one included."""
     trace = spec_trace([1, 2, 1, 3, 4, 4, 5, 6])
     got = rounds(trace_views(trace, Grid(None), 1), 4, 12)
     assert got == [

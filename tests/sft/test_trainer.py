@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dlm.config.log import LoggingConfig
+from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.sft import SFTConfig
+from megatron_dlm.data.sft_data import Sample
+from tests.tiny import disturb, make_session, quiet
+
+SFT = SFTConfig(data_path=["x"], train_iters=60, global_batch_size=8, max_tokens_per_row=256, max_loss_weight=5.0)
+
+
+def samples(count: int = 8) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    return [Sample(f"s{n}", (n, n + 1), tuple(rng.integers(0, 40, 5 + n % 3).tolist()) + (49,)) for n in range(count)]
+
+
+def make_trainer(sft: SFTConfig = SFT, lr: float = 1e-2, consumed: int = 0):
+    from megatron_dlm.sft.trainer import SFTTrainer
+
+    session = make_session()
+    state = session.train_state(OptimizerConfig(lr=lr), sft.train_iters)
+    disturb(state.module, 0)
+    return SFTTrainer(session, state, samples(), sft, seed=5, consumed=consumed)
+
+
+def test_a_memorisable_set_is_memorised() -> None:
+    trainer = make_trainer()
+    losses = []
+    for _ in range(60):
+        result, tokens = trainer.step()
+        losses.append(result.metrics["nll"] / result.metrics["targets"])
+        assert tokens % 64 == 0 and np.isfinite(result.grad_norm)
+    assert np.mean(losses[:5]) > np.log(51) * 0.8
+    assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5]), losses
+    assert trainer.consumed == 60 * 8 and trainer.state.iteration == 60
+
+
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_the_row_budget_changes_nothing(budget: int) -> None:
+    one, other = make_trainer(lr=1e-3), make_trainer(dataclasses.replace(SFT, max_tokens_per_row=budget), lr=1e-3)
+    for _ in range(2):
+        (first, _), (second, _) = one.step(), other.step()
+        assert second.metrics["targets"] == first.metrics["targets"]
+        assert second.metrics["loss"] == pytest.approx(first.metrics["loss"], rel=1e-4)
+        assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-3)
+
+
+def test_an_update_in_which_nothing_was_hidden_is_taken_in_stride() -> None:
+    """Ratios near 0 hide nothing: no row, no loss, and the run goes on."""
+    trainer = make_trainer()
+    trainer.schedule = _Nothing()
+    result, _ = trainer.step()
+    assert result.metrics["targets"] == 0 and result.metrics["loss"] == 0
+    assert trainer.consumed == 8
+
+
+class _Nothing:
+    """A schedule that hides nothing."""
+
+    def draw(self, stream: int, position: torch.Tensor, block: torch.Tensor):
+        return torch.zeros_like(position, dtype=torch.bool), torch.ones_like(position, dtype=torch.float64)
+
+
+def test_run_records_and_saves(tmp_path) -> None:
+    sft = dataclasses.replace(SFT, train_iters=3)
+    trainer, saved = make_trainer(sft), []
+    with quiet(metrics_jsonl=str(tmp_path / "metrics.jsonl")) as report:
+        trainer.run(report, LoggingConfig(log_interval=2), lambda step, force: saved.append((step, force)))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert [record["train/consumed_samples"] for record in records] == [8, 16, 24]
+    assert all(record["train/lr"] == 0.01 and record["train/loss"] > 0 and record["train/nll"] > 0 for record in records)
+    assert saved[-1] == (3, True) and [step for step, force in saved if not force] == [1, 2, 3]
+
+
+def test_a_finished_run_does_nothing_more() -> None:
+    trainer, saved = make_trainer(dataclasses.replace(SFT, train_iters=2)), []
+    trainer.state.iteration = 2
+    trainer.run(quiet(), LoggingConfig(), lambda step, force: saved.append((step, force)))
+    assert trainer.consumed == 0 and saved == [(2, True)]
+
+
+def test_a_resumed_run_sees_what_the_next_step_would_have_seen() -> None:
+    whole, resumed = make_trainer(lr=1e-12), make_trainer(lr=1e-12, consumed=8)
+    whole.step()
+    resumed.state.iteration = 1
+    (one, _), (other, _) = whole.step(), resumed.step()
+    assert other.metrics["targets"] == one.metrics["targets"]
+    assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-6)
