@@ -60,10 +60,28 @@ class DenseAttention:
             return (q * 0).reshape(tokens, 1, heads * dim)
         q, k, v = (self._per_group(x) for x in (q, k, v))  # [G, heads, L, d]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        flat = out.transpose(1, 2).reshape(-1, heads * dim).index_select(0, self.place)  # [real tokens, heads * d]
-        return flat.new_zeros(tokens, heads * dim).index_copy(0, self.real, flat)[:, None]
+        return _Move.apply(out.transpose(1, 2).reshape(-1, heads * dim), self.place, self.real, tokens)[:, None]
 
     def _per_group(self, x: Tensor) -> Tensor:
-        """[T, 1, heads, d] -> [G, heads, L, d]. index_select, because the backward of x[index] is many times slower on a CPU."""
+        """[T, 1, heads, d] -> [G, heads, L, d], zeros where a group is shorter than L."""
         _, _, heads, dim = x.shape
-        return x.reshape(-1, heads * dim).index_select(0, self.slot.flatten()).view(*self.slot.shape, heads, dim).transpose(1, 2)
+        groups, longest = self.inside.shape
+        return _Move.apply(x.reshape(-1, heads * dim), self.real, self.place, groups * longest).view(groups, longest, heads, dim).transpose(1, 2)
+
+
+class _Move(torch.autograd.Function):
+    """Lines `source` of x [n, width] to lines `destination` of a tensor of `size` lines, zeros elsewhere; each line moves once.
+
+    Backward is the same move the other way. Autograd's own scatter would add line by line, many times slower on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, destination: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(source, destination)
+        ctx.lines = len(x)
+        return x.new_zeros(size, x.shape[1]).index_copy_(0, destination, x.index_select(0, source))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        source, destination = ctx.saved_tensors
+        return grad.new_zeros(ctx.lines, grad.shape[1]).index_copy_(0, source, grad.index_select(0, destination)), None, None, None

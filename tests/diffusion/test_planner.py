@@ -77,6 +77,11 @@ def test_rows_are_at_least_half_full(seed: int) -> None:
     assert pack(loads, budget, num_ranks).num_rows <= 2 * total / budget + 2 * num_ranks
 
 
+def test_the_longest_goes_first() -> None:
+    plan = pack([Load("a", 0, 4), Load("b", 0, 5), Load("c", 0, 9)], budget=9)
+    assert sorted(sorted(row) for row in rows_of(plan)) == [[0, 1], [2]]
+
+
 def test_the_length_is_no_longer_than_needed() -> None:
     plan = pack([Load("a", 0, 7), Load("b", 0, 3)], budget=1000, num_ranks=2, multiple_of=4)
     assert plan.length == 8 and plan.ranks == (((0,),), ((1,),))

@@ -72,7 +72,8 @@ def test_a_step_says_what_happened() -> None:
     assert 0 < metrics["rollout/reward"] <= metrics["rollout/raw_reward"] < 1
     assert 0 < metrics["rollout/learned_ratio"] <= 1
     assert 1 <= metrics["rollout/response_len/mean"] <= 9
-    assert 1 <= metrics["rollout/tokens_per_step"] <= 4 and metrics["rollout/tokens_per_forward"] == metrics["rollout/tokens_per_step"]
+    assert 0.25 < metrics["rollout/tokens_per_step"] <= 4  # below 1 is possible: steps on the rest of the terminal block count, its tokens do not
+    assert metrics["rollout/tokens_per_forward"] == metrics["rollout/tokens_per_step"]
     assert metrics["train/updates"] == 2 and metrics["train/targets"] > 48
     assert metrics["train/train_rollout_logprob_abs_diff"] < 1e-5
     assert metrics["train/ratio"] == pytest.approx(1, abs=0.05) and metrics["train/k3"] >= 0
@@ -100,21 +101,19 @@ def test_a_run_repeats() -> None:
 
 def test_a_resumed_run_draws_what_the_next_step_would_have_drawn() -> None:
     """Without learning, so that only the place in the run matters."""
-    whole, resumed = make_trainer(Always(True)), make_trainer(Always(True), step_index=1)
+    whole, resumed = make_trainer(Always(False)), make_trainer(Always(False), step_index=1)
     whole.step(quiet())
     assert comparable(whole.step(quiet())) == comparable(resumed.step(quiet()))
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_nothing_is_learned_where_all_are_alike(value: bool) -> None:
-    trainer = make_trainer(Always(value), rl=dataclasses.replace(RL, min_group_accuracy=0.0, max_group_accuracy=1.0), rollout=dataclasses.replace(ROLLOUT, rollout_max_response_len=40))
+@pytest.mark.parametrize("band", [dict(), dict(min_group_accuracy=0.0, max_group_accuracy=1.0)])
+def test_nothing_is_learned_where_all_are_alike(band: dict) -> None:
+    trainer = make_trainer(Always(False), rl=dataclasses.replace(RL, **band))
     before = weights(trainer)
     metrics = trainer.step(quiet())
-    if metrics["rollout/truncated_ratio"] == 0 or not value:
-        assert metrics["rollout/learned_ratio"] == 0 and not any(name.startswith("train/") for name in metrics)
-        assert all(torch.equal(before[name], after) for name, after in weights(trainer).items())
-    assert trainer.step_index == 1
-    assert metrics["rollout/raw_reward"] == float(value)
+    assert metrics["rollout/learned_ratio"] == 0 and not any(name.startswith("train/") for name in metrics)
+    assert all(torch.equal(before[name], after) for name, after in weights(trainer).items())
+    assert trainer.step_index == 1 and metrics["rollout/raw_reward"] == 0
 
 
 def test_truncated_responses_earn_nothing() -> None:

@@ -104,7 +104,7 @@ def test_masks_are_drawn_anew_at_every_step_and_for_every_seed() -> None:
 
 
 def test_a_sample_that_comes_twice_has_two_masks() -> None:
-    sample = samples()[8]
+    sample = samples()[3]  # its response is the longest
     (first, second), _ = masks([sample, sample], 1)
     assert first != second
 

@@ -1,0 +1,137 @@
+"""The commands as a person starts them: one small run from data to a better model, and mistakes told in a sentence."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dlm.data.train_tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = (
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --block-size 4 --max-position-embeddings 256 "
+    "--init-method-std 0.2 --rotary-base 10000"
+).split()
+
+
+def command(*words: object, expect: int = 0, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python -m megatron_dlm ...` in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_dlm", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Sums of two digits, a tokenizer, and a short fine-tuning run on them."""
+    folder = tmp_path_factory.mktemp("commands")
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    sft = [{"question": f"{a}+{b}=", "response": f"\\boxed{{{a + b}}}"} for a, b in pairs]
+    prompts = [{"question": f"{a}+{b}=", "ground_truth_answer": str(a + b)} for a, b in pairs]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sft))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in prompts))
+    train_tokenizer([record["question"] + record["response"] for record in sft], 270, folder / "tokenizer", ["\\boxed{", "}"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data) -> tuple[Path, subprocess.CompletedProcess]:
+    result = command(
+        "sft", *MODEL, "--tokenizer-model", data / "tokenizer", "--data-path", data / "sft.jsonl", "--train-iters", 60, "--global-batch-size", 32,
+        "--lr", 5e-3, "--save", data / "ckpt", "--log-interval", 20, "--metrics-jsonl", data / "sft-metrics.jsonl", "--seed", 1,
+    )
+    return data, result
+
+
+def test_sft_learns_logs_and_saves(trained) -> None:
+    data, result = trained
+    records = lines(data / "sft-metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 61))
+    assert records[-1]["train/nll"] < 0.5 * records[0]["train/nll"]
+    assert "iteration       20/      60" in result.stdout and "lm loss" in result.stdout
+    assert (data / "ckpt" / "latest_checkpointed_iteration.txt").read_text().strip() == "60"
+    assert (data / "ckpt" / "iter_0000060").is_dir()
+
+
+def test_evaluate_prints_a_table(trained) -> None:
+    data, _ = trained
+    result = command(
+        "evaluate", *MODEL, "--tokenizer-model", data / "tokenizer", "--load", data / "ckpt", "--eval-prompt-data", data / "prompts.jsonl",
+        "--eval-num-prompts", 20, "--eval-remasking", "dynamic", "static", "--rollout-max-response-len", 12, "--rollout-max-prompt-len", 32,
+        "--metrics-jsonl", data / "eval.jsonl", "--reward-workers", 1,
+    )
+    (record,) = lines(data / "eval.jsonl")
+    assert record["step"] == 60
+    for way in ("dynamic", "static"):
+        assert record[f"eval/{way}/responses"] == 20 and 0 <= record[f"eval/{way}/accuracy"] <= 1
+    shown = [line.split() for line in result.stdout.splitlines() if line.startswith("ckpt")]
+    assert [row[1] for row in shown] == ["dynamic", "static"]
+    assert float(shown[0][2].rstrip("%")) == pytest.approx(100 * record["eval/dynamic/accuracy"], abs=0.051)
+
+
+def test_tracerl_runs_and_resumes(trained) -> None:
+    """Two steps with wandb offline and an evaluation, from the checkpoint; then a third from what was saved."""
+    data, _ = trained
+    flags = [
+        *MODEL, "--tokenizer-model", data / "tokenizer", "--prompt-data", data / "prompts.jsonl", "--rollout-batch-size", 8, "--n-samples-per-prompt", 8,
+        "--rollout-max-response-len", 16, "--rollout-max-prompt-len", 32, "--num-steps-per-rollout", 2, "--max-group-accuracy", 1.0, "--min-group-accuracy", 0.0, "--lr", 1e-4,
+        "--save", data / "rl", "--metrics-jsonl", data / "rl.jsonl", "--reward-workers", 1,
+    ]  # fmt: skip
+    command(
+        "tracerl", *flags, "--num-rollout", 2, "--load", data / "ckpt", "--finetune", "--eval-prompt-data", data / "prompts.jsonl", "--eval-interval", 2,
+        "--eval-num-prompts", 8, "--wandb-project", "test", "--wandb-save-dir", data / "wandb", WANDB_MODE="offline",
+    )
+    records = {record["step"]: record for record in lines(data / "rl.jsonl") if "rollout/reward" in record}
+    assert sorted(records) == [1, 2]
+    learned = [record for record in records.values() if record["rollout/learned_ratio"] > 0]
+    assert learned, "no group had right and wrong answers"
+    for record in records.values():
+        assert all(math.isfinite(value) for value in record.values())
+        assert 0 <= record["rollout/reward"] <= record["rollout/raw_reward"] <= 1
+    for record in learned:
+        assert record["train/train_rollout_logprob_abs_diff"] < 1e-4 and record["train/updates"] == 2
+    assert any("eval/dynamic/accuracy" in record for record in lines(data / "rl.jsonl"))
+    assert list((data / "wandb").glob("wandb/offline-run-*/*.wandb"))
+    command("tracerl", *flags, "--num-rollout", 3, "--load", data / "rl")
+    assert [record["step"] for record in lines(data / "rl.jsonl") if "rollout/reward" in record] == [1, 2, 3]
+    assert (data / "rl" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["slt"], "There is no command 'slt'. Did you mean sft?"),
+    (["sft", "--learning-rate", "1"], "--learning-rate"),
+    (["sft", "--lr", "fast"], "--lr needs a number, not 'fast'"),
+    (["sft"], "--tokenizer-model is not set"),
+    (["sft", "--tokenizer-model", "nowhere"], "There is no tokenizer.json in nowhere"),
+    (["evaluate"], "--load is not set"),
+    (["tracerl", "--config", "nowhere.yaml"], "nowhere.yaml"),
+])  # fmt: skip
+def test_a_mistake_is_told_in_one_sentence(words: list[str], sentence: str) -> None:
+    result = command(*words, expect=2)
+    message = result.stderr.strip().splitlines()
+    assert len(message) == 1 and sentence in message[0], result.stderr
+    assert "Traceback" not in result.stderr and not result.stdout
+
+
+def test_a_mistake_in_the_sizes_of_the_model(data) -> None:
+    result = command(
+        "sft", *MODEL, "--tensor-model-parallel-size", 3, "--tokenizer-model", data / "tokenizer", "--data-path", data / "sft.jsonl", expect=2
+    )
+    assert "--tensor-model-parallel-size 3" in result.stderr.strip().splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_help_lists_commands_and_flags() -> None:
+    assert "tracerl" in command("--help").stdout
+    assert "--train-iters" in command("sft", "--help").stdout
