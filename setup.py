@@ -1,4 +1,5 @@
 """Package metadata. Optional packages are extras; none of them is imported unless it is asked for."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup

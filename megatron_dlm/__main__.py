@@ -1,4 +1,5 @@
 """`python -m megatron_dlm COMMAND ...` and the console script `megatron-dlm`."""
+
 from __future__ import annotations
 
 import importlib
@@ -17,7 +18,11 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: megatron-dlm COMMAND [--config FILE.yaml] [flags]", "", "commands:"]
-    return "\n".join(lines + [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()] + ["", "megatron-dlm COMMAND --help lists its flags."])
+    return "\n".join(
+        lines
+        + [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+        + ["", "megatron-dlm COMMAND --help lists its flags."]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         if argv[0] not in COMMANDS:
-            raise ConfigError(f"There is no command {argv[0]!r}. {suggest(argv[0], COMMANDS, 'Use one of: ' + ', '.join(COMMANDS) + '.')}")
+            raise ConfigError(
+                f"There is no command {argv[0]!r}. {suggest(argv[0], COMMANDS, 'Use one of: ' + ', '.join(COMMANDS) + '.')}"
+            )
         importlib.import_module(f"megatron_dlm.commands.{argv[0]}").main(argv[1:])
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -139,7 +139,6 @@ def _serve_nursery() -> None:
 
     if not platform.is_cuda():  # a process that has touched CUDA cannot be forked
         platform.install()
-    import megatron_dlm.parallel.groups
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers

@@ -1,4 +1,5 @@
 """The commands as a person starts them: one small run from data to a better model, and mistakes told in a sentence."""
+
 from __future__ import annotations
 
 import json
@@ -14,17 +15,25 @@ from megatron_dlm.data.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = (
-    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --block-size 4 --max-position-embeddings 256 "
-    "--init-method-std 0.2 --rotary-base 10000"
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --block-size 4 "
+    "--max-position-embeddings 2048 --init-method-std 0.2 --rotary-base 10000"
 ).split()
 
 
 def command(*words: object, expect: int = 0, **environment: str) -> subprocess.CompletedProcess:
     """Run `python -m megatron_dlm ...` in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "megatron_dlm", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+        [sys.executable, "-m", "megatron_dlm", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+    )
     assert result.returncode == expect, result.stdout + result.stderr
     return result
 
@@ -42,15 +51,35 @@ def data(tmp_path_factory) -> Path:
     prompts = [{"question": f"{a}+{b}=", "ground_truth_answer": str(a + b)} for a, b in pairs]
     (folder / "sft.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sft))
     (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in prompts))
-    train_tokenizer([record["question"] + record["response"] for record in sft], 270, folder / "tokenizer", ["\\boxed{", "}"])
+    train_tokenizer(
+        [record["question"] + record["response"] for record in sft], 270, folder / "tokenizer", ["\\boxed{", "}"]
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(data) -> tuple[Path, subprocess.CompletedProcess]:
     result = command(
-        "sft", *MODEL, "--tokenizer-model", data / "tokenizer", "--data-path", data / "sft.jsonl", "--train-iters", 60, "--global-batch-size", 32,
-        "--lr", 5e-3, "--save", data / "ckpt", "--log-interval", 20, "--metrics-jsonl", data / "sft-metrics.jsonl", "--seed", 1,
+        "sft",
+        *MODEL,
+        "--tokenizer-model",
+        data / "tokenizer",
+        "--data-path",
+        data / "sft.jsonl",
+        "--train-iters",
+        60,
+        "--global-batch-size",
+        32,
+        "--lr",
+        5e-3,
+        "--save",
+        data / "ckpt",
+        "--log-interval",
+        20,
+        "--metrics-jsonl",
+        data / "sft-metrics.jsonl",
+        "--seed",
+        1,
     )
     return data, result
 
@@ -68,9 +97,27 @@ def test_sft_learns_logs_and_saves(trained) -> None:
 def test_evaluate_prints_a_table(trained) -> None:
     data, _ = trained
     result = command(
-        "evaluate", *MODEL, "--tokenizer-model", data / "tokenizer", "--load", data / "ckpt", "--eval-prompt-data", data / "prompts.jsonl",
-        "--eval-num-prompts", 20, "--eval-remasking", "dynamic", "static", "--rollout-max-response-len", 12, "--rollout-max-prompt-len", 32,
-        "--metrics-jsonl", data / "eval.jsonl", "--reward-workers", 1,
+        "evaluate",
+        *MODEL,
+        "--tokenizer-model",
+        data / "tokenizer",
+        "--load",
+        data / "ckpt",
+        "--eval-prompt-data",
+        data / "prompts.jsonl",
+        "--eval-num-prompts",
+        20,
+        "--eval-remasking",
+        "dynamic",
+        "static",
+        "--rollout-max-response-len",
+        12,
+        "--rollout-max-prompt-len",
+        32,
+        "--metrics-jsonl",
+        data / "eval.jsonl",
+        "--reward-workers",
+        1,
     )
     (record,) = lines(data / "eval.jsonl")
     assert record["step"] == 60
@@ -85,13 +132,53 @@ def test_tracerl_runs_and_resumes(trained) -> None:
     """Two steps with wandb offline and an evaluation, from the checkpoint; then a third from what was saved."""
     data, _ = trained
     flags = [
-        *MODEL, "--tokenizer-model", data / "tokenizer", "--prompt-data", data / "prompts.jsonl", "--rollout-batch-size", 8, "--n-samples-per-prompt", 8,
-        "--rollout-max-response-len", 16, "--rollout-max-prompt-len", 32, "--num-steps-per-rollout", 2, "--max-group-accuracy", 1.0, "--min-group-accuracy", 0.0, "--lr", 1e-4,
-        "--save", data / "rl", "--metrics-jsonl", data / "rl.jsonl", "--reward-workers", 1,
-    ]  # fmt: skip
+        *MODEL,
+        "--tokenizer-model",
+        data / "tokenizer",
+        "--prompt-data",
+        data / "prompts.jsonl",
+        "--rollout-batch-size",
+        8,
+        "--n-samples-per-prompt",
+        8,
+        "--rollout-max-response-len",
+        16,
+        "--rollout-max-prompt-len",
+        32,
+        "--num-steps-per-rollout",
+        2,
+        "--max-group-accuracy",
+        1.0,
+        "--min-group-accuracy",
+        0.0,
+        "--lr",
+        1e-4,
+        "--save",
+        data / "rl",
+        "--metrics-jsonl",
+        data / "rl.jsonl",
+        "--reward-workers",
+        1,
+    ]
     command(
-        "tracerl", *flags, "--num-rollout", 2, "--load", data / "ckpt", "--finetune", "--eval-prompt-data", data / "prompts.jsonl", "--eval-interval", 2,
-        "--eval-num-prompts", 8, "--wandb-project", "test", "--wandb-save-dir", data / "wandb", WANDB_MODE="offline",
+        "tracerl",
+        *flags,
+        "--num-rollout",
+        2,
+        "--load",
+        data / "ckpt",
+        "--finetune",
+        "--eval-prompt-data",
+        data / "prompts.jsonl",
+        "--eval-interval",
+        2,
+        "--eval-num-prompts",
+        8,
+        "--wandb-project",
+        "test",
+        "--wandb-save-dir",
+        data / "wandb",
+        WANDB_MODE="offline",
     )
     records = {record["step"]: record for record in lines(data / "rl.jsonl") if "rollout/reward" in record}
     assert sorted(records) == [1, 2]
@@ -109,15 +196,18 @@ def test_tracerl_runs_and_resumes(trained) -> None:
     assert (data / "rl" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["slt"], "There is no command 'slt'. Did you mean sft?"),
-    (["sft", "--learning-rate", "1"], "--learning-rate"),
-    (["sft", "--lr", "fast"], "--lr needs a number, not 'fast'"),
-    (["sft"], "--tokenizer-model is not set"),
-    (["sft", "--tokenizer-model", "nowhere"], "There is no tokenizer.json in nowhere"),
-    (["evaluate"], "--load is not set"),
-    (["tracerl", "--config", "nowhere.yaml"], "nowhere.yaml"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["slt"], "There is no command 'slt'. Did you mean sft?"),
+        (["sft", "--learning-rate", "1"], "--learning-rate"),
+        (["sft", "--lr", "fast"], "--lr needs a number, not 'fast'"),
+        (["sft"], "--tokenizer-model is not set"),
+        (["sft", "--tokenizer-model", "nowhere"], "There is no tokenizer.json in nowhere"),
+        (["evaluate"], "--load is not set"),
+        (["tracerl", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
 def test_a_mistake_is_told_in_one_sentence(words: list[str], sentence: str) -> None:
     result = command(*words, expect=2)
     message = result.stderr.strip().splitlines()
@@ -127,9 +217,19 @@ def test_a_mistake_is_told_in_one_sentence(words: list[str], sentence: str) -> N
 
 def test_a_mistake_in_the_sizes_of_the_model(data) -> None:
     result = command(
-        "sft", *MODEL, "--tensor-model-parallel-size", 3, "--tokenizer-model", data / "tokenizer", "--data-path", data / "sft.jsonl", expect=2
+        "sft",
+        *MODEL,
+        "--tensor-model-parallel-size",
+        3,
+        "--tokenizer-model",
+        data / "tokenizer",
+        "--data-path",
+        data / "sft.jsonl",
+        expect=2,
     )
-    assert "--tensor-model-parallel-size 3" in result.stderr.strip().splitlines()[-1] and "Traceback" not in result.stderr
+    assert (
+        "--tensor-model-parallel-size 3" in result.stderr.strip().splitlines()[-1] and "Traceback" not in result.stderr
+    )
 
 
 def test_help_lists_commands_and_flags() -> None:

@@ -1,8 +1,9 @@
 """A tiny block-diffusion model in the process of the test, and an attention that needs nothing of ours.
 
-The vocabulary is that of tests/diffusion/oracles.py: 50 ordinary tokens, a mask and a padding token. Weights are drawn wide and the norms are not ones, so
-that distributions are far from flat and no gradient is zero by accident.
+The vocabulary is that of tests/diffusion/oracles.py: 50 ordinary tokens, a mask and a padding token. Weights are drawn
+wide and the norms are not ones, so that distributions are far from flat and no gradient is zero by accident.
 """
+
 from __future__ import annotations
 
 import functools
@@ -33,8 +34,17 @@ def model_config(block_size: int = 4, **changes: object) -> ModelConfig:
     from megatron_dlm.model.shape import resolve
 
     sizes = dict(
-        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=8, max_position_embeddings=256,
-        rotary_base=1e4, make_vocab_size_divisible_by=PADDED, init_method_std=0.3, block_size=block_size,
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=8,
+        max_position_embeddings=256,
+        rotary_base=1e4,
+        make_vocab_size_divisible_by=PADDED,
+        init_method_std=0.3,
+        block_size=block_size,
     )
     return resolve(ModelConfig(**sizes | changes), PAD_ID + 1)
 
@@ -53,11 +63,15 @@ def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: obj
 
     config = model_config(**changes)
     with platform.cuda_calls_on_cpu():
-        model = BlockDiffusionModel(transformer_config(config, ParallelConfig(), dtype=dtype), model_shape(config), groups.pg_collection)
+        model = BlockDiffusionModel(
+            transformer_config(config, ParallelConfig(), dtype=dtype), model_shape(config), groups.pg_collection
+        )
     return disturb(model, seed).to(platform.device())
 
 
-def make_state(dtype: torch.dtype = torch.float64, seed: int = 0, optimizer=None, train_iters: int = 100, **changes: object):
+def make_state(
+    dtype: torch.dtype = torch.float64, seed: int = 0, optimizer=None, train_iters: int = 100, **changes: object
+):
     """The same model as a TrainState; float64 models have no optimizer."""
     groups = one_process()
     from megatron_dlm.model.block_diffusion import BlockDiffusionModel
@@ -68,7 +82,9 @@ def make_state(dtype: torch.dtype = torch.float64, seed: int = 0, optimizer=None
     megatron = transformer_config(config, ParallelConfig(), dtype=dtype)
 
     def build(pre_process: bool, post_process: bool, vp_stage: int | None):
-        model = BlockDiffusionModel(megatron, model_shape(config), groups.pg_collection, pre_process, post_process, vp_stage)
+        model = BlockDiffusionModel(
+            megatron, model_shape(config), groups.pg_collection, pre_process, post_process, vp_stage
+        )
         return disturb(model, seed)
 
     return TrainState.build(build, megatron, optimizer, ParallelConfig(), groups, train_iters)
@@ -110,7 +126,7 @@ def explicit_logits(model, tokens: Tensor, position: Tensor, mask: Tensor, slots
 
 
 def allowed_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities [N, 52] of the policy, by leaving the forbidden columns out before the softmax; -inf at the mask."""
+    """Log-probabilities [N, 52] of the policy: forbidden columns are left out before the softmax; -inf at the mask."""
     allowed = [token for token in range(PAD_ID + 1) if token != MASK_ID]
     full = torch.full((logits.shape[0], PAD_ID + 1), float("-inf"), dtype=logits.dtype, device=logits.device)
     full[:, allowed] = torch.log_softmax(logits[:, allowed] / temperature, dim=-1)
@@ -126,7 +142,9 @@ def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest ||difference|| / ||gradient|| over the parameters; no gradient may vanish."""
     assert one.keys() == other.keys()
-    assert all(value.norm() > 0 for value in other.values()), [name for name, value in other.items() if value.norm() == 0]
+    assert all(value.norm() > 0 for value in other.values()), [
+        name for name, value in other.items() if value.norm() == 0
+    ]
     return max(((one[name] - other[name]).norm() / other[name].norm()).item() for name in other)
 
 

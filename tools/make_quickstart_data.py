@@ -3,6 +3,7 @@
 
 See megatron_dlm/data/quickstart.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -11,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from megatron_dlm.config.errors import UserError  # noqa: E402
-from megatron_dlm.data import quickstart  # noqa: E402
+from megatron_dlm.config.errors import UserError
+from megatron_dlm.data import quickstart
 
 
 def main() -> int:
@@ -31,9 +32,10 @@ def main() -> int:
         help=f"default: {quickstart.DEFAULT_SUMS} sums, or all of --source that is not held out",
     )
     parser.add_argument("--num-test", type=int, default=500)
+    parser.add_argument("--num-sft", type=int, help="supervised samples; default: as many as prompts")
     args = parser.parse_args()
     try:
-        print(quickstart.make(args.output, args.source, args.seed, args.num_train, args.num_test))
+        print(quickstart.make(args.output, args.source, args.seed, args.num_train, args.num_test, args.num_sft))
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """What examples/quickstart.sh shows at its end: the before/after table and the reward curve. The logic is in megatron_dlm/evaluation/report.py."""
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_dlm.config.errors import UserError  # noqa: E402
-from megatron_dlm.evaluation.report import minutes_of, quickstart_table, reward_curve  # noqa: E402
+from megatron_dlm.config.errors import UserError
+from megatron_dlm.evaluation.report import minutes_of, quickstart_table, reward_curve
 
 
 def main(argv: list[str]) -> int:

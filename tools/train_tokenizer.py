@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """Train a byte-level BPE tokenizer on text or JSON-lines files. See megatron_dlm/data/train_tokenizer.py."""
+
 from __future__ import annotations
 
 import argparse
@@ -8,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from megatron_dlm.config.errors import UserError  # noqa: E402
-from megatron_dlm.data.train_tokenizer import texts_of, train_tokenizer  # noqa: E402
+from megatron_dlm.config.errors import UserError
+from megatron_dlm.data.train_tokenizer import texts_of, train_tokenizer
 
 
 def main() -> int:

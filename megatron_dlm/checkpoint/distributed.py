@@ -14,6 +14,7 @@ Invariants (tests/checkpoint/test_distributed.py):
   - training that is saved and loaded goes on exactly as if it had not been, in the same layout or another;
   - a failed save leaves the previous checkpoint whole and used.
 """
+
 from __future__ import annotations
 
 import json
@@ -48,10 +49,14 @@ def latest_iteration(directory: str | Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise CheckpointError(f"{Path(directory) / LATEST} does not hold an iteration number; it was not written by a finished save.") from error
+        raise CheckpointError(
+            f"{Path(directory) / LATEST} does not hold an iteration number; it was not written by a finished save."
+        ) from error
 
 
-def save(state: TrainState, directory: str | Path, iteration: int, extra: dict[str, Any], with_optimizer: bool = True) -> None:
+def save(
+    state: TrainState, directory: str | Path, iteration: int, extra: dict[str, Any], with_optimizer: bool = True
+) -> None:
     """Write a checkpoint. Collective.
 
     Args:
@@ -71,7 +76,9 @@ def save(state: TrainState, directory: str | Path, iteration: int, extra: dict[s
         with platform.cuda_calls_on_cpu():
             content["optimizer"] = optimizer_state.to_save(state.optimizer, _model_content(state), _metadata(state))
         content["scheduler"] = state.scheduler.state_dict()
-    content["run"] = json.dumps({"iteration": iteration, "optimizer": optimizer_kind, "extra": extra})
+    content["run"] = json.dumps(
+        {"iteration": iteration, "updates": state.iteration, "optimizer": optimizer_kind, "extra": extra}
+    )
     with platform.cuda_calls_on_cpu():
         dist_checkpointing.save(content, str(partial))
     dist.barrier()
@@ -81,10 +88,12 @@ def save(state: TrainState, directory: str | Path, iteration: int, extra: dict[s
     dist.barrier()
 
 
-def load(state: TrainState, directory: str | Path, iteration: int | None = None, with_optimizer: bool = True) -> dict[str, Any]:
+def load(
+    state: TrainState, directory: str | Path, iteration: int | None = None, with_optimizer: bool = True
+) -> dict[str, Any]:
     """Read a checkpoint into the state: weights, and with the optimizer also its state, its place in the schedule, and `state.iteration`. Collective.
 
-    Without the optimizer the weights alone are read; iteration and schedule stay as they are.
+    Without the optimizer the weights and `state.iteration` are read; the schedule stays as it is.
 
     Returns:
         The `extra` that was saved.
@@ -108,9 +117,9 @@ def load(state: TrainState, directory: str | Path, iteration: int | None = None,
             optimizer_state.put(state.optimizer, loaded["optimizer"])
             state.scheduler.num_steps = 0  # megatron-core adds the stored steps to those already taken
             state.scheduler.load_state_dict(loaded["scheduler"])
-            state.iteration = run["iteration"]
         elif state.optimizer is not None:
             state.optimizer.reload_model_params()  # the fp32 master copies follow the new weights
+    state.iteration = run["updates"]
     return run["extra"]
 
 
@@ -125,7 +134,10 @@ def _metadata(state: TrainState) -> dict[str, Any]:
 def _model_content(state: TrainState) -> dict[str, Any]:
     """Sharded state of each chunk. Names inside are those of the whole model, so that the number of chunks may change."""
     metadata = _metadata(state)
-    return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(state.unwrapped_chunks())}
+    return {
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(state.unwrapped_chunks())
+    }
 
 
 def _find(state: TrainState, directory: str | Path, iteration: int | None) -> Path:
@@ -144,14 +156,20 @@ def _find(state: TrainState, directory: str | Path, iteration: int | None) -> Pa
 
 def _find_here(directory: Path, iteration: int | None) -> Path:
     if not directory.is_dir():
-        raise CheckpointError(f"There is no checkpoint folder {directory}. Give --load a folder that a run wrote with --save.")
+        raise CheckpointError(
+            f"There is no checkpoint folder {directory}. Give --load a folder that a run wrote with --save."
+        )
     if iteration is None:
         iteration = latest_iteration(directory)
     if iteration is None:
-        raise CheckpointError(f"{directory} holds no finished checkpoint ({LATEST} is missing). Give --load a folder that a run wrote with --save.")
+        raise CheckpointError(
+            f"{directory} holds no finished checkpoint ({LATEST} is missing). Give --load a folder that a run wrote with --save."
+        )
     folder = iteration_folder(directory, iteration)
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise CheckpointError(f"{folder} is missing or not a whole checkpoint. Choose another iteration of {directory}.")
+        raise CheckpointError(
+            f"{folder} is missing or not a whole checkpoint. Choose another iteration of {directory}."
+        )
     return folder
 
 
@@ -164,7 +182,9 @@ def _check_fit(content: dict[str, Any], folder: Path) -> None:
             if not isinstance(tensor, ShardedTensor):
                 continue
             if tensor.key not in stored:
-                raise CheckpointError(f"The checkpoint {folder} has no weight {tensor.key}, which this model needs. It was written by another architecture.")
+                raise CheckpointError(
+                    f"The checkpoint {folder} has no weight {tensor.key}, which this model needs. It was written by another architecture."
+                )
             there = tuple(stored[tensor.key].global_shape)
             if there != tuple(tensor.global_shape):
                 raise CheckpointError(
@@ -175,9 +195,13 @@ def _check_fit(content: dict[str, Any], folder: Path) -> None:
 
 def _check_optimizer(stored: str | None, wanted: str, folder: Path) -> None:
     if stored is None:
-        raise CheckpointError(f"The checkpoint {folder} holds no optimizer state. Load it with --no-load-optim or --finetune.")
+        raise CheckpointError(
+            f"The checkpoint {folder} holds no optimizer state. Load it with --no-load-optim or --finetune."
+        )
     if stored != wanted:
-        raise CheckpointError(f"The checkpoint {folder} was written by the optimizer '{stored}', and this run uses '{wanted}'. Use the same, or --no-load-optim.")
+        raise CheckpointError(
+            f"The checkpoint {folder} was written by the optimizer '{stored}', and this run uses '{wanted}'. Use the same, or --no-load-optim."
+        )
 
 
 def _put_in_place(partial: Path, final: Path) -> None:

@@ -7,6 +7,7 @@ which are set right here, around its calls and without changing it:
     (the other optimizers do not store a step of 0: it is put back);
   - one `step` tensor is then shared by all parameters, and Adam, which counts in place, would count once per parameter: each gets its own.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,7 +25,16 @@ def kind(optimizer: MegatronOptimizer) -> str:
     first = _parts(optimizer)[0]
     distributed = isinstance(first, DistributedOptimizer)
     mixed = not distributed and first.config.bf16
-    return " ".join(word for word, holds in (("expert-parallel", len(_parts(optimizer)) > 1), ("distributed", distributed), ("mixed", mixed), (first.config.optimizer, True)) if holds)
+    return " ".join(
+        word
+        for word, holds in (
+            ("expert-parallel", len(_parts(optimizer)) > 1),
+            ("distributed", distributed),
+            ("mixed", mixed),
+            (first.config.optimizer, True),
+        )
+        if holds
+    )
 
 
 def to_save(optimizer: MegatronOptimizer, model: dict[str, Any], metadata: dict[str, Any]) -> Any:
@@ -62,7 +72,11 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 def _torch_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Those that drive one of torch's optimizers."""
-    return [part for part in _parts(optimizer) if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD))]
+    return [
+        part
+        for part in _parts(optimizer)
+        if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD))
+    ]
 
 
 def _make_state(optimizer: MegatronOptimizer) -> None:

@@ -1,4 +1,5 @@
 """What the commands share: the order in which a run is put together and taken down."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -52,7 +53,9 @@ def longest_response(rollout: RolloutConfig, evaluation: EvalConfig | None) -> i
     return max(rollout.rollout_max_response_len, (evaluation and evaluation.eval_max_response_len) or 0)
 
 
-def checkpointer(state, checkpoint: CheckpointConfig, extra: Callable[[], dict], say: Callable[[str], None]) -> Callable[[int, bool], None]:
+def checkpointer(
+    state, checkpoint: CheckpointConfig, extra: Callable[[], dict], say: Callable[[str], None]
+) -> Callable[[int, bool], None]:
     """save(step, force): writes a checkpoint when --save-interval says so, always with `force`, never the same step twice."""
     from megatron_dlm.checkpoint import distributed
 

@@ -1,7 +1,15 @@
 """`megatron-dlm evaluate`: accuracy, length and speed on held-out prompts."""
+
 from __future__ import annotations
 
-from megatron_dlm.commands.common import longest_prompt, longest_response, prepare_process, restore, running, settings_of
+from megatron_dlm.commands.common import (
+    longest_prompt,
+    longest_response,
+    prepare_process,
+    restore,
+    running,
+    settings_of,
+)
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick
@@ -30,14 +38,22 @@ def main(argv: list[str]) -> None:
         session = Session.open(config["model"], config["parallel"], words, config["run"].seed)
         check_eval(evaluation, rollout, session.model)
         prompts, _ = load_prompts(
-            evaluation.eval_prompt_data, session.tokenizer, words.prompt_template, words.apply_chat_template, rollout.rollout_max_prompt_len
+            evaluation.eval_prompt_data,
+            session.tokenizer,
+            words.prompt_template,
+            words.apply_chat_template,
+            rollout.rollout_max_prompt_len,
         )
         state = session.train_state(None, 1)
         restore(state, config["checkpoint"])
         rig = RolloutRig.open(session, state, rollout, longest_prompt(prompts), longest_response(rollout, evaluation))
-        with make_scorer(config["reward"].reward, config["reward"].reward_workers, config["reward"].reward_timeout) as scorer:
+        with make_scorer(
+            config["reward"].reward, config["reward"].reward_workers, config["reward"].reward_timeout
+        ) as scorer:
             with Report(config["logging"], session.groups.is_main, settings_of(config)) as report:
                 evaluator = Evaluator(rig, scorer, session.tokenizer, prompts, evaluation, rollout, config["run"].seed)
                 metrics = evaluator(report)
                 report.record(state.iteration, metrics)
-                report.say(table([(config["checkpoint"].load.rstrip("/").split("/")[-1], metrics)], evaluation.eval_remasking))
+                report.say(
+                    table([(config["checkpoint"].load.rstrip("/").split("/")[-1], metrics)], evaluation.eval_remasking)
+                )

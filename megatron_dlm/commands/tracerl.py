@@ -1,15 +1,43 @@
 """`megatron-dlm tracerl`: trajectory-aware reinforcement learning."""
+
 from __future__ import annotations
 
-from megatron_dlm.commands.common import checkpointer, longest_prompt, longest_response, prepare_process, restore, running, settings_of
+from megatron_dlm.commands.common import (
+    checkpointer,
+    longest_prompt,
+    longest_response,
+    prepare_process,
+    restore,
+    running,
+    settings_of,
+)
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick
 from megatron_dlm.config.validate_training import (
-    check_checkpoint, check_eval, check_logging, check_optimizer, check_reward, check_rl, check_rollout, check_tokenizer,
+    check_checkpoint,
+    check_eval,
+    check_logging,
+    check_optimizer,
+    check_reward,
+    check_rl,
+    check_rollout,
+    check_tokenizer,
 )
 
-SECTIONS = ("model", "parallel", "tokenizer", "rl", "rollout", "reward", "eval", "optimizer", "checkpoint", "logging", "run")
+SECTIONS = (
+    "model",
+    "parallel",
+    "tokenizer",
+    "rl",
+    "rollout",
+    "reward",
+    "eval",
+    "optimizer",
+    "checkpoint",
+    "logging",
+    "run",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -33,27 +61,56 @@ def main(argv: list[str]) -> None:
         session = Session.open(config["model"], config["parallel"], words, run.seed)
         check_rollout(rollout, session.model)
         check_rl(rl, rollout, session.model)
-        prompts, dropped = load_prompts(rl.prompt_data, session.tokenizer, words.prompt_template, words.apply_chat_template, rollout.rollout_max_prompt_len)
+        prompts, dropped = load_prompts(
+            rl.prompt_data,
+            session.tokenizer,
+            words.prompt_template,
+            words.apply_chat_template,
+            rollout.rollout_max_prompt_len,
+        )
         if len(prompts) < rollout.rollout_batch_size:
-            raise ConfigError(f"--rollout-batch-size {rollout.rollout_batch_size} is more than the {len(prompts)} prompts there are. Lower it, or give more prompts.")
+            raise ConfigError(
+                f"--rollout-batch-size {rollout.rollout_batch_size} is more than the {len(prompts)} prompts there are. Lower it, or give more prompts."
+            )
         held_out = []
         if evaluation.eval_interval is not None:
             check_eval(evaluation, rollout, session.model)
             held_out, _ = load_prompts(
-                evaluation.eval_prompt_data, session.tokenizer, words.prompt_template, words.apply_chat_template, rollout.rollout_max_prompt_len
+                evaluation.eval_prompt_data,
+                session.tokenizer,
+                words.prompt_template,
+                words.apply_chat_template,
+                rollout.rollout_max_prompt_len,
             )
-        updates = rl.num_rollout * (rl.num_steps_per_rollout or -(-rollout.rollout_batch_size * rollout.n_samples_per_prompt // rl.global_batch_size))
+        updates = rl.num_rollout * (
+            rl.num_steps_per_rollout
+            or -(-rollout.rollout_batch_size * rollout.n_samples_per_prompt // rl.global_batch_size)
+        )
         state = session.train_state(config["optimizer"], updates)
         restored = restore(state, config["checkpoint"])
-        rig = RolloutRig.open(session, state, rollout, longest_prompt(prompts, held_out), longest_response(rollout, evaluation))
-        with make_scorer(config["reward"].reward, config["reward"].reward_workers, config["reward"].reward_timeout) as scorer:
+        rig = RolloutRig.open(
+            session, state, rollout, longest_prompt(prompts, held_out), longest_response(rollout, evaluation)
+        )
+        with make_scorer(
+            config["reward"].reward, config["reward"].reward_workers, config["reward"].reward_timeout
+        ) as scorer:
             with Report(config["logging"], session.groups.is_main, settings_of(config)) as report:
-                trainer = TraceRLTrainer(session, state, rig, scorer, prompts, rl, rollout, run.seed, restored.get("rl_step", 0))
-                report.say(f"{len(prompts)} prompts ({dropped.too_long} too long, {dropped.duplicate} duplicate left out); {session.describe(state)}")
-                evaluator = Evaluator(rig, scorer, session.tokenizer, held_out, evaluation, rollout, run.seed) if held_out else None
+                trainer = TraceRLTrainer(
+                    session, state, rig, scorer, prompts, rl, rollout, run.seed, restored.get("rl_step", 0)
+                )
+                report.say(
+                    f"{len(prompts)} prompts ({dropped.too_long} too long, {dropped.duplicate} duplicate left out); {session.describe(state)}"
+                )
+                evaluator = (
+                    Evaluator(rig, scorer, session.tokenizer, held_out, evaluation, rollout, run.seed)
+                    if held_out
+                    else None
+                )
 
                 def evaluate(step: int) -> dict[str, float]:
                     return evaluator(report) if step % evaluation.eval_interval == 0 else {}
 
-                save = checkpointer(state, config["checkpoint"], lambda: {"stage": "tracerl", "rl_step": trainer.step_index}, report.say)
+                save = checkpointer(
+                    state, config["checkpoint"], lambda: {"stage": "tracerl", "rl_step": trainer.step_index}, report.say
+                )
                 trainer.run(report, save, evaluate if evaluator else None)

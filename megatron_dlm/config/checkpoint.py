@@ -1,4 +1,5 @@
 """Where checkpoints go, where they come from, and what of them is used."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Evaluation during and after training: on which prompts, how often, and with which sampling."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -8,6 +8,7 @@ Invariants (tests/config/test_fields.py):
   - a value from a flag (text) and the same value from YAML become equal Python values of the declared type;
   - anything else is refused with one `ConfigError` sentence that names the flag or the YAML key.
 """
+
 from __future__ import annotations
 
 import ast
@@ -24,7 +25,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from megatron_dlm.config.errors import ConfigError
 
 _NOUNS = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping of names to values",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping of names to values",
 }
 
 
@@ -88,7 +93,9 @@ def field_docs(config: type) -> dict[str, str]:
     return {
         node.target.id: " ".join(below.value.value.split())
         for node, below in zip(body, body[1:])
-        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
         and isinstance(below.value.value, str)
     }
 

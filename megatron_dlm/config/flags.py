@@ -11,6 +11,7 @@ Invariants (tests/config/test_flags.py):
   - every mistake of the user is one `ConfigError`; only --help exits;
   - a command cannot be defined with one flag for two fields.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -61,8 +62,14 @@ def build_parser(command: str, sections: dict[str, type]) -> tuple[argparse.Argu
     Raises:
         ValueError: two fields of these sections would have the same flag, or a field has no docstring.
     """
-    parser = _Parser(prog=command, usage=f"{command} [--config FILE.yaml] [flags]", add_help=False, allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS, formatter_class=_Formatter)
+    parser = _Parser(
+        prog=command,
+        usage=f"{command} [--config FILE.yaml] [flags]",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_Formatter,
+    )
     parser.add_argument("-h", "--help", action="help", help="Show this text.")
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the sections below; flags beat it.")
     owners = {"--help": "the parser", "--config": "the parser"}
@@ -134,8 +141,9 @@ def _take_flag(field: Field, text: Any, values: dict[str, Any]) -> None:
         for item in text:
             key, equals, value = item.partition("=")
             if not (key.isidentifier() and equals and value):
-                raise ConfigError(f"{field.flag} {item} is not KEY=VALUE. "
-                                  f"Write for example {field.flag} attention_dropout=0.1.")
+                raise ConfigError(
+                    f"{field.flag} {item} is not KEY=VALUE. Write for example {field.flag} attention_dropout=0.1."
+                )
             merged[key] = yaml_file.parse_value(value, f"{field.flag} {item}")
         values[field.name] = merged
     else:
@@ -149,14 +157,18 @@ def _take_yaml(command: str, path: str, fields: list[Field], values: dict[str, d
         if content is None:  # a heading with all its keys commented out
             continue
         if not isinstance(content, dict):
-            raise ConfigError(f"{section} in {path} needs keys below it, not {content!r}. "
-                              f"Write {section}: and its keys, indented.")
+            raise ConfigError(
+                f"{section} in {path} needs keys below it, not {content!r}. Write {section}: and its keys, indented."
+            )
         known = {field.name: field for field in fields if field.section == section}
         for key, value in content.items():
             if key not in known:
                 elsewhere = [f"{field.section}.{field.name}" for field in fields if field.name == key]
-                hint = f"Did you mean {elsewhere[0]}?" if elsewhere else suggest(
-                    str(key), known, f"The section has {', '.join(known)}.")
+                hint = (
+                    f"Did you mean {elsewhere[0]}?"
+                    if elsewhere
+                    else suggest(str(key), known, f"The section has {', '.join(known)}.")
+                )
                 raise ConfigError(f"The section {section} in {path} has no key {key}. {hint}")
             values[section][key] = from_yaml(known[key].kind, value, f"{section}.{key} in {path}")
 

@@ -1,4 +1,5 @@
 """What a run reports, how often, and where to."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

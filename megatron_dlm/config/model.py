@@ -3,6 +3,7 @@
 A field that is None is filled from the preset, or derived, when the model is built; a field that the user gives always
 beats the preset.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -1,4 +1,5 @@
 """The optimizer and its learning-rate schedule, counted in optimizer steps."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

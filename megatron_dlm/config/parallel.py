@@ -1,4 +1,5 @@
 """How one model is spread over processes. Data parallelism is what is left of the world size."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

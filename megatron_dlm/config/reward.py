@@ -1,4 +1,5 @@
 """How responses are judged."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """TraceRL: its prompts, the size of its updates, and its objective."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ class RLConfig:
     """Responses per update; give this or --num-steps-per-rollout."""
     num_steps_per_rollout: int | None = None
     """Updates per RL step; give this or --global-batch-size."""
-    max_tokens_per_row: int = 1024
+    max_tokens_per_row: int = 4096
     """Token budget of a packed row, noisy copies included."""
     eps_clip: float = 0.2
     """Ratios of new to old policy are clipped below 1 minus this."""

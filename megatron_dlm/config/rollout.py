@@ -1,4 +1,5 @@
 """How responses are generated: how many, how long, and in which order their tokens are unmasked."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

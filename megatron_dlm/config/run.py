@@ -1,4 +1,5 @@
 """What every run has: a seed and a place for its results."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

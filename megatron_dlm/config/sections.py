@@ -3,6 +3,7 @@
 A command names the sections that it reads (`pick`). Two sections may share a field name only if no command reads both
 (`sft` and `rl` do).
 """
+
 from __future__ import annotations
 
 from megatron_dlm.config.checkpoint import CheckpointConfig

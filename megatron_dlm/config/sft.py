@@ -1,4 +1,5 @@
 """Supervised fine-tuning: its data, the size of its steps, and the noise of its objective."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ class SFTConfig:
     """Number of optimizer steps."""
     global_batch_size: int = 128
     """Samples per optimizer step, over all processes."""
-    max_tokens_per_row: int = 1024
+    max_tokens_per_row: int = 4096
     """Token budget of a packed row, noisy copies included."""
-    seq_length: int = 2048
-    """Longest sample in tokens, prompt and response together; longer ones are left out and counted."""
+    seq_length: int | None = None
+    """Longest sample in tokens, prompt and response together; longer ones are left out and counted. The model's positions when it is not given."""
     mask_ratio_per: Literal["block", "sample"] = "block"
     """Draw the noise level once per block, or once per sample."""
     min_mask_ratio: float = 1e-3

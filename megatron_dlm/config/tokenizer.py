@@ -1,4 +1,5 @@
 """Which tokenizer a run uses, and how a question becomes a prompt."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ Pure functions: settings in, nothing out, or one `ConfigError` sentence that nam
 do. They look at values only: no file, no device, no process group. The model's settings must be resolved (preset
 merged) first. The checks of training and generation are in `validate_training`.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +18,9 @@ from megatron_dlm.config.parallel import ParallelConfig
 
 # TransformerConfig's names for what has a flag of its own under another name
 _OTHER_NAMES = {
-    "num_moe_experts": "num_experts", "layernorm_epsilon": "norm_epsilon", "params_dtype": "bf16",
+    "num_moe_experts": "num_experts",
+    "layernorm_epsilon": "norm_epsilon",
+    "params_dtype": "bf16",
     "pipeline_dtype": "bf16",
 }
 
@@ -27,52 +30,85 @@ def check_model(model: ModelConfig) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
         if getattr(model, name) is None:
             raise ConfigError(f"The model has no {flag_name(name)}. Give it, or name a --model-preset.")
-    at_least(model, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-             "kv_channels", "max_position_embeddings", "vocab_size", "make_vocab_size_divisible_by", "num_experts",
-             "moe_router_topk", "moe_ffn_hidden_size", "block_size")
+    at_least(
+        model,
+        1,
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "max_position_embeddings",
+        "vocab_size",
+        "make_vocab_size_divisible_by",
+        "num_experts",
+        "moe_router_topk",
+        "moe_ffn_hidden_size",
+        "block_size",
+    )
     above(model, 0, "rotary_base", "norm_epsilon")
     at_least(model, 0, "init_method_std")
     heads, groups = model.num_attention_heads, model.num_query_groups
     if groups is not None and heads % groups:
-        raise ConfigError(f"--num-query-groups {groups} does not divide the {heads} attention heads of this model. "
-                          f"Use {_divisors(heads)}.")
+        raise ConfigError(
+            f"--num-query-groups {groups} does not divide the {heads} attention heads of this model. "
+            f"Use {_divisors(heads)}."
+        )
     if model.kv_channels is None and model.hidden_size % heads:
-        raise ConfigError(f"--num-attention-heads {heads} does not divide --hidden-size {model.hidden_size}. "
-                          "Give the width of a head with --kv-channels.")
+        raise ConfigError(
+            f"--num-attention-heads {heads} does not divide --hidden-size {model.hidden_size}. "
+            "Give the width of a head with --kv-channels."
+        )
     _check_experts(model)
     _check_overrides(model)
 
 
 def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> None:
     """Refuse a split of the model that does not come out even on `world_size` processes. `model` has been checked."""
-    at_least(parallel, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-             "expert_tensor_parallel_size", "distributed_timeout_minutes")
+    at_least(
+        parallel,
+        1,
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "distributed_timeout_minutes",
+    )
     _check_tensor_parallel(parallel, model)
     stages, layers = parallel.pipeline_model_parallel_size, model.num_layers
     if layers % stages:
-        raise ConfigError(f"--pipeline-model-parallel-size {stages} does not divide the {layers} layers of this model. "
-                          f"Use {_divisors(layers)}.")
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {stages} does not divide the {layers} layers of this model. "
+            f"Use {_divisors(layers)}."
+        )
     _check_expert_parallel(parallel, model)
     _check_world(parallel, world_size)
     for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
         if parallel.overlap_param_gather and not getattr(parallel, name):
-            raise ConfigError(f"--overlap-param-gather needs {flag_name(name)}. "
-                              "Add it, or leave --overlap-param-gather out.")
+            raise ConfigError(
+                f"--overlap-param-gather needs {flag_name(name)}. Add it, or leave --overlap-param-gather out."
+            )
 
 
 def _check_experts(model: ModelConfig) -> None:
     if model.num_experts is None:
         for name in ("moe_router_topk", "moe_ffn_hidden_size"):
             if getattr(model, name) not in (None, model.ffn_hidden_size):  # a resolved dense model may repeat its width
-                raise ConfigError(f"{flag_name(name)} {getattr(model, name)} is for a model with experts. "
-                                  "Give --num-experts too, or leave it out.")
+                raise ConfigError(
+                    f"{flag_name(name)} {getattr(model, name)} is for a model with experts. "
+                    "Give --num-experts too, or leave it out."
+                )
         return
     if model.moe_router_topk is None:
-        raise ConfigError(f"--num-experts {model.num_experts} needs --moe-router-topk, the number of experts that "
-                          "each token goes to.")
+        raise ConfigError(
+            f"--num-experts {model.num_experts} needs --moe-router-topk, the number of experts that each token goes to."
+        )
     if model.moe_router_topk > model.num_experts:
-        raise ConfigError(f"--moe-router-topk {model.moe_router_topk} is more than the {model.num_experts} experts of "
-                          f"this model. Use at most {model.num_experts}.")
+        raise ConfigError(
+            f"--moe-router-topk {model.moe_router_topk} is more than the {model.num_experts} experts of "
+            f"this model. Use at most {model.num_experts}."
+        )
 
 
 def _check_overrides(model: ModelConfig) -> None:
@@ -86,63 +122,90 @@ def _check_overrides(model: ModelConfig) -> None:
 def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
     size, heads = parallel.tensor_model_parallel_size, model.num_attention_heads
     if heads % size:
-        raise ConfigError(f"--tensor-model-parallel-size {size} does not divide the {heads} attention heads of this "
-                          f"model. Use {_divisors(heads)}.")
+        raise ConfigError(
+            f"--tensor-model-parallel-size {size} does not divide the {heads} attention heads of this "
+            f"model. Use {_divisors(heads)}."
+        )
     groups = heads if model.num_query_groups is None else model.num_query_groups
     if groups % size and size % groups:  # more processes than groups works: each group is then kept by several of them
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
-        raise ConfigError(f"--tensor-model-parallel-size {size} neither divides the {groups} query groups of this "
-                          f"model nor is a multiple of them. Use {one_of(fitting)}.")
+        raise ConfigError(
+            f"--tensor-model-parallel-size {size} neither divides the {groups} query groups of this "
+            f"model nor is a multiple of them. Use {one_of(fitting)}."
+        )
     if model.ffn_hidden_size is not None and model.ffn_hidden_size % size:
-        raise ConfigError(f"--tensor-model-parallel-size {size} does not divide --ffn-hidden-size "
-                          f"{model.ffn_hidden_size}. Use {_divisors(math.gcd(heads, model.ffn_hidden_size))}.")
+        raise ConfigError(
+            f"--tensor-model-parallel-size {size} does not divide --ffn-hidden-size "
+            f"{model.ffn_hidden_size}. Use {_divisors(math.gcd(heads, model.ffn_hidden_size))}."
+        )
     multiple = model.make_vocab_size_divisible_by
     padded = multiple if model.vocab_size is None else math.ceil(model.vocab_size / multiple) * multiple
     if padded % size:
-        raise ConfigError(f"--tensor-model-parallel-size {size} does not divide the vocabulary, which is padded to a "
-                          f"multiple of {multiple}. Use --make-vocab-size-divisible-by {math.lcm(multiple, size)}.")
+        raise ConfigError(
+            f"--tensor-model-parallel-size {size} does not divide the vocabulary, which is padded to a "
+            f"multiple of {multiple}. Use --make-vocab-size-divisible-by {math.lcm(multiple, size)}."
+        )
     if parallel.sequence_parallel and size == 1:
-        raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size 2 or more, not 1. "
-                          "Raise it, or leave --sequence-parallel out.")
+        raise ConfigError(
+            "--sequence-parallel needs --tensor-model-parallel-size 2 or more, not 1. "
+            "Raise it, or leave --sequence-parallel out."
+        )
     if model.num_experts is not None and size > 1 and not parallel.sequence_parallel:
-        raise ConfigError(f"A model with experts on --tensor-model-parallel-size {size} needs --sequence-parallel. "
-                          "Add it.")
+        raise ConfigError(
+            f"A model with experts on --tensor-model-parallel-size {size} needs --sequence-parallel. Add it."
+        )
 
 
 def _check_expert_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
-    size, shard, tensor = (parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size,
-                           parallel.tensor_model_parallel_size)
+    size, shard, tensor = (
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+        parallel.tensor_model_parallel_size,
+    )
     if model.num_experts is None:
         if size > 1:
-            raise ConfigError(f"--expert-model-parallel-size {size} needs a model with experts. "
-                              "Use 1, or give --num-experts.")
+            raise ConfigError(
+                f"--expert-model-parallel-size {size} needs a model with experts. Use 1, or give --num-experts."
+            )
         if shard is not None:
-            raise ConfigError(f"--expert-tensor-parallel-size {shard} needs a model with experts. "
-                              "Leave it out, or give --num-experts.")
+            raise ConfigError(
+                f"--expert-tensor-parallel-size {shard} needs a model with experts. "
+                "Leave it out, or give --num-experts."
+            )
         return
     if model.num_experts % size:
-        raise ConfigError(f"--expert-model-parallel-size {size} does not divide the {model.num_experts} experts of "
-                          f"this model. Use {_divisors(model.num_experts)}.")
+        raise ConfigError(
+            f"--expert-model-parallel-size {size} does not divide the {model.num_experts} experts of "
+            f"this model. Use {_divisors(model.num_experts)}."
+        )
     if size == 1 and shard not in (None, tensor):  # megatron-core would never reduce the experts' gradients
-        raise ConfigError(f"--expert-tensor-parallel-size {shard} differs from --tensor-model-parallel-size {tensor} "
-                          f"without expert parallelism. Use {tensor}, or --expert-model-parallel-size 2 or more.")
+        raise ConfigError(
+            f"--expert-tensor-parallel-size {shard} differs from --tensor-model-parallel-size {tensor} "
+            f"without expert parallelism. Use {tensor}, or --expert-model-parallel-size 2 or more."
+        )
     shard = tensor if shard is None else shard
     if model.moe_ffn_hidden_size is not None and model.moe_ffn_hidden_size % shard:
-        raise ConfigError(f"Experts of width {model.moe_ffn_hidden_size} (--moe-ffn-hidden-size) do not split over "
-                          f"{shard} processes. Give an --expert-tensor-parallel-size that divides the width.")
+        raise ConfigError(
+            f"Experts of width {model.moe_ffn_hidden_size} (--moe-ffn-hidden-size) do not split over "
+            f"{shard} processes. Give an --expert-tensor-parallel-size that divides the width."
+        )
 
 
 def _check_world(parallel: ParallelConfig, world_size: int) -> None:
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tensor * stages):
-        raise ConfigError(f"{world_size} processes cannot be split into --tensor-model-parallel-size {tensor} x "
-                          f"--pipeline-model-parallel-size {stages}. Start a multiple of {tensor * stages}.")
+        raise ConfigError(
+            f"{world_size} processes cannot be split into --tensor-model-parallel-size {tensor} x "
+            f"--pipeline-model-parallel-size {stages}. Start a multiple of {tensor * stages}."
+        )
     experts = parallel.expert_model_parallel_size
     shard = tensor if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
     if world_size % (experts * shard * stages):
-        raise ConfigError(f"{world_size} processes cannot be split into --expert-model-parallel-size {experts} x "
-                          f"{shard} processes per expert x {stages} pipeline stages. "
-                          f"Start a multiple of {math.lcm(tensor * stages, experts * shard * stages)}.")
+        raise ConfigError(
+            f"{world_size} processes cannot be split into --expert-model-parallel-size {experts} x "
+            f"{shard} processes per expert x {stages} pipeline stages. "
+            f"Start a multiple of {math.lcm(tensor * stages, experts * shard * stages)}."
+        )
 
 
 def at_least(config: Any, lowest: float, *names: str) -> None:

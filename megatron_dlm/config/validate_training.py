@@ -2,6 +2,7 @@
 
 The rules of these checks are those of `validate`.
 """
+
 from __future__ import annotations
 
 from megatron_dlm.config.checkpoint import CheckpointConfig
@@ -27,14 +28,18 @@ def check_optimizer(optimizer: OptimizerConfig, total_iters: int | None = None) 
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}. Use at most {optimizer.lr}.")
     if optimizer.sgd_momentum and optimizer.optimizer != "sgd":
-        raise ConfigError(f"--sgd-momentum {optimizer.sgd_momentum} does nothing with --optimizer "
-                          f"{optimizer.optimizer}. Leave it out, or use --optimizer sgd.")
+        raise ConfigError(
+            f"--sgd-momentum {optimizer.sgd_momentum} does nothing with --optimizer "
+            f"{optimizer.optimizer}. Leave it out, or use --optimizer sgd."
+        )
     end, name = total_iters, "the run"
     if optimizer.lr_decay_iters is not None:
         end, name = optimizer.lr_decay_iters, "--lr-decay-iters"
     if end is not None and optimizer.lr_warmup_iters >= end:
-        raise ConfigError(f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of {name}, {end} steps. "
-                          f"Use fewer than {end}.")
+        raise ConfigError(
+            f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of {name}, {end} steps. "
+            f"Use fewer than {end}."
+        )
 
 
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:
@@ -54,8 +59,10 @@ def check_logging(logging: LoggingConfig) -> None:
 def check_tokenizer(tokenizer: TokenizerConfig) -> None:
     """Refuse a prompt template that loses the question."""
     if "{question}" not in tokenizer.prompt_template:
-        raise ConfigError(f"--prompt-template {tokenizer.prompt_template!r} does not contain {{question}}. "
-                          f"Write {{question}} where the question goes.")
+        raise ConfigError(
+            f"--prompt-template {tokenizer.prompt_template!r} does not contain {{question}}. "
+            f"Write {{question}} where the question goes."
+        )
 
 
 def check_sft(sft: SFTConfig, model: ModelConfig) -> None:
@@ -65,23 +72,38 @@ def check_sft(sft: SFTConfig, model: ModelConfig) -> None:
     within(sft, 0, 1, "min_mask_ratio", low_open=True)
     at_least(sft, 1, "max_loss_weight")  # below 1 even a fully masked block would be cut
     above(sft, 0, "exit_duration_in_mins")
-    _fits_positions(sft.seq_length, f"--seq-length {sft.seq_length}", model)
+    if sft.seq_length is not None:
+        _fits_positions(sft.seq_length, f"--seq-length {sft.seq_length}", model)
 
 
 def check_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
     """Refuse generation settings that cannot work with this model."""
-    at_least(rollout, 1, "rollout_batch_size", "n_samples_per_prompt", "rollout_max_prompt_len",
-             "rollout_max_response_len", "rollout_block_size", "max_running_requests", "denoising_steps")
+    at_least(
+        rollout,
+        1,
+        "rollout_batch_size",
+        "n_samples_per_prompt",
+        "rollout_max_prompt_len",
+        "rollout_max_response_len",
+        "rollout_block_size",
+        "max_running_requests",
+        "denoising_steps",
+    )
     at_least(rollout, 0, "rollout_temperature", "rollout_top_k")
     within(rollout, 0, 1, "rollout_top_p", "threshold", low_open=True)
     _check_steps(rollout.denoising_steps, "--denoising-steps", rollout, model)
     for token in rollout.stop_token_ids or []:
         if token < 0 or (model.vocab_size is not None and token >= model.vocab_size):
-            raise ConfigError(f"--stop-token-ids {token} is not a token of this vocabulary. "
-                              "Use ids from 0 to below the vocabulary's size.")
-    _fits_positions(rollout.rollout_max_prompt_len + rollout.rollout_max_response_len,
-                    f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and --rollout-max-response-len "
-                    f"{rollout.rollout_max_response_len} together", model)
+            raise ConfigError(
+                f"--stop-token-ids {token} is not a token of this vocabulary. "
+                "Use ids from 0 to below the vocabulary's size."
+            )
+    _fits_positions(
+        rollout.rollout_max_prompt_len + rollout.rollout_max_response_len,
+        f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and --rollout-max-response-len "
+        f"{rollout.rollout_max_response_len} together",
+        model,
+    )
 
 
 def check_rl(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
@@ -93,14 +115,20 @@ def check_rl(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
     at_least(rl, 0, "kl_loss_coef", "overlong_margin")
     within(rl, 0, 1, "min_group_accuracy", "max_group_accuracy")
     if rl.min_group_accuracy > rl.max_group_accuracy:
-        raise ConfigError(f"--min-group-accuracy {rl.min_group_accuracy} is above --max-group-accuracy "
-                          f"{rl.max_group_accuracy}. Swap them.")
+        raise ConfigError(
+            f"--min-group-accuracy {rl.min_group_accuracy} is above --max-group-accuracy "
+            f"{rl.max_group_accuracy}. Swap them."
+        )
     if rollout.n_samples_per_prompt < 2:
-        raise ConfigError("--n-samples-per-prompt 1 gives RL nothing to learn from, for advantages compare the "
-                          "responses to one prompt. Use 2 or more.")
+        raise ConfigError(
+            "--n-samples-per-prompt 1 gives RL nothing to learn from, for advantages compare the "
+            "responses to one prompt. Use 2 or more."
+        )
     if rl.overlong_margin >= rollout.rollout_max_response_len:
-        raise ConfigError(f"--overlong-margin {rl.overlong_margin} would count every response as too long. "
-                          f"Use less than --rollout-max-response-len {rollout.rollout_max_response_len}.")
+        raise ConfigError(
+            f"--overlong-margin {rl.overlong_margin} would count every response as too long. "
+            f"Use less than --rollout-max-response-len {rollout.rollout_max_response_len}."
+        )
     _check_update_size(rl, rollout)
     if rl.use_rollout_logprobs:
         _check_rollout_logprobs(rl, rollout, model)
@@ -117,18 +145,30 @@ def check_eval(evaluation: EvalConfig, rollout: RolloutConfig, model: ModelConfi
     if evaluation.eval_prompt_data is not None:
         _needs_data(evaluation.eval_prompt_data, "--eval-prompt-data", "prompt source")
     needs(evaluation, "eval_interval", "eval_prompt_data", "the prompts to evaluate on")
-    at_least(evaluation, 1, "eval_interval", "eval_num_prompts", "n_samples_per_eval_prompt",
-             "eval_max_response_len", "eval_denoising_steps")
+    at_least(
+        evaluation,
+        1,
+        "eval_interval",
+        "eval_num_prompts",
+        "n_samples_per_eval_prompt",
+        "eval_max_response_len",
+        "eval_denoising_steps",
+    )
     at_least(evaluation, 0, "eval_temperature", "eval_top_k")
     within(evaluation, 0, 1, "eval_top_p", "eval_threshold", low_open=True)
     if len(set(evaluation.eval_remasking)) != len(evaluation.eval_remasking) or not evaluation.eval_remasking:
-        raise ConfigError(f"--eval-remasking {' '.join(evaluation.eval_remasking) or '(empty)'} must name each way "
-                          "once. Use one or more of static, dynamic and sequential.")
+        raise ConfigError(
+            f"--eval-remasking {' '.join(evaluation.eval_remasking) or '(empty)'} must name each way "
+            "once. Use one or more of static, dynamic and sequential."
+        )
     _check_steps(evaluation.eval_denoising_steps, "--eval-denoising-steps", rollout, model)
     if evaluation.eval_max_response_len is not None:
-        _fits_positions(rollout.rollout_max_prompt_len + evaluation.eval_max_response_len,
-                        f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and --eval-max-response-len "
-                        f"{evaluation.eval_max_response_len} together", model)
+        _fits_positions(
+            rollout.rollout_max_prompt_len + evaluation.eval_max_response_len,
+            f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and --eval-max-response-len "
+            f"{evaluation.eval_max_response_len} together",
+            model,
+        )
 
 
 def _needs_data(sources: list[str], flag: str, noun: str) -> None:
@@ -139,8 +179,10 @@ def _needs_data(sources: list[str], flag: str, noun: str) -> None:
 def _fits_positions(tokens: int, what: str, model: ModelConfig) -> None:
     longest = model.max_position_embeddings
     if longest is not None and tokens > longest:
-        raise ConfigError(f"{what} need {tokens} positions, and this model has {longest} (--max-position-embeddings). "
-                          f"Use at most {longest}.")
+        raise ConfigError(
+            f"{what}: {tokens} positions are needed, and this model has {longest} (--max-position-embeddings). "
+            f"Use at most {longest}."
+        )
 
 
 def _check_steps(steps: int | None, flag: str, rollout: RolloutConfig, model: ModelConfig) -> None:
@@ -148,36 +190,50 @@ def _check_steps(steps: int | None, flag: str, rollout: RolloutConfig, model: Mo
     if block is None:
         raise ConfigError("Generation does not know its block size. Give --block-size or --rollout-block-size.")
     if steps is not None and steps > block:
-        raise ConfigError(f"{flag} {steps} is more than the {block} tokens of a block, and a step unmasks at least "
-                          f"one. Use 1 to {block}.")
+        raise ConfigError(
+            f"{flag} {steps} is more than the {block} tokens of a block, and a step unmasks at least "
+            f"one. Use 1 to {block}."
+        )
 
 
 def _check_update_size(rl: RLConfig, rollout: RolloutConfig) -> None:
     if (rl.global_batch_size is None) == (rl.num_steps_per_rollout is None):
         given = "neither is" if rl.global_batch_size is None else "both are"
-        raise ConfigError("The size of an update is given by --global-batch-size (responses) or by "
-                          f"--num-steps-per-rollout (updates per RL step), and {given} given. Give exactly one.")
+        raise ConfigError(
+            "The size of an update is given by --global-batch-size (responses) or by "
+            f"--num-steps-per-rollout (updates per RL step), and {given} given. Give exactly one."
+        )
     responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
     sizes = {"--global-batch-size": rl.global_batch_size, "--num-steps-per-rollout": rl.num_steps_per_rollout}
     for flag, value in sizes.items():
         if value is not None and value > responses:
-            raise ConfigError(f"{flag} {value} is more than the {responses} responses of an RL step "
-                              f"(--rollout-batch-size x --n-samples-per-prompt). Use at most {responses}.")
+            raise ConfigError(
+                f"{flag} {value} is more than the {responses} responses of an RL step "
+                f"(--rollout-batch-size x --n-samples-per-prompt). Use at most {responses}."
+            )
 
 
 def _check_rollout_logprobs(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
     """They are the old policy only if training sees each token in the state in which the rollout decided it."""
     flag = "--use-rollout-logprobs"
     if rl.shrinkage != 1:
-        raise ConfigError(f"{flag} works only with --shrinkage 1, not {rl.shrinkage}, which merges decoding states. "
-                          f"Use 1, or leave {flag} out.")
+        raise ConfigError(
+            f"{flag} works only with --shrinkage 1, not {rl.shrinkage}, which merges decoding states. "
+            f"Use 1, or leave {flag} out."
+        )
     if rl.grid_anchor != "absolute":
-        raise ConfigError(f"{flag} works only with --grid-anchor absolute, the grid of generation, not "
-                          f"{rl.grid_anchor}. Use absolute, or leave {flag} out.")
+        raise ConfigError(
+            f"{flag} works only with --grid-anchor absolute, the grid of generation, not "
+            f"{rl.grid_anchor}. Use absolute, or leave {flag} out."
+        )
     if rollout.rollout_block_size not in (None, model.block_size):
-        raise ConfigError(f"{flag} works only with one block size, and --rollout-block-size "
-                          f"{rollout.rollout_block_size} differs from "
-                          f"--block-size {model.block_size}. Make them equal, or leave {flag} out.")
+        raise ConfigError(
+            f"{flag} works only with one block size, and --rollout-block-size "
+            f"{rollout.rollout_block_size} differs from "
+            f"--block-size {model.block_size}. Make them equal, or leave {flag} out."
+        )
     if rollout.rollout_temperature == 0:
-        raise ConfigError(f"{flag} needs a sampled rollout, not --rollout-temperature 0. "
-                          f"Use a temperature above 0, or leave {flag} out.")
+        raise ConfigError(
+            f"{flag} needs a sampled rollout, not --rollout-temperature 0. "
+            f"Use a temperature above 0, or leave {flag} out."
+        )

@@ -5,6 +5,7 @@ Invariants (tests/config/test_yaml_file.py):
   - 1e-4 is a number, as in YAML 1.2 (PyYAML alone takes it for text);
   - a key that stands twice is refused instead of one value silently winning.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -59,8 +60,9 @@ def load(path: str | Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds a {type(content).__name__}, not sections with keys. "
-                          "See the examples in configs/.")
+        raise ConfigError(
+            f"--config {path} holds a {type(content).__name__}, not sections with keys. See the examples in configs/."
+        )
     return content
 
 

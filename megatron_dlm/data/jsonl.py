@@ -3,6 +3,7 @@
 Every file of samples enters the package through `read_jsonl`, so that a bad line is reported by file and line number
 wherever it is used.
 """
+
 from __future__ import annotations
 
 import gzip

@@ -9,6 +9,7 @@ Invariants (tests/data/test_prompts.py):
     every prompt once;
   - the order of an epoch does not depend on the order of the files.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

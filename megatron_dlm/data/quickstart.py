@@ -2,7 +2,7 @@
 
 Either sums of three two-digit numbers, made here, or any file of questions and answers, split here.
 
-  sums     question "47+85+36=", response "132+36=\\boxed{168}": the intermediate sum is written out;
+  sums     question "47+85+36", response "132+36=\\boxed{168}": the intermediate sum is written out;
   a file   question as it is, response its solution, where it has one, and \\boxed{answer}.
 
 Invariants (tests/data/test_quickstart.py):
@@ -10,6 +10,7 @@ Invariants (tests/data/test_quickstart.py):
   - what is held out depends on the seed and on num_test, not on how much is trained on;
   - every response is right in the eyes of the math judge.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from megatron_dlm.data.records import content_key
 from megatron_dlm.data.train_tokenizer import smallest_vocabulary, train_tokenizer
 from megatron_dlm.diffusion.keys import stream
 
-WHOLE_TOKENS = ("\\boxed{", "}")  # one token each: short responses, and nothing to misspell
+WHOLE_TOKENS = ("=\\boxed{", "\\boxed{", "}")  # one token each: short responses, and nothing to misspell
 OPERANDS = range(10, 100)
 SOURCE_VOCABULARY = 2048
 DEFAULT_SUMS = 20_000
@@ -37,37 +38,42 @@ class Split:
     heldout: list[dict]
 
 
-def sums(seed: int, num_train: int | None, num_test: int) -> Split:
+def sums(seed: int, num_train: int | None, num_test: int, num_sft: int | None = None) -> Split:
     """Three-term sums. Samples, prompts and held-out prompts have no three operands in common.
 
     Args:
         seed: names the draw.
-        num_train: number of supervised samples, and of prompts; None for 20,000.
+        num_train: number of prompts; None for 20,000.
         num_test: number of held-out prompts.
+        num_sft: number of supervised samples; None for as many as prompts.
 
     Raises:
         ConfigError: there are not that many sums.
     """
     num_train = DEFAULT_SUMS if num_train is None else num_train
+    num_sft = num_train if num_sft is None else num_sft
     triples = list(combinations_with_replacement(OPERANDS, 3))
-    _check_sizes(num_train, num_test)
-    if num_test + 2 * num_train > len(triples):
+    _check_sizes(num_train, num_test, num_sft)
+    wanted = num_test + num_sft + num_train
+    if wanted > len(triples):
         raise ConfigError(
-            f"There are {len(triples)} sums of three two-digit numbers, "
-            f"too few for {num_test} held out and twice {num_train} to train on. "
-            f"Use --num-train {(len(triples) - num_test) // 2} or less."
+            f"There are {len(triples)} sums of three two-digit numbers, too few for {num_test} held out, "
+            f"{num_sft} supervised samples and {num_train} prompts. Use --num-train "
+            f"{max((len(triples) - num_test) // 2, 1)} or less, without a --num-sft larger than that."
         )
     triples.sort(key=lambda triple: stream(seed, "quickstart-sums", *triple))
-    records = [_sum(seed, triple) for triple in triples[: num_test + 2 * num_train]]
-    sft = records[num_test : num_test + num_train]
+    records = [_sum(seed, triple) for triple in triples[:wanted]]
+    sft = records[num_test : num_test + num_sft]
     return Split(
         sft=[{"question": record["question"], "response": record["response"]} for record in sft],
-        prompts=[_prompt(record) for record in records[num_test + num_train :]],
+        prompts=[_prompt(record) for record in records[num_test + num_sft :]],
         heldout=[_prompt(record) for record in records[:num_test]],
     )
 
 
-def from_source(path: str | Path, seed: int, num_train: int | None, num_test: int) -> Split:
+def from_source(
+    path: str | Path, seed: int, num_train: int | None, num_test: int, num_sft: int | None = None
+) -> Split:
     """Split a file of questions and answers.
 
     Samples and prompts are made from the same questions, held-out prompts from others.
@@ -77,11 +83,12 @@ def from_source(path: str | Path, seed: int, num_train: int | None, num_test: in
         seed: names the draw.
         num_train: number of questions to train on; None for all that are not held out.
         num_test: number of held-out questions.
+        num_sft: how many of the questions to train on become supervised samples; None for all of them.
 
     Raises:
         DataError: the file cannot be read or is too small.
     """
-    _check_sizes(num_train, num_test)
+    _check_sizes(num_train, num_test, num_sft)
     records: dict[str, dict] = {}
     for line, record in read_jsonl(path):
         where = f"{path}, line {line}"
@@ -105,7 +112,7 @@ def from_source(path: str | Path, seed: int, num_train: int | None, num_test: in
     order = sorted(records, key=lambda key: stream(seed, "quickstart-source", key))
     train = [records[key] for key in order[num_test : None if num_train is None else wanted]]
     return Split(
-        sft=[{"question": record["question"], "response": record["response"]} for record in train],
+        sft=[{"question": record["question"], "response": record["response"]} for record in train[:num_sft]],
         prompts=[_prompt(record) for record in train],
         heldout=[_prompt(records[key]) for key in order[:num_test]],
     )
@@ -131,26 +138,30 @@ def write(split: Split, folder: str | Path, vocab_size: int) -> int:
     return train_tokenizer(texts, vocab_size, folder / "tokenizer", WHOLE_TOKENS)
 
 
-def make(folder: str | Path, source: str | None, seed: int, num_train: int | None, num_test: int) -> str:
+def make(
+    folder: str | Path, source: str | None, seed: int, num_train: int | None, num_test: int, num_sft: int | None = None
+) -> str:
     """The whole tool: make or split, write, and say in one line what was written."""
     if source is None:
-        split, vocab_size = sums(seed, num_train, num_test), smallest_vocabulary(WHOLE_TOKENS)
+        split, vocab_size = sums(seed, num_train, num_test, num_sft), smallest_vocabulary(WHOLE_TOKENS)
     else:
-        split, vocab_size = from_source(source, seed, num_train, num_test), SOURCE_VOCABULARY
+        split, vocab_size = from_source(source, seed, num_train, num_test, num_sft), SOURCE_VOCABULARY
     size = write(split, folder, vocab_size)
     counts = f"{len(split.sft)} supervised samples, {len(split.prompts)} prompts, {len(split.heldout)} held-out prompts"
     return f"Wrote {counts} and a tokenizer of {size} tokens to {folder}."
 
 
-def _check_sizes(num_train: int | None, num_test: int) -> None:
-    if num_test < 1 or (num_train is not None and num_train < 1):
-        raise ConfigError(f"--num-train and --num-test must be at least 1 (they are {num_train} and {num_test}).")
+def _check_sizes(num_train: int | None, num_test: int, num_sft: int | None) -> None:
+    if num_test < 1 or any(number is not None and number < 1 for number in (num_train, num_sft)):
+        raise ConfigError(
+            f"--num-train, --num-sft and --num-test must be at least 1 (they are {num_train}, {num_sft} and {num_test})."
+        )
 
 
 def _sum(seed: int, triple: tuple[int, int, int]) -> dict:
     ordered = sorted(enumerate(triple), key=lambda entry: stream(seed, "quickstart-order", *triple, entry[0]))
     a, b, c = (value for _, value in ordered)
-    return {"question": f"{a}+{b}+{c}=", "answer": str(a + b + c), "response": f"{a + b}+{c}=\\boxed{{{a + b + c}}}"}
+    return {"question": f"{a}+{b}+{c}", "answer": str(a + b + c), "response": f"{a + b}+{c}=\\boxed{{{a + b + c}}}"}
 
 
 def _prompt(record: dict) -> dict:

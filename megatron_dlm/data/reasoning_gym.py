@@ -4,6 +4,7 @@
 options and entry, with which rewards/reasoning_gym.py asks the generator itself whether an answer is right. The package
 is imported only when such a source is used.
 """
+
 from __future__ import annotations
 
 import difflib

@@ -9,6 +9,7 @@ Both kinds of training read the same three ways of writing a prompt, and this mo
 A content key names a record by its text. It is stable across runs, files and machines: random draws are keyed with it,
 and two files are disjoint when their keys are.
 """
+
 from __future__ import annotations
 
 import hashlib

@@ -10,6 +10,7 @@ Prompt and response are tokenised separately, as they meet in reinforcement lear
 stop token of ours: it is appended unless the tokens already end in it. Samples that do not fit the sequence length are
 left out and counted, never cut.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ Invariants (tests/data/test_tokenizer.py):
   - every id that `encode` returns, and mask_id, pad_id, eos_id, is smaller than vocab_size;
   - `encode` adds nothing to the text: encode(a) of plain text decodes to a.
 """
+
 from __future__ import annotations
 
 from pathlib import Path

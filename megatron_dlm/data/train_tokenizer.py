@@ -7,6 +7,7 @@ their own.
 Invariants (tests/data/test_train_tokenizer.py): the saved folder loads with our Tokenizer and with
 transformers.AutoTokenizer, has exactly the vocabulary size asked for or fewer tokens, and decode(encode(text)) == text.
 """
+
 from __future__ import annotations
 
 import gzip

@@ -6,6 +6,7 @@ a draw inside it. Rank, batch composition and call order never enter, so results
 Streams are hashed with BLAKE2b on the host; counters with the SplitMix64 finaliser in int64 tensor arithmetic, which wraps the same way on
 every device.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -35,7 +36,9 @@ def stream(seed: int, purpose: str, *parts: int | str) -> int:
     Raises:
         TypeError: a part is neither.
     """
-    text = "\x1f".join(f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}" for part in (seed, purpose, *parts))
+    text = "\x1f".join(
+        f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}" for part in (seed, purpose, *parts)
+    )
     return _signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 

@@ -8,6 +8,7 @@ Invariants (tests/diffusion/test_layout.py):
   - a noisy view sees finished blocks before its own, and itself, nothing else;
   - two responses of one group never see each other.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
@@ -41,7 +42,7 @@ class Grid:
     Attributes:
         block_size: tokens per attention block; None is one block for the whole sequence (full attention).
         anchor: 'absolute' counts blocks from position 0 of the sequence, as the rollout does. 'response' starts a block at the first response
-            token and lets the first block of the prompt be ragged, as the published reference trains (specification, 1.4 and 1.5).
+            token and lets the first block of the prompt be ragged, as the published reference trains.
     """
 
     block_size: int | None

@@ -3,6 +3,7 @@
 A mask ratio t is drawn per block (or per sample), then every token of the response is hidden with probability t and carries the weight 1/t of the
 evidence bound (MDLM, arXiv 2406.07524; BD3-LM, arXiv 2503.09573), clipped at a stated maximum because 1/t has no finite variance near 0.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ class MaskSchedule:
     per: str = "block"
     min_ratio: float = 1e-3
     max_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.per not in ("block", "sample"):
+            raise ValueError(f"mask ratios are drawn per 'block' or per 'sample', not per {self.per!r}")
 
     def draw(self, stream: int, position: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
         """Mask and weights for the tokens of one response.

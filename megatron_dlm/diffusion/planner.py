@@ -7,6 +7,7 @@
 Pure functions of lengths and keys, identical on every rank; nothing here touches tokens, devices or process groups. Losses are sums of weight x loss
 with weights computed from the whole update, so nothing that is decided here can change a gradient (tests/diffusion/test_planner.py).
 """
+
 from __future__ import annotations
 
 import math
@@ -50,6 +51,19 @@ def partition(n: int, num_updates: int, stream: int) -> list[list[int]]:
     return [order[a:b] for a, b in zip(cuts, cuts[1:])]
 
 
+def check_budget(largest: int, budget: int) -> None:
+    """Refuse a row budget that the largest possible item does not fit; trainers ask before they start.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    if largest > budget:
+        raise ConfigError(
+            f"--max-tokens-per-row {budget} is too small: one sample may need {largest} tokens with its noisy copies. "
+            f"Use at least {largest}, or shorten the samples."
+        )
+
+
 @dataclass(slots=True)
 class _Bundle:
     """Items of one group that travel together."""
@@ -71,12 +85,11 @@ def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 
         ConfigError: an item does not fit a row.
     """
     largest = max((load.shared + load.own for load in loads), default=0)
-    if largest > budget:
-        raise ConfigError(
-            f"--max-tokens-per-row {budget} is too small: one sample needs {largest} tokens with its noisy copies. "
-            f"Use at least {_round_up(largest, multiple_of)}, or shorten the samples."
-        )
-    bundles = sorted(_bundles(loads, budget), key=lambda bundle: (-bundle.tokens, bundle.items))
+    check_budget(largest, budget)
+    bundles = sorted(
+        _bundles(loads, min(budget, _fair_share(loads, largest, num_ranks))),
+        key=lambda bundle: (-bundle.tokens, bundle.items),
+    )
     num_rows = max(num_ranks, _round_up(math.ceil(sum(b.tokens for b in bundles) / budget), num_ranks))
     while (rows := _fill(bundles, num_rows, budget)) is None:
         num_rows += num_ranks
@@ -87,6 +100,12 @@ def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def _fair_share(loads: list[Load], largest: int, num_ranks: int) -> int:
+    """Tokens that no bundle should exceed, so that every rank has something to do although a cut group stores its prompt again."""
+    total = sum(load.own for load in loads) + sum({load.group: load.shared for load in loads}.values())
+    return max(largest, -(-total // num_ranks))
 
 
 def _bundles(loads: list[Load], budget: int) -> list[_Bundle]:

@@ -7,6 +7,7 @@ Invariants (tests/diffusion/test_rows.py):
   - losses and gradients over a row are those of one naive row per denoising step;
   - the order of items, and which of them share a row, do not matter.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
@@ -66,7 +67,11 @@ class _Columns:
 
     def stacked(self) -> np.ndarray:
         """int64 [6, length]: tokens, group, response, view, block, position."""
-        return np.concatenate([np.stack(piece) for piece in self.pieces], axis=1) if self.pieces else np.zeros((6, 0), np.int64)
+        return (
+            np.concatenate([np.stack(piece) for piece in self.pieces], axis=1)
+            if self.pieces
+            else np.zeros((6, 0), np.int64)
+        )
 
 
 def build_row(items: list[tuple[int, Item]], length: int, mask_id: int, pad_id: int) -> Row:
@@ -84,17 +89,27 @@ def build_row(items: list[tuple[int, Item]], length: int, mask_id: int, pad_id: 
     columns, targets = _Columns(), []
     for group, members in enumerate(_by_group(items)):
         first = members[0][1]
+        if any(not _same_prompt(first, item) for _, item in members):
+            raise ValueError(f"items of group {first.group!r} do not have the same prompt and grid")
         shared = np.arange(first.shared_length)
-        columns.add(first.tokens[shared], group, PROMPT, CLEAN, first.grid.block_of(shared, first.prompt_length), shared)
+        columns.add(
+            first.tokens[shared], group, PROMPT, CLEAN, first.grid.block_of(shared, first.prompt_length), shared
+        )
         for response, (id_, item) in enumerate(members):
             targets.append(_add_item(columns, group, response, id_, item, mask_id))
     if columns.length > length:
         raise ValueError(f"items of {columns.length} tokens do not fit a row of {length}")
-    columns.add(np.full(length - columns.length, pad_id), PADDING, PROMPT, CLEAN, 0, np.zeros(length - columns.length, np.int64))
+    columns.add(
+        np.full(length - columns.length, pad_id), PADDING, PROMPT, CLEAN, 0, np.zeros(length - columns.length, np.int64)
+    )
     tokens, *layout = torch.from_numpy(columns.stacked())
     joined = [np.concatenate(column) for column in zip(*targets)] or [np.zeros(0, np.int64)] * 5
     slot, label, weight, response, index = (torch.from_numpy(column) for column in joined)
-    return Row(tokens, Layout(*(column.to(torch.int32) for column in layout)), Targets(slot, label, weight.double(), response, index))
+    return Row(
+        tokens,
+        Layout(*(column.to(torch.int32) for column in layout)),
+        Targets(slot, label, weight.double(), response, index),
+    )
 
 
 def _by_group(items: list[tuple[int, Item]]) -> list[list[tuple[int, Item]]]:
@@ -104,7 +119,14 @@ def _by_group(items: list[tuple[int, Item]]) -> list[list[tuple[int, Item]]]:
     return list(groups.values())
 
 
-def _add_item(columns: _Columns, group: int, response: int, id_: int, item: Item, mask_id: int) -> tuple[np.ndarray, ...]:
+def _same_prompt(a: Item, b: Item) -> bool:
+    prompt = a.prompt_length
+    return a.grid == b.grid and prompt == b.prompt_length and np.array_equal(a.tokens[:prompt], b.tokens[:prompt])
+
+
+def _add_item(
+    columns: _Columns, group: int, response: int, id_: int, item: Item, mask_id: int
+) -> tuple[np.ndarray, ...]:
     """Append the item's clean text and views; returns its columns of `Targets`."""
     clean = np.arange(item.shared_length, item.clean_end)
     columns.add(item.tokens[clean], group, response, CLEAN, item.grid.block_of(clean, item.prompt_length), clean)
@@ -120,6 +142,9 @@ def _add_item(columns: _Columns, group: int, response: int, id_: int, item: Item
     target = views.target[exists]
     where = position[target]
     return (
-        start + np.flatnonzero(target), item.tokens[where], views.weight[exists][target],
-        np.full(len(where), id_, dtype=np.int64), where - item.prompt_length,
+        start + np.flatnonzero(target),
+        item.tokens[where],
+        views.weight[exists][target],
+        np.full(len(where), id_, dtype=np.int64),
+        where - item.prompt_length,
     )

@@ -4,6 +4,7 @@ The policy is a distribution over the vocabulary (model/policy.py). top-k and to
 Each position spends one uniform number through the inverse of its cumulative distribution in token order, so a draw depends on
 its key and its distribution, not on the batch around it.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -40,8 +41,7 @@ def draw(policy: Tensor, uniform: Tensor, greedy: Tensor, top_k: Tensor, top_p: 
     if len(filtered):  # only these rows: the draw of a request must not depend on what others ask for
         shaped = policy.index_copy(0, filtered, _filter(policy[filtered], top_k[filtered], top_p[filtered]))
     cumulative = shaped.double().exp().cumsum(-1)  # [N, V]
-    total = cumulative[:, -1:]
-    goal = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # a product may round up to the total
+    goal = uniform[:, None] * cumulative[:, -1:]  # below the total, because uniforms have 53 bits and are below 1
     sampled = torch.searchsorted(cumulative, goal, right=True)[:, 0]
     token = torch.where(greedy, policy.argmax(-1), sampled)
     pick = token[:, None]
@@ -52,10 +52,12 @@ def draw(policy: Tensor, uniform: Tensor, greedy: Tensor, top_k: Tensor, top_p: 
 
 def _filter(policy: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Log-probabilities renormalised over the tokens that top-k, then top-p of what is left, keep."""
-    ordered, index = torch.sort(policy, dim=-1, descending=True, stable=True)
+    ordered, index = torch.sort(policy.double(), dim=-1, descending=True, stable=True)
     rank = torch.arange(policy.shape[-1], device=policy.device)
     allowed = torch.where(top_k > 0, top_k, policy.shape[-1])
     ordered = torch.where(rank < allowed[:, None], ordered, float("-inf")).log_softmax(-1)
-    before = ordered.double().exp().cumsum(-1) - ordered.double().exp()  # probability of the tokens ranked ahead
-    ordered = torch.where((before < top_p[:, None]) | (top_p >= 1)[:, None] | (rank == 0), ordered, float("-inf")).log_softmax(-1)
-    return torch.full_like(policy, float("-inf")).scatter(1, index, ordered)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # probability of the tokens ranked ahead
+    ordered = torch.where(
+        (before < top_p[:, None]) | (top_p >= 1)[:, None] | (rank == 0), ordered, float("-inf")
+    ).log_softmax(-1)
+    return torch.full_like(policy, float("-inf")).scatter(1, index, ordered.to(policy.dtype))

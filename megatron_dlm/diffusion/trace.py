@@ -3,6 +3,7 @@
 Every producer (our engine, other engines, a file) and every consumer (TraceRL, `score`, evaluation) uses this one record. It holds token ids from
 end to end, never text that would have to be tokenised again.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ def shrink(steps: np.ndarray, shrinkage: int) -> np.ndarray:
     Returns:
         int [n], each step replaced by the largest of its merged group.
 
-    Source: TraceRL, arXiv 2509.06949, section 4.1; specification 3.2.
+    Source: TraceRL, arXiv 2509.06949, section 4.1
     """
     distinct, rank = np.unique(steps, return_inverse=True)
     last_of_group = np.minimum((np.arange(len(distinct)) // shrinkage + 1) * shrinkage, len(distinct)) - 1

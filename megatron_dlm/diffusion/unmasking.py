@@ -5,8 +5,9 @@ All requests of a batch are decided together, each under its own policy. What a 
   - it takes at least one position while any is masked, and all that remain at the last denoising step: no block is committed with a mask in it;
   - equal confidences are settled by the lowest index.
 
-Source: TraceRL, arXiv 2509.06949, section 5.1, and specification 2.1.
+Source: TraceRL, arXiv 2509.06949, section 5.1.
 """
+
 from __future__ import annotations
 
 from enum import IntEnum

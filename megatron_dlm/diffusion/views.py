@@ -4,6 +4,7 @@ An `Item` is one text of a group together with its views: copies of single block
 predicted. Supervised fine-tuning makes one view per block with freshly drawn masks; TraceRL makes one per denoising step that the block really
 took. A view without a predicted token is not made.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ class Item:
         """One past the last clean token that some view reads: the start of the last block that has a view."""
         if not len(self.views.block):
             return self.shared_length
-        return max(self.grid.span(int(self.views.block[-1]), self.prompt_length, len(self.tokens))[0], self.shared_length)
+        return max(
+            self.grid.span(int(self.views.block[-1]), self.prompt_length, len(self.tokens))[0], self.shared_length
+        )
 
     @property
     def own_length(self) -> int:
@@ -84,26 +87,35 @@ def _windows(grid: Grid, prompt_length: int, length: int) -> tuple[np.ndarray, n
     return blocks, np.where((position >= 0) & (position < length), position, -1)
 
 
+def _no_views(grid: Grid, length: int) -> Views:
+    empty = np.zeros((0, grid.block_size or length))
+    whole, truth = empty.astype(np.int64), empty.astype(bool)
+    return Views(np.zeros(0, np.int64), whole, truth, truth, empty)
+
+
 def trace_views(trace: Trace, grid: Grid, shrinkage: int = 1) -> Views:
     """One view per block and (shrunk) denoising step, each token predicted in the state in which it was decided.
 
     The tail after the stop token is hidden in the states in which it was hidden, and never predicted. Weights are 1.
 
-    Source: TraceRL, arXiv 2509.06949, section 4.1; specification 3.3 (rounds) and 3.11 (all rounds around one clean text).
+    Source: TraceRL, arXiv 2509.06949, section 4.1.
     """
     prompt, length = len(trace.prompt_ids), len(trace.tokens)
+    if length == prompt:  # aborted before its first token
+        return _no_views(grid, length)
     blocks, position = _windows(grid, prompt, length)
     is_response = position >= prompt
-    if length == prompt:  # aborted before its first token
-        none = np.zeros((0, position.shape[1]))
-        return Views(blocks[:0], position[:0], none.astype(bool), none.astype(bool), none)
-    steps = np.where(is_response, trace.all_steps[np.where(is_response, position - prompt, 0)], 0)  # [b, W]; 0 stands for known text
+    steps = np.where(
+        is_response, trace.all_steps[np.where(is_response, position - prompt, 0)], 0
+    )  # [b, W]; 0 stands for known text
     if shrinkage > 1:
         for row, mine in zip(steps, is_response):
             row[mine] = shrink(row[mine], shrinkage)
     predicted = is_response & (position < prompt + len(trace.response_ids))
     # (window, step) pairs in which some token is predicted, in order of window, then step
-    pairs = np.unique(np.stack([np.broadcast_to(np.arange(len(blocks))[:, None], steps.shape)[predicted], steps[predicted]]), axis=1)
+    pairs = np.unique(
+        np.stack([np.broadcast_to(np.arange(len(blocks))[:, None], steps.shape)[predicted], steps[predicted]]), axis=1
+    )
     window, step = pairs
     return Views(
         block=blocks[window],
@@ -114,7 +126,9 @@ def trace_views(trace: Trace, grid: Grid, shrinkage: int = 1) -> Views:
     )
 
 
-def masked_views(prompt_length: int, length: int, grid: Grid, schedule: MaskSchedule, stream: int, predict_until: int) -> Views:
+def masked_views(
+    prompt_length: int, length: int, grid: Grid, schedule: MaskSchedule, stream: int, predict_until: int
+) -> Views:
     """One view per block with masks drawn from the schedule: supervised fine-tuning.
 
     Args:
@@ -122,6 +136,8 @@ def masked_views(prompt_length: int, length: int, grid: Grid, schedule: MaskSche
         stream: keys.stream(...) of this sample at this step.
         predict_until: tokens from this position on (padding of the last block) may be hidden but are not predicted.
     """
+    if length == prompt_length:
+        return _no_views(grid, length)
     blocks, position = _windows(grid, prompt_length, length)
     response = np.arange(prompt_length, length)
     hidden, weight = schedule.draw(

@@ -3,6 +3,7 @@
 The draws of an evaluation are keyed by (seed, prompt, sample, way of unmasking), not by the training step: two checkpoints are compared on the same
 uniform numbers.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Outcome:
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Means over responses; speeds are total tokens over total denoising steps or model passes (the paper's Table 4 counts the former)."""
-    column = lambda name: np.array([getattr(outcome, name) for outcome in outcomes], dtype=np.float64)  # noqa: E731
+    column = lambda name: np.array([getattr(outcome, name) for outcome in outcomes], dtype=np.float64)
     tokens = column("length").sum()
     return {
         "accuracy": float(column("correct").mean()),
@@ -51,17 +52,36 @@ class Evaluator:
     """Evaluates the rig's engine on prompts. Calls are collective over all ranks."""
 
     def __init__(
-        self, rig: RolloutRig, scorer: Scorer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: EvalConfig, rollout: RolloutConfig, seed: int
+        self,
+        rig: RolloutRig,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        config: EvalConfig,
+        rollout: RolloutConfig,
+        seed: int,
     ) -> None:
-        self.rig, self.scorer, self.tokenizer, self.config, self.rollout, self.seed = rig, scorer, tokenizer, config, rollout, seed
+        self.rig, self.scorer, self.tokenizer, self.config, self.rollout, self.seed = (
+            rig,
+            scorer,
+            tokenizer,
+            config,
+            rollout,
+            seed,
+        )
         self.prompts = list(prompts)[: config.eval_num_prompts]
 
     def sampling(self, remasking: str) -> SamplingParams:
         block = self.rollout.rollout_block_size or self.rig.block_size
         return SamplingParams(
-            temperature=self.config.eval_temperature, top_k=self.config.eval_top_k, top_p=self.config.eval_top_p,
-            max_new_tokens=self.config.eval_max_response_len or self.rollout.rollout_max_response_len, block_size=block,
-            denoising_steps=self.config.eval_denoising_steps or block, remasking=remasking, threshold=self.config.eval_threshold,
+            temperature=self.config.eval_temperature,
+            top_k=self.config.eval_top_k,
+            top_p=self.config.eval_top_p,
+            max_new_tokens=self.config.eval_max_response_len or self.rollout.rollout_max_response_len,
+            block_size=block,
+            denoising_steps=self.config.eval_denoising_steps or block,
+            remasking=remasking,
+            threshold=self.config.eval_threshold,
             stop_token_ids=stop_tokens(self.rollout.stop_token_ids, self.rig.stop_token_ids),
         )
 
@@ -70,7 +90,12 @@ class Evaluator:
         metrics = {}
         for remasking in self.config.eval_remasking:
             mine = self.prompts[self.rig.replica :: self.rig.num_replicas]
-            requests = requests_for(mine, self.config.n_samples_per_eval_prompt, self.sampling(remasking), Job(self.seed, 0, f"eval-{remasking}"))
+            requests = requests_for(
+                mine,
+                self.config.n_samples_per_eval_prompt,
+                self.sampling(remasking),
+                Job(self.seed, 0, f"eval-{remasking}"),
+            )
             with report.bar(len(requests), f"evaluation, {remasking}") as bar:
                 traces = generate(self.rig.engine, requests, bar.update)
             outcomes = self._judge(mine, traces) if self.rig.is_leader else []
@@ -83,7 +108,13 @@ class Evaluator:
         texts = [self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True) for trace in traces]
         verdicts = self.scorer.score([(by_key[trace.prompt_key], text) for trace, text in zip(traces, texts)])
         return [
-            Outcome(verdict.correct, len(trace.response_ids), trace.num_steps, trace.num_forwards, trace.finish_reason == "length")
+            Outcome(
+                verdict.correct,
+                len(trace.response_ids),
+                trace.num_steps,
+                trace.num_forwards,
+                trace.finish_reason == "length",
+            )
             for trace, verdict in zip(traces, verdicts)
         ]
 
@@ -94,7 +125,7 @@ def table(rows: Sequence[tuple[str, dict[str, float]]], ways: Sequence[str]) -> 
     lines = [head, "-" * len(head)]
     for name, metrics in rows:
         for way in ways:
-            get = lambda key: metrics[f"eval/{way}/{key}"]  # noqa: E731, B023
+            get = lambda key: metrics[f"eval/{way}/{key}"]  # noqa: B023
             lines.append(
                 f"{name:24} {way:11} {100 * get('accuracy'):8.1f}% {get('response_len'):8.1f} {get('tokens_per_step'):12.2f} "
                 f"{get('tokens_per_forward'):15.2f} {100 * get('truncated_ratio'):5.1f}%"

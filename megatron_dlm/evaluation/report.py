@@ -1,4 +1,5 @@
 """Tables and curves from the metrics that runs leave behind (--metrics-jsonl)."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -25,10 +26,20 @@ def quickstart_table(folder: Path) -> str:
     metrics = {stage: read_metrics(folder / f"eval-{stage}.jsonl")[-1] for stage, _ in STAGES}
     ways = sorted({key.split("/")[1] for key in metrics["sft"] if key.startswith("eval/")})
     count = int(metrics["sft"][f"eval/{ways[0]}/responses"])
-    lines = [f"{count} held-out problems, temperature 1.0", "", table([(title, metrics[stage]) for stage, title in STAGES], ways), ""]
+    lines = [
+        f"{count} held-out problems, temperature 1.0",
+        "",
+        table([(title, metrics[stage]) for stage, title in STAGES], ways),
+        "",
+    ]
     for way in ways:
-        gain = {stage: 100 * (metrics[stage][f"eval/{way}/accuracy"] - metrics["sft"][f"eval/{way}/accuracy"]) for stage, _ in STAGES}
-        lines.append(f"{way}: TraceRL {gain['tracerl']:+.1f} points; the same {minutes_of(folder / 'tracerl.jsonl'):.1f} minutes of SFT {gain['sft-continued']:+.1f} points")
+        gain = {
+            stage: 100 * (metrics[stage][f"eval/{way}/accuracy"] - metrics["sft"][f"eval/{way}/accuracy"])
+            for stage, _ in STAGES
+        }
+        lines.append(
+            f"{way}: TraceRL {gain['tracerl']:+.1f} points; the same {minutes_of(folder / 'tracerl.jsonl'):.1f} minutes of SFT {gain['sft-continued']:+.1f} points"
+        )
     return "\n".join(lines)
 
 
@@ -45,7 +56,9 @@ def reward_curve(metrics: Path, picture: Path) -> Path:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise DependencyError("The reward curve needs the matplotlib package, which is not installed. Run: pip install matplotlib") from None
+        raise DependencyError(
+            "The reward curve needs the matplotlib package, which is not installed. Run: pip install matplotlib"
+        ) from None
     records = [record for record in read_metrics(metrics) if "rollout/raw_reward" in record]
     if not records:
         raise DataError(f"{metrics} records no rollouts. Give the metrics file of a tracerl run.")

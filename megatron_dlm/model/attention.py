@@ -3,6 +3,7 @@
 `LayoutAttention` is the core attention that the layer specs name; it owns no rule of its own and asks the row's `Attention`. `DenseAttention` is
 that for a packed row: exact on every device, the oracle of every other backend.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,12 +21,29 @@ from megatron_dlm.model.row_params import RowParams
 class LayoutAttention(MegatronModule):
     """megatron-core's `core_attention` slot: passes q, k, v on to the row's attention."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str, softmax_scale: float | None = None, **_: object):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: object,
+    ):
         super().__init__(config=config)
         self.layer = layer_number
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, packed_seq_params: RowParams, **_: object) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: RowParams,
+        **_: object,
+    ) -> Tensor:
         return packed_seq_params.attention(self.layer, query, key, value, self.scale)
 
 
@@ -45,13 +63,22 @@ class DenseAttention:
         first = lengths.cumsum(0) - lengths
         slot = (first[:, None] + offset).clamp(max=max(len(real) - 1, 0))
         self.slot = real[slot] if len(real) else slot  # [G, L]
-        self.real, self.place = real, torch.nonzero(self.inside.flatten())[:, 0]  # slots of real tokens, and where they stand in [G * L]
-        self.mask = torch.stack([self._mask(layout, slots, inside) for slots, inside in zip(self.slot, self.inside)]) if len(groups) else None
+        self.real, self.place = (
+            real,
+            torch.nonzero(self.inside.flatten())[:, 0],
+        )  # slots of real tokens, and where they stand in [G * L]
+        self.mask = (
+            torch.stack([self._mask(layout, slots, inside) for slots, inside in zip(self.slot, self.inside)])
+            if len(groups)
+            else None
+        )
 
     @staticmethod
     def _mask(layout: Layout, slots: Tensor, inside: Tensor) -> Tensor:
         """bool [1, L, L]; what stands outside the group sees itself, so that its softmax is finite."""
-        part = Layout(layout.group[slots], layout.response[slots], layout.view[slots], layout.block[slots], layout.position[slots])
+        part = Layout(
+            layout.group[slots], layout.response[slots], layout.view[slots], layout.block[slots], layout.position[slots]
+        )
         return (visible(part, part) & inside | torch.diag(~inside))[None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -59,14 +86,20 @@ class DenseAttention:
         if self.mask is None:
             return (q * 0).reshape(tokens, 1, heads * dim)
         q, k, v = (self._per_group(x) for x in (q, k, v))  # [G, heads, L, d]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return _Move.apply(out.transpose(1, 2).reshape(-1, heads * dim), self.place, self.real, tokens)[:, None]
 
     def _per_group(self, x: Tensor) -> Tensor:
         """[T, 1, heads, d] -> [G, heads, L, d], zeros where a group is shorter than L."""
         _, _, heads, dim = x.shape
         groups, longest = self.inside.shape
-        return _Move.apply(x.reshape(-1, heads * dim), self.real, self.place, groups * longest).view(groups, longest, heads, dim).transpose(1, 2)
+        return (
+            _Move.apply(x.reshape(-1, heads * dim), self.real, self.place, groups * longest)
+            .view(groups, longest, heads, dim)
+            .transpose(1, 2)
+        )
 
 
 class _Move(torch.autograd.Function):
@@ -84,4 +117,9 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         source, destination = ctx.saved_tensors
-        return grad.new_zeros(ctx.lines, grad.shape[1]).index_copy_(0, source, grad.index_select(0, destination)), None, None, None
+        return (
+            grad.new_zeros(ctx.lines, grad.shape[1]).index_copy_(0, source, grad.index_select(0, destination)),
+            None,
+            None,
+            None,
+        )

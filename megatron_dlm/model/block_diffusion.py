@@ -3,6 +3,7 @@
 Three things differ from a causal GPT, and all of them come with the row: the positions, who sees whom, and where the head is evaluated. Layers, tensor,
 sequence and pipeline parallelism, checkpoint names and gradient hooks are megatron-core's own.
 """
+
 from __future__ import annotations
 
 import torch
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -27,7 +31,9 @@ from megatron_dlm.model.shape import ModelShape
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One transformer layer: megatron-core's local spec with our attention and norm."""
-    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention
@@ -49,13 +55,22 @@ class BlockDiffusionModel(GPTModel):
     """
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, pg_collection: ProcessGroupCollection,
-        pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None,
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
-        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=torch.distributed.get_rank(pg_collection.pp))
+        layers = get_num_layers_to_build(
+            config, vp_stage=vp_stage, pp_rank=torch.distributed.get_rank(pg_collection.pp)
+        )
         super().__init__(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=RMSNorm),
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[layer_spec(config)] * layers, layer_norm=RMSNorm
+            ),
             vocab_size=shape.padded_vocab_size,
             max_sequence_length=shape.max_position_embeddings,
             pre_process=pre_process,
@@ -87,10 +102,16 @@ class BlockDiffusionModel(GPTModel):
         """Final hidden states [T or T / TP, 1, h] -> [N, h] at the slots, equal on all tensor-parallel ranks."""
         if self.config.sequence_parallel:
             # The selected states are the same on every rank, and so are their gradients: backward takes this rank's part, it must not sum.
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp)
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
         return hidden[:, 0].index_select(0, slots)
 
     def head(self, hidden: Tensor) -> Tensor:
         """[N, h] -> logits [N, V / TP]."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
         return F.linear(copy_to_tensor_model_parallel_region(hidden, self.pg_collection.tp), weight)

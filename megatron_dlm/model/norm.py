@@ -3,6 +3,7 @@
 megatron-core's fallback norm refuses sequence parallelism because nobody would reduce its weight's gradient over the tensor-parallel group.
 Marking the weight with `sequence_parallel` is what megatron-core's gradient finalisation looks for.
 """
+
 from __future__ import annotations
 
 import torch

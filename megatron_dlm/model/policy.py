@@ -5,6 +5,7 @@ logits are). The rollout engine, the trainers and `score` all call `policy_score
 
 Under tensor parallelism the logits are sharded over the vocabulary; the group is an argument, None means unsharded.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ def _first_id(logits: Tensor, group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group) * logits.shape[-1]
 
 
-def policy_scores(logits: Tensor, temperature: Tensor | float, vocabulary: Vocabulary, group: dist.ProcessGroup | None = None) -> Tensor:
+def policy_scores(
+    logits: Tensor, temperature: Tensor | float, vocabulary: Vocabulary, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Tempered logits with -inf for tokens outside the policy: its log-probabilities up to a constant per row.
 
     Args:

@@ -3,6 +3,7 @@
 megatron-core computes them by sequence index. In our rows a noisy copy keeps the position of the token that it copies, so the frequencies are
 looked up from the positions that travel in `RowParams`.
 """
+
 from __future__ import annotations
 
 import torch
@@ -24,7 +25,9 @@ class RotaryByPosition(nn.Module):
         self.head_dim = head_dim
         self.base = base
 
-    def get_rotary_seq_len(self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params: RowParams) -> Tensor:
+    def get_rotary_seq_len(
+        self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params: RowParams
+    ) -> Tensor:
         """What `forward` needs to know of the row: its positions [T] (GPTModel passes this value on untouched)."""
         return packed_seq_params.position
 

@@ -3,6 +3,7 @@
 The carrier is `PackedSeqParams`, because megatron-core hands it to every attention layer unchanged, under pipeline stages and under activation
 recomputation too (an `attention_mask` would be saved for backward by the latter).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

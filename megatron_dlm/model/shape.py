@@ -3,6 +3,7 @@
 `resolve` fills a ModelConfig from its preset and the tokenizer; `transformer_config` makes megatron-core's TransformerConfig of it, passing through
 any of its fields that the user named; `ModelShape` carries the sizes that TransformerConfig has no field for.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -45,15 +46,24 @@ def resolve(model: ModelConfig, tokenizer_vocab_size: int | None) -> ModelConfig
             setattr(filled, field.name, defaults[field.name])
     for name in _REQUIRED:
         if getattr(filled, name) is None:
-            raise ConfigError(f"--{name.replace('_', '-')} is not set. Give it, or choose a --model-preset ({', '.join(PRESETS)}).")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is not set. Give it, or choose a --model-preset ({', '.join(PRESETS)})."
+            )
     if tokenizer_vocab_size is not None and tokenizer_vocab_size > filled.vocab_size:
-        raise ConfigError(f"--vocab-size {filled.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size} tokens. Leave it out, or use another tokenizer.")
+        raise ConfigError(
+            f"--vocab-size {filled.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size} tokens. Leave it out, or use another tokenizer."
+        )
     if filled.ffn_hidden_size is None:
         filled.ffn_hidden_size = 4 * filled.hidden_size
     derived = dict(
         num_query_groups=filled.num_attention_heads,
-        kv_channels=filled.hidden_size // filled.num_attention_heads, max_position_embeddings=4096, rotary_base=1e6, norm_epsilon=1e-6,
-        qk_layernorm=True, untie_embeddings_and_output_weights=True, moe_ffn_hidden_size=filled.ffn_hidden_size,
+        kv_channels=filled.hidden_size // filled.num_attention_heads,
+        max_position_embeddings=4096,
+        rotary_base=1e6,
+        norm_epsilon=1e-6,
+        qk_layernorm=True,
+        untie_embeddings_and_output_weights=True,
+        moe_ffn_hidden_size=filled.ffn_hidden_size,
     )
     for name, value in derived.items():
         if getattr(filled, name) is None:
@@ -88,27 +98,59 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     dtype = dtype or (torch.bfloat16 if model.bf16 else torch.float32)
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     values = dict(
-        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads, num_query_groups=model.num_query_groups, kv_channels=model.kv_channels,
-        layernorm_epsilon=model.norm_epsilon, qk_layernorm=model.qk_layernorm, init_method_std=model.init_method_std,
-        normalization="RMSNorm", activation_func=torch.nn.functional.silu, gated_linear_unit=True, add_bias_linear=False,
-        hidden_dropout=0.0, attention_dropout=0.0, attention_softmax_in_fp32=True, bias_activation_fusion=False, bias_dropout_fusion=False,
-        masked_softmax_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False, apply_rope_fusion=False,
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, autocast_dtype=dtype, calculate_per_token_loss=True,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size, pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size, sequence_parallel=parallel.sequence_parallel,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        init_method_std=model.init_method_std,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        autocast_dtype=dtype,
+        calculate_per_token_loss=True,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
     )
     if parallel.expert_tensor_parallel_size is not None:
         values["expert_tensor_parallel_size"] = parallel.expert_tensor_parallel_size
     if model.num_experts is not None:
         values |= dict(
-            num_moe_experts=model.num_experts, moe_router_topk=model.moe_router_topk, moe_ffn_hidden_size=model.moe_ffn_hidden_size,
-            moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall", moe_router_dtype="fp32",
+            num_moe_experts=model.num_experts,
+            moe_router_topk=model.moe_router_topk,
+            moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+            moe_router_load_balancing_type="none",
+            moe_token_dispatcher_type="alltoall",
+            moe_router_dtype="fp32",
         )
     values |= extra
+    if "virtual_pipeline_model_parallel_size" in model.transformer_overrides:
+        raise ConfigError(
+            "--transformer-override virtual_pipeline_model_parallel_size: interleaved pipeline stages are not supported yet. Leave it out."
+        )
     for name, value in model.transformer_overrides.items():
         if name not in known:
-            raise ConfigError(f"--transformer-override {name}: megatron-core's TransformerConfig has no such field. Check its spelling.")
+            raise ConfigError(
+                f"--transformer-override {name}: megatron-core's TransformerConfig has no such field. Check its spelling."
+            )
         values[name] = value
     # Fields come and go between megatron-core releases; those that this one lacks are at the value that we want.
     return TransformerConfig(**{name: value for name, value in values.items() if name in known})

@@ -3,6 +3,7 @@
 Objects travel pickled, in one collective per call after their sizes: prompts, rewards and traces, a few megabytes at most. Every function is
 collective over its group and names ranks by their place in that group. Tensors that are inside objects should be on the CPU.
 """
+
 from __future__ import annotations
 
 import pickle
@@ -49,5 +50,7 @@ def exchange_objects(outgoing: Mapping[int, Sequence[Any]], group: dist.ProcessG
     lengths = receive_sizes.tolist()
     sent = torch.frombuffer(bytearray(b"".join(parcels)), dtype=torch.uint8).to(device)
     received = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(received, sent, output_split_sizes=lengths, input_split_sizes=send_sizes.tolist(), group=group)
+    dist.all_to_all_single(
+        received, sent, output_split_sizes=lengths, input_split_sizes=send_sizes.tolist(), group=group
+    )
     return [obj for parcel in received.cpu().split(lengths) for obj in pickle.loads(parcel.numpy().tobytes())]

@@ -11,6 +11,7 @@ Invariants (tests/parallel/test_groups.py):
   - tp_size x pp_size x dp_size is the world size; `dp` counts context-parallel ranks, because each of them gets its own rows;
   - the rollout layout has the tensor groups of the training layout, and replicas world_size / tp_size.
 """
+
 from __future__ import annotations
 
 import os
@@ -80,7 +81,11 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
     platform.install()
     if not dist.is_initialized():
         _join(timedelta(minutes=parallel.distributed_timeout_minutes))
-    tp, pp, ep = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    tp, pp, ep = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+    )
     world = dist.get_world_size()
     if world % (tp * pp):
         raise ConfigError(
@@ -147,7 +152,9 @@ def _join(timeout: timedelta) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(platform.backend(), timeout=timeout, **options)
     else:
-        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
+        dist.init_process_group(
+            platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options
+        )
 
 
 def _describe(collection: ProcessGroupCollection) -> Groups:
@@ -170,7 +177,9 @@ def _same_coordinates(training: Groups, shard: dist.ProcessGroup) -> dist.Proces
     """The group of all ranks that have this rank's place in their own `shard` group: they hold the same parameters in the rollout layout."""
     places: list[int] = [0] * training.world_size
     dist.all_gather_object(places, shard.rank())
-    return _new_groups([[rank for rank, place in enumerate(places) if place == wanted] for wanted in sorted(set(places))])
+    return _new_groups(
+        [[rank for rank, place in enumerate(places) if place == wanted] for wanted in sorted(set(places))]
+    )
 
 
 def _process_groups(values: Iterable[object]) -> list[dist.ProcessGroup]:

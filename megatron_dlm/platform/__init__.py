@@ -6,6 +6,7 @@ This package alone knows that megatron-core expects CUDA and NCCL. Call `install
 
 Everything above asks `device()`, `backend()` and the functions here, and never writes "cuda".
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -10,6 +10,7 @@ megatron-core asks CUDA for five things. Each gets the plainest answer that is t
 
 Everything is guarded by what the installed megatron-core has, so that a newer one meets only what it still needs.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -114,7 +115,15 @@ def _install_cuda_namespace() -> None:
     cuda.current_stream, cuda.default_stream = _answer(Stream()), _answer(Stream())
     cuda.is_current_stream_capturing = _answer(False)
     cuda.get_device_capability = _answer((0, 0))
-    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "reset_max_memory_allocated", "set_stream", "ipc_collect"):
+    for name in (
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "reset_max_memory_allocated",
+        "set_stream",
+        "ipc_collect",
+    ):
         setattr(cuda, name, _answer(None))
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, _answer(0))
@@ -137,7 +146,9 @@ def _install_collectives() -> None:
         def as_list(sizes):
             return None if sizes is None else [int(size) for size in sizes]
 
-        return original(output, input, as_list(output_split_sizes), as_list(input_split_sizes), group=group, async_op=async_op)
+        return original(
+            output, input, as_list(output_split_sizes), as_list(input_split_sizes), group=group, async_op=async_op
+        )
 
     torch.distributed.all_to_all_single = all_to_all_single
 
@@ -171,7 +182,9 @@ def _patch_megatron() -> None:
     random_state._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random_state._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     # Here both are one generator, so that draws "change the CPU state within the GPU context" is how it should be.
-    logging.getLogger(random_state.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger(random_state.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
     # Tensors made with device="cuda" amid forward and backward: the schedules' token counters, the router's loss tracker.
     schedules.torch = moe_utils.torch = _torch_on_cpu()
     # Imported only where Transformer Engine is, used everywhere.

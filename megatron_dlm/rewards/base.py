@@ -4,6 +4,7 @@ A *judge* is a pure function of one item, (response, ground truth, metadata) -> 
 or time limits. A *scorer* judges many items at once, and always returns a verdict for each of them: whatever a response
 does to its judge, the others get theirs.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

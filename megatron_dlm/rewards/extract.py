@@ -2,6 +2,7 @@
 
 Invariants (tests/rewards/test_extract.py): linear in the length of the text, whatever stands in it; never raises.
 """
+
 from __future__ import annotations
 
 import re

@@ -14,6 +14,7 @@ while "9/2" is one where it is 4.5.
 
 Invariants (tests/rewards/test_math.py): every ground truth is right against itself; no response raises.
 """
+
 from __future__ import annotations
 
 import logging

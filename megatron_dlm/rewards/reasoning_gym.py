@@ -3,6 +3,7 @@
 The answer is the content of the last \\boxed{...}; without a box, the last line, then the last number in it. A score of
 1.0 from the generator's score_answer counts as correct; its partial scores do not.
 """
+
 from __future__ import annotations
 
 import json

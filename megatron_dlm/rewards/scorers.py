@@ -4,6 +4,7 @@ One pool of workers per verifier, started when the first of its prompts arrives:
 tasks pays for both, others for one. The pool is the caller's own: with one training process per device, `workers`
 counts per process.
 """
+
 from __future__ import annotations
 
 import importlib.util

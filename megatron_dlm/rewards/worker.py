@@ -12,6 +12,7 @@ that judge needs, and neither torch nor the user's program. Nothing here trusts 
 Messages to the parent: a float (time at which work starts: ready, or a chunk was received), or (index, verdict, time).
 Times are time.monotonic(), which all processes of a Linux host share.
 """
+
 from __future__ import annotations
 
 import importlib

@@ -15,6 +15,7 @@ A chunk of items goes to whichever worker is free; answers come back one by one 
 knows the item a worker is at. When a worker dies or is killed, that item gets its verdict and the rest of its chunk
 returns to the queue.
 """
+
 from __future__ import annotations
 
 import contextlib

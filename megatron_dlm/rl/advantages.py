@@ -1,7 +1,8 @@
 """From rewards to advantages, within the group of a prompt.
 
-Source: specification 3.7. Rewards are 0 or 1 here, but nothing below needs that.
+Source: TraceRL, arXiv 2509.06949, section 4.2, and its published code. Rewards are 0 or 1 here, but nothing below needs that.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -25,11 +26,10 @@ def group_advantages(rewards: Sequence[float], normalize_by_std: bool = True) ->
         float64 [G].
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    centred = rewards - rewards.mean()
-    deviation = rewards.std()
-    if deviation == 0:
+    if rewards.max() == rewards.min():  # rounding can make the deviation of equal rewards a tiny number instead of 0
         return np.zeros_like(rewards)
-    return centred / deviation if normalize_by_std else centred
+    centred = rewards - rewards.mean()
+    return centred / rewards.std() if normalize_by_std else centred
 
 
 def in_band(rewards: Sequence[float], low: float, high: float) -> bool:

@@ -6,8 +6,9 @@ With ratio r = exp(clamp(logp - logp_old, -10, 10)), advantage A and weight w of
 
 The weights carry the whole normalisation (`response_weights`), so rows and ranks simply add up.
 
-Source: TraceRL, arXiv 2509.06949, eq. 3; specification 3.4.
+Source: TraceRL, arXiv 2509.06949, eq. 3
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,7 +29,9 @@ class PolicyObjective:
     eps_clip_high: float
     kl_coef: float
 
-    def __call__(self, logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one row and sums of its metrics.
 
         Args:

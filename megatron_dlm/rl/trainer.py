@@ -1,4 +1,5 @@
 """The TraceRL loop, top to bottom: rollout, reward, advantage, old log-probabilities, update, refit."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,13 +16,21 @@ from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt, PromptSampler
 from megatron_dlm.diffusion.keys import stream
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.planner import Load
-from megatron_dlm.diffusion.trace import SamplingParams, Trace
+from megatron_dlm.diffusion.planner import Load, check_budget
+from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.rewards.base import Scorer, Verdict
 from megatron_dlm.rl.advantages import group_advantages, in_band, overlong
 from megatron_dlm.rl.exchange import Graded, gather_graded
 from megatron_dlm.rl.objective import PolicyObjective
-from megatron_dlm.rl.update import UpdateSettings, build_rows, fetch, old_logprobs, plan_updates, trace_item, update_policy
+from megatron_dlm.rl.update import (
+    UpdateSettings,
+    build_rows,
+    fetch,
+    old_logprobs,
+    plan_updates,
+    trace_item,
+    update_policy,
+)
 from megatron_dlm.rollout.replicas import Job, generate, requests_for
 from megatron_dlm.rollout.rig import RolloutRig
 from megatron_dlm.training.report import Report, Stopwatch
@@ -41,15 +50,26 @@ class TraceRLTrainer:
     """Improves `state` by TraceRL; `step_index` counts finished RL steps, and is all that a resumed run needs to know."""
 
     def __init__(
-        self, session: Session, state: TrainState, rig: RolloutRig, scorer: Scorer, prompts: list[Prompt], rl: RLConfig,
-        rollout: RolloutConfig, seed: int, step_index: int = 0,
+        self,
+        session: Session,
+        state: TrainState,
+        rig: RolloutRig,
+        scorer: Scorer,
+        prompts: list[Prompt],
+        rl: RLConfig,
+        rollout: RolloutConfig,
+        seed: int,
+        step_index: int = 0,
     ) -> None:
         self.session, self.state, self.rig, self.scorer = session, state, rig, scorer
         self.rl, self.rollout_config, self.seed, self.step_index = rl, rollout, seed, step_index
         self.sampler = PromptSampler(prompts, seed)
         self.sampling = rig.sampling(rollout)
+        check_budget(self._largest_item(max(len(prompt.token_ids) for prompt in prompts)), rl.max_tokens_per_row)
         self.settings = UpdateSettings(
-            objective=PolicyObjective(rl.eps_clip, rl.eps_clip if rl.eps_clip_high is None else rl.eps_clip_high, rl.kl_loss_coef),
+            objective=PolicyObjective(
+                rl.eps_clip, rl.eps_clip if rl.eps_clip_high is None else rl.eps_clip_high, rl.kl_loss_coef
+            ),
             temperature=self.sampling.policy_temperature,
             aggregation=rl.loss_aggregation,
             max_response_len=rollout.rollout_max_response_len,
@@ -59,6 +79,13 @@ class TraceRLTrainer:
             shrinkage=rl.shrinkage,
             use_rollout_logprobs=rl.use_rollout_logprobs,
         )
+
+    def _largest_item(self, longest_prompt: int) -> int:
+        """Most tokens that a trace can take in a row: its text, and a noisy copy of each block per denoising step of it."""
+        sampling, block = self.sampling, self.session.model.block_size
+        response = sampling.max_new_tokens + 2 * max(block, sampling.block_size)  # with the rest of its first and last block
+        steps = sampling.denoising_steps if sampling.block_size == block else block
+        return longest_prompt + response + response * -(-steps // self.rl.shrinkage)
 
     def step(self, report: Report) -> dict[str, float]:
         """One RL step. Collective. Returns its metrics, the same on every rank."""
@@ -81,7 +108,9 @@ class TraceRLTrainer:
         self.step_index += 1
         metrics |= {f"perf/{name}": seconds for name, seconds in watch.seconds.items()}
         metrics["perf/step_time"] = sum(watch.seconds.values())
-        metrics["perf/rollout_tokens_per_sec"] = sum(graded.length for graded in rollout.graded) / watch.seconds["rollout_time"]
+        metrics["perf/rollout_tokens_per_sec"] = (
+            sum(graded.length for graded in rollout.graded) / watch.seconds["rollout_time"]
+        )
         return metrics
 
     def _prompts(self) -> list[Prompt]:
@@ -93,7 +122,9 @@ class TraceRLTrainer:
     def _generate(self, prompts: list[Prompt], report: Report) -> list[Trace]:
         """This replica's share of the responses."""
         mine = prompts[self.rig.replica :: self.rig.num_replicas]
-        requests = requests_for(mine, self.rollout_config.n_samples_per_prompt, self.sampling, Job(self.seed, self.step_index))
+        requests = requests_for(
+            mine, self.rollout_config.n_samples_per_prompt, self.sampling, Job(self.seed, self.step_index)
+        )
         with report.bar(len(requests), f"rollout {self.step_index}") as bar:
             return generate(self.rig.engine, requests, bar.update)
 
@@ -105,17 +136,35 @@ class TraceRLTrainer:
         texts = [decode(trace.response_ids.tolist(), skip_special_tokens=True) for trace in traces]
         verdicts = self.scorer.score([(prompts[trace.prompt_key], text) for trace, text in zip(traces, texts)])
         self._dump(prompts, traces, texts, verdicts)
-        too_long = overlong([len(trace.response_ids) for trace in traces], self.rollout_config.rollout_max_response_len, self.rl.overlong_margin)
-        return Rollout(traces, gather_graded([
-            self._record(index, trace, verdict, bool(cut)) for index, (trace, verdict, cut) in enumerate(zip(traces, verdicts, too_long))
-        ]))
+        too_long = overlong(
+            [len(trace.response_ids) for trace in traces],
+            self.rollout_config.rollout_max_response_len,
+            self.rl.overlong_margin,
+        )
+        return Rollout(
+            traces,
+            gather_graded(
+                [
+                    self._record(index, trace, verdict, bool(cut))
+                    for index, (trace, verdict, cut) in enumerate(zip(traces, verdicts, too_long))
+                ]
+            ),
+        )
 
     def _record(self, index: int, trace: Trace, verdict: Verdict, too_long: bool) -> Graded:
         item = trace_item(trace, self.settings.grid, self.settings.shrinkage)
         return Graded(
-            group=trace.prompt_key, sample=trace.sample, owner=self.session.groups.rank, index=index, correct=verdict.correct,
-            reward=0.0 if too_long else verdict.correct, length=len(trace.response_ids), steps=trace.num_steps, forwards=trace.num_forwards,
-            truncated=trace.finish_reason == "length", load=Load(item.group, item.shared_length, item.own_length),
+            group=trace.prompt_key,
+            sample=trace.sample,
+            owner=self.session.groups.rank,
+            index=index,
+            correct=verdict.correct,
+            reward=0.0 if too_long else verdict.correct,
+            length=len(trace.response_ids),
+            steps=trace.num_steps,
+            forwards=trace.num_forwards,
+            truncated=trace.finish_reason == "length",
+            load=Load(item.group, item.shared_length, item.own_length),
             num_targets=item.views.num_targets,
         )
 
@@ -127,7 +176,9 @@ class TraceRLTrainer:
         learned, advantages = [], {}
         for members in groups.values():
             rewards = [record.reward for record in members]
-            if not in_band(rewards, self.rl.min_group_accuracy, self.rl.max_group_accuracy) or min(rewards) == max(rewards):
+            if not in_band(rewards, self.rl.min_group_accuracy, self.rl.max_group_accuracy) or min(rewards) == max(
+                rewards
+            ):
                 continue
             learned += members
             values = group_advantages(rewards, self.rl.normalize_advantages_by_std)
@@ -144,7 +195,9 @@ class TraceRLTrainer:
         prepared = []
         for (records, plan), mine in zip(updates, fetch(updates, traces, groups)):
             rows = build_rows(records, plan, mine, advantages, settings, groups.dp_rank, words.mask_id, words.pad_id)
-            prepared.append((old_logprobs(self.state, rows, plan.length, self.session.vocabulary, settings), plan.length))
+            prepared.append(
+                (old_logprobs(self.state, rows, plan.length, self.session.vocabulary, settings), plan.length)
+            )
         return prepared
 
     def _dump(self, prompts: dict[str, Prompt], traces: list[Trace], texts: list[str], verdicts: list[Verdict]) -> None:
@@ -153,16 +206,30 @@ class TraceRLTrainer:
             return
         folder = Path(self.rl.save_debug_rollout_data)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"step_{self.step_index:06d}_rank_{self.session.groups.rank:04d}.jsonl", "w", encoding="utf-8") as file:
+        with open(
+            folder / f"step_{self.step_index:06d}_rank_{self.session.groups.rank:04d}.jsonl", "w", encoding="utf-8"
+        ) as file:
             for trace, text, verdict in zip(traces, texts, verdicts):
                 prompt = prompts[trace.prompt_key]
-                file.write(json.dumps({
-                    "question": prompt.question, "ground_truth": prompt.ground_truth, "response": text, "correct": verdict.correct,
-                    "reason": verdict.reason, "token_ids": trace.response_ids.tolist(), "step_map": trace.steps.tolist(),
-                    "finish_reason": trace.finish_reason,
-                }) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "question": prompt.question,
+                            "ground_truth": prompt.ground_truth,
+                            "response": text,
+                            "correct": verdict.correct,
+                            "reason": verdict.reason,
+                            "token_ids": trace.response_ids.tolist(),
+                            "step_map": trace.steps.tolist(),
+                            "finish_reason": trace.finish_reason,
+                        }
+                    )
+                    + "\n"
+                )
 
-    def run(self, report: Report, save: Callable[[int, bool], None], evaluate: Callable[[int], dict[str, float]] | None) -> None:
+    def run(
+        self, report: Report, save: Callable[[int, bool], None], evaluate: Callable[[int], dict[str, float]] | None
+    ) -> None:
         """Run to --num-rollout steps, or to --exit-duration-in-mins.
 
         Args:
@@ -186,7 +253,7 @@ class TraceRLTrainer:
 
 def rollout_metrics(graded: list[Graded]) -> dict[str, float]:
     """Means over all responses of a step."""
-    mean = lambda values: float(np.mean(list(values)))  # noqa: E731
+    mean = lambda values: float(np.mean(list(values)))
     tokens = sum(record.length for record in graded)
     return {
         "rollout/raw_reward": mean(record.correct for record in graded),
@@ -200,9 +267,18 @@ def rollout_metrics(graded: list[Graded]) -> dict[str, float]:
 
 def _console(metrics: dict[str, float]) -> dict[str, float | str]:
     shown = {
-        "reward": "rollout/raw_reward", "response len": "rollout/response_len/mean", "tokens/step": "rollout/tokens_per_step",
-        "learned": "rollout/learned_ratio", "loss": "train/loss", "k3": "train/k3", "clipfrac": "train/pg_clipfrac", "entropy": "train/entropy",
-        "grad norm": "train/grad_norm", "rollout (s)": "perf/rollout_time", "train (s)": "perf/train_time", "step (s)": "perf/step_time",
+        "reward": "rollout/raw_reward",
+        "response len": "rollout/response_len/mean",
+        "tokens/step": "rollout/tokens_per_step",
+        "learned": "rollout/learned_ratio",
+        "loss": "train/loss",
+        "k3": "train/k3",
+        "clipfrac": "train/pg_clipfrac",
+        "entropy": "train/entropy",
+        "grad norm": "train/grad_norm",
+        "rollout (s)": "perf/rollout_time",
+        "train (s)": "perf/train_time",
+        "step (s)": "perf/step_time",
     }
     fields: dict[str, float | str] = {name: metrics[key] for name, key in shown.items() if key in metrics}
     return fields | {key: value for key, value in metrics.items() if key.startswith("eval/") and "accuracy" in key}

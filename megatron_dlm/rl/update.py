@@ -2,6 +2,7 @@
 
 Everything is planned from `Graded` records before any trace moves; the traces of all updates of the step then move in one exchange.
 """
+
 from __future__ import annotations
 
 import math
@@ -66,34 +67,49 @@ def trace_item(trace: Trace, grid: Grid, shrinkage: int) -> Item:
     return Item(trace.prompt_key, trace.tokens, len(trace.prompt_ids), trace_views(trace, grid, shrinkage), grid)
 
 
-def plan_updates(records: Sequence[Graded], settings: UpdateSettings, groups: Groups, stream: int) -> list[tuple[list[Graded], Plan]]:
+def plan_updates(
+    records: Sequence[Graded], settings: UpdateSettings, groups: Groups, stream: int
+) -> list[tuple[list[Graded], Plan]]:
     """The updates of this RL step: for each its records and its rows. The same on every rank."""
     multiple = math.lcm(ROW_MULTIPLE, groups.tp_size)
     updates = []
     for members in partition(len(records), settings.num_updates, stream):
         chosen = [records[index] for index in members]
-        updates.append((chosen, pack([graded.load for graded in chosen], settings.max_tokens_per_row, groups.dp_size, multiple)))
+        updates.append(
+            (chosen, pack([graded.load for graded in chosen], settings.max_tokens_per_row, groups.dp_size, multiple))
+        )
     return updates
 
 
 def fetch(updates: list[tuple[list[Graded], Plan]], traces: Sequence[Trace], groups: Groups) -> list[dict[int, Trace]]:
     """For each update, the traces that this rank's rows need, by index into the update's records. Collective."""
-    needs = [[index for row in plan.ranks[rank] for index in row] for rank in range(groups.dp_size) for _, plan in updates]
+    needs = [
+        [index for row in plan.ranks[rank] for index in row] for rank in range(groups.dp_size) for _, plan in updates
+    ]
     per_update = len(updates)
     data_ranks = gather_objects(groups.dp_rank)
     wanted = [
-        [updates[u][0][index] for u in range(per_update) for index in needs[data_rank * per_update + u]] for data_rank in data_ranks
+        [updates[u][0][index] for u in range(per_update) for index in needs[data_rank * per_update + u]]
+        for data_rank in data_ranks
     ]
     received = iter(deliver(wanted, traces, groups.rank))
     return [{index: next(received) for index in needs[groups.dp_rank * per_update + u]} for u in range(per_update)]
 
 
 def build_rows(
-    records: list[Graded], plan: Plan, traces: dict[int, Trace], advantages: dict[tuple[str, int], float],
-    settings: UpdateSettings, dp_rank: int, mask_id: int, pad_id: int,
+    records: list[Graded],
+    plan: Plan,
+    traces: dict[int, Trace],
+    advantages: dict[tuple[str, int], float],
+    settings: UpdateSettings,
+    dp_rank: int,
+    mask_id: int,
+    pad_id: int,
 ) -> list[RLRow]:
     """This rank's rows of one update."""
-    weights = response_weights([graded.num_targets for graded in records], settings.aggregation, settings.max_response_len)
+    weights = response_weights(
+        [graded.num_targets for graded in records], settings.aggregation, settings.max_response_len
+    )
     rows = []
     for members in plan.ranks[dp_rank]:
         items = [(index, trace_item(traces[index], settings.grid, settings.shrinkage)) for index in members]
@@ -112,7 +128,9 @@ def logprob_forward(vocabulary: Vocabulary, temperature: float):
     def forward_step(rl_row: RLRow, model):
         def loss_fn(logits: Tensor) -> Tensor:
             group = model.module.pg_collection.tp
-            return label_logprobs(policy_scores(logits, temperature, vocabulary, group), rl_row.row.targets.label, group).cpu()
+            return label_logprobs(
+                policy_scores(logits, temperature, vocabulary, group), rl_row.row.targets.label, group
+            ).cpu()
 
         return model.module.forward_row(rl_row.row), loss_fn
 
@@ -127,7 +145,7 @@ def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings):
             group = model.module.pg_collection.tp
             scores = policy_scores(logits, settings.temperature, vocabulary, group)
             logprob = label_logprobs(scores, rl_row.row.targets.label, group)
-            cast = lambda column: column.to(logprob.device, logprob.dtype)  # noqa: E731
+            cast = lambda column: column.to(logprob.device, logprob.dtype)
             old, rollout = cast(rl_row.old_logprob), cast(rl_row.rollout_logprob)
             loss, metrics = settings.objective(logprob, old, cast(rl_row.advantage), cast(rl_row.weight))
             metrics["entropy"] = entropy(scores.detach(), group).sum()
@@ -139,13 +157,17 @@ def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings):
     return forward_step
 
 
-def old_logprobs(state: TrainState, rows: list[RLRow], length: int, vocabulary: Vocabulary, settings: UpdateSettings) -> list[RLRow]:
+def old_logprobs(
+    state: TrainState, rows: list[RLRow], length: int, vocabulary: Vocabulary, settings: UpdateSettings
+) -> list[RLRow]:
     """The same rows with the old policy's log-probabilities: the rollout's, or those of the weights as they are now."""
     if settings.use_rollout_logprobs:
         known = [rl_row.rollout_logprob for rl_row in rows]
     else:
         # Only the last pipeline stage computes losses, so only it needs them.
-        known = forward_only(state, rows, logprob_forward(vocabulary, settings.temperature), length) or [None] * len(rows)
+        known = forward_only(state, rows, logprob_forward(vocabulary, settings.temperature), length) or [None] * len(
+            rows
+        )
     return [RLRow(r.row, r.advantage, r.weight, r.rollout_logprob, old) for r, old in zip(rows, known)]
 
 
@@ -174,4 +196,12 @@ def update_policy(
     targets = max(totals.pop("targets"), 1.0)
     per_update = {name: totals.pop(name) / len(prepared) for name in ("loss", "pg_loss", "kl_loss")}
     per_target = {name: value / targets for name, value in totals.items()}
-    return PolicyUpdate({**per_update, **per_target, "grad_norm": float(np.mean(norms)), "updates": float(len(prepared)), "targets": targets})
+    return PolicyUpdate(
+        {
+            **per_update,
+            **per_target,
+            "grad_norm": float(np.mean(norms)),
+            "updates": float(len(prepared)),
+            "targets": targets,
+        }
+    )

@@ -3,6 +3,7 @@
 One line per slot, one column per position; a denoising round reads and writes all running sequences with a handful of tensor operations and no loop
 over sequences.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -65,8 +66,16 @@ class RunningBatch:
         self.known[slot, :prompt] = True
         self.step[slot] = 0
         values = dict(
-            prompt_length=prompt, limit=prompt + sampling.max_new_tokens, start=prompt - prompt % sampling.block_size, cached=0,
-            steps_taken=0, block_steps=0, forwards=0, stream=request.stream, greedy=sampling.temperature == 0, **_settings(sampling),
+            prompt_length=prompt,
+            limit=prompt + sampling.max_new_tokens,
+            start=prompt - prompt % sampling.block_size,
+            cached=0,
+            steps_taken=0,
+            block_steps=0,
+            forwards=0,
+            stream=request.stream,
+            greedy=sampling.temperature == 0,
+            **_settings(sampling),
         )
         for name, value in values.items():
             getattr(self, name)[slot] = value
@@ -95,19 +104,31 @@ class RunningBatch:
         request, prompt = self.request[slot], int(self.prompt_length[slot])
         block_end = int(self.start[slot] + self.block_size[slot])
         response, tail = slice(prompt, end), slice(end, max(end, block_end))
-        column = lambda table, where: table[slot, where].cpu().numpy().copy()  # noqa: E731
+        column = lambda table, where: table[slot, where].cpu().numpy().copy()
         return Trace(
             prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
-            response_ids=column(self.tokens, response), tail_ids=column(self.tokens, tail),
-            steps=column(self.step, response), tail_steps=column(self.step, tail),
-            logprobs=column(self.logprob, response), sampling_logprobs=column(self.sampling_logprob, response),
-            weight_versions=column(self.version, response), sampling=request.sampling,
-            prompt_key=request.prompt_key, sample=request.sample, finish_reason=finish_reason, num_forwards=int(self.forwards[slot]),
+            response_ids=column(self.tokens, response),
+            tail_ids=column(self.tokens, tail),
+            steps=column(self.step, response),
+            tail_steps=column(self.step, tail),
+            logprobs=column(self.logprob, response),
+            sampling_logprobs=column(self.sampling_logprob, response),
+            weight_versions=column(self.version, response),
+            sampling=request.sampling,
+            prompt_key=request.prompt_key,
+            sample=request.sample,
+            finish_reason=finish_reason,
+            num_forwards=int(self.forwards[slot]),
         )
 
 
 def _settings(sampling: SamplingParams) -> dict[str, float]:
     return dict(
-        block_size=sampling.block_size, denoising_steps=sampling.denoising_steps, remasking=int(Remasking[sampling.remasking.upper()]),
-        temperature=sampling.policy_temperature, top_k=sampling.top_k, top_p=sampling.top_p, threshold=sampling.threshold,
+        block_size=sampling.block_size,
+        denoising_steps=sampling.denoising_steps,
+        remasking=int(Remasking[sampling.remasking.upper()]),
+        temperature=sampling.policy_temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        threshold=sampling.threshold,
     )

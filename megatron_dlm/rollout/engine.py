@@ -11,6 +11,7 @@ point, up to the rounding of the matrix products; docs/architecture.md).
     while not engine.idle:
         traces += engine.step()
 """
+
 from __future__ import annotations
 
 from collections import deque
@@ -48,9 +49,13 @@ class Engine:
         ConfigError: the model is only a part of a pipeline.
     """
 
-    def __init__(self, model: BlockDiffusionModel, vocabulary: Vocabulary, max_running_requests: int, max_length: int) -> None:
+    def __init__(
+        self, model: BlockDiffusionModel, vocabulary: Vocabulary, max_running_requests: int, max_length: int
+    ) -> None:
         if not (model.pre_process and model.post_process):
-            raise ConfigError("The rollout engine needs all layers on one rank. Build the rollout model with pipeline size 1.")
+            raise ConfigError(
+                "The rollout engine needs all layers on one rank. Build the rollout model with pipeline size 1."
+            )
         self.model = model
         self.vocabulary = vocabulary
         self.tp_group = model.pg_collection.tp if dist.get_world_size(model.pg_collection.tp) > 1 else None
@@ -127,8 +132,11 @@ class Engine:
         logits = self.model.forward_tokens(tokens, params)  # [N, V / TP]
         where, position = token_slot[masked], ragged.position[masked]
         draws = draw(
-            self._policy(logits, batch.temperature[where]), uniforms(batch.stream[where], position, batch.steps_taken[where]),
-            batch.greedy[where], batch.top_k[where], batch.top_p[where],
+            self._policy(logits, batch.temperature[where]),
+            uniforms(batch.stream[where], position, batch.steps_taken[where]),
+            batch.greedy[where],
+            batch.top_k[where],
+            batch.top_p[where],
         )
         chosen = self._select(slot, ragged.sequence[masked], position - batch.start[where], draws.confidence)
         where, position = where[chosen], position[chosen]
@@ -153,14 +161,20 @@ class Engine:
     def _select(self, slot: Tensor, sequence: Tensor, column: Tensor, confidence: Tensor) -> Tensor:
         """Which of the N masked positions to unmask, bool [N]; `sequence` and `column` place them in a table of blocks."""
         batch = self.batch
-        block_size, denoising_steps, taken = batch.block_size[slot], batch.denoising_steps[slot], batch.block_steps[slot]
+        block_size, denoising_steps, taken = (
+            batch.block_size[slot],
+            batch.denoising_steps[slot],
+            batch.block_steps[slot],
+        )
         shape = (len(slot), int(block_size.max()))
         table = torch.zeros(shape, dtype=torch.float64, device=self.device)
         table[sequence, column] = confidence.double()
         masked = torch.zeros(shape, dtype=torch.bool, device=self.device)
         masked[sequence, column] = True
         count = scheduled_count(block_size, denoising_steps, taken)
-        chosen = select(batch.remasking[slot], table, masked, count, batch.threshold[slot], taken + 1 >= denoising_steps)
+        chosen = select(
+            batch.remasking[slot], table, masked, count, batch.threshold[slot], taken + 1 >= denoising_steps
+        )
         return chosen[sequence, column]
 
     def _advance(self, slot: Tensor) -> list[Trace]:

@@ -4,6 +4,7 @@ Each running sequence owns one slot: room for the keys and values of its whole t
 everything up to the end of each query's block, so the same pass serves prompt blocks, a finished block whose final keys are not yet stored,
 and the block that is being denoised, whose keys are overwritten at each step.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -22,7 +23,16 @@ class BlockKVCache:
         num_layers, kv_heads, head_dim: of this rank's part of the model.
     """
 
-    def __init__(self, num_slots: int, max_length: int, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        num_slots: int,
+        max_length: int,
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         shape = (num_layers, 2, num_slots, max_length, kv_heads, head_dim)
         # Zeros, because a slot beyond a sequence's end is masked but still multiplied, and 0 x NaN would be NaN.
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
@@ -75,7 +85,9 @@ class CachedAttention:
         self.batch = batch
         n = len(batch.slot)
         device = batch.slot.device
-        bound = torch.ones(n, batch.longest, dtype=torch.int64, device=device)  # places without a query see key 0, so that softmax is finite
+        bound = torch.ones(
+            n, batch.longest, dtype=torch.int64, device=device
+        )  # places without a query see key 0, so that softmax is finite
         bound[batch.sequence, batch.offset] = batch.last_visible
         self.mask = (torch.arange(batch.key_length, device=device) < bound[:, :, None])[:, None]  # [n, 1, Q, K]
         self.token_slot = batch.slot[batch.sequence]
@@ -91,6 +103,8 @@ class CachedAttention:
             queries.transpose(1, 2),
             keys[batch.slot, : batch.key_length].transpose(1, 2),
             values[batch.slot, : batch.key_length].transpose(1, 2),
-            attn_mask=self.mask, scale=scale, enable_gqa=heads != k.shape[2],
+            attn_mask=self.mask,
+            scale=scale,
+            enable_gqa=heads != k.shape[2],
         )  # [n, heads, Q, d]
         return out.transpose(1, 2)[batch.sequence, batch.offset].reshape(tokens, 1, heads * dim)

@@ -17,6 +17,7 @@ The rollout layout has the tensor and expert shards of training, and no pipeline
 Invariants (tests/rollout/test_refit.py): afterwards every rollout parameter equals, bit by bit, the training parameter of that name; bound ones
 share its address.
 """
+
 from __future__ import annotations
 
 import time
@@ -127,7 +128,9 @@ def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
 def _check_same(trained: dict, wanted: dict[str, nn.Parameter]) -> None:
     missing, unused = sorted(wanted.keys() - trained.keys()), sorted(trained.keys() - wanted.keys())
     if missing or unused:
-        raise ValueError(f"rollout and training model differ: only the rollout model has {missing[:3]}, only the training model has {unused[:3]}")
+        raise ValueError(
+            f"rollout and training model differ: only the rollout model has {missing[:3]}, only the training model has {unused[:3]}"
+        )
     for name, target in wanted.items():
         source = trained[name]
         shape = tuple(source.shape) if isinstance(source, Tensor) else source[0]

@@ -3,6 +3,7 @@
 Each replica of the rollout layout takes every n-th prompt, with all its samples, so that the groups of a prompt stay together. What is generated does not depend on that:
 every draw is keyed by prompt and sample.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,7 +33,13 @@ class Job:
 def requests_for(prompts: Sequence[Prompt], samples: int, sampling: SamplingParams, job: Job) -> list[Request]:
     """All requests for these prompts: `samples` responses each, in order of prompt, then sample."""
     return [
-        Request(np.asarray(prompt.token_ids, dtype=np.int64), sampling, prompt.key, sample, rollout_stream(job.seed, job.step, f"{job.tag}/{prompt.key}", sample))
+        Request(
+            np.asarray(prompt.token_ids, dtype=np.int64),
+            sampling,
+            prompt.key,
+            sample,
+            rollout_stream(job.seed, job.step, f"{job.tag}/{prompt.key}", sample),
+        )
         for prompt in prompts
         for sample in range(samples)
     ]

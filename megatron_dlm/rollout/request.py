@@ -1,4 +1,5 @@
 """What the engine is asked for, and what makes a request impossible."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """The rollout engine as a trainer sees it: built once, refitted after each update, shared by training rollouts and evaluation."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -40,7 +41,9 @@ class RolloutRig:
     stop_token_ids: tuple[int, ...]
 
     @classmethod
-    def open(cls, session: Session, state: TrainState, rollout: RolloutConfig, longest_prompt: int, longest_response: int) -> RolloutRig:
+    def open(
+        cls, session: Session, state: TrainState, rollout: RolloutConfig, longest_prompt: int, longest_response: int
+    ) -> RolloutRig:
         """Build the engine for a state and give it the weights. Collective.
 
         Args:
@@ -80,9 +83,15 @@ class RolloutRig:
         """Sampling parameters of training rollouts."""
         block = rollout.rollout_block_size or self.block_size
         return SamplingParams(
-            temperature=rollout.rollout_temperature, top_k=rollout.rollout_top_k, top_p=rollout.rollout_top_p,
-            max_new_tokens=rollout.rollout_max_response_len, block_size=block, denoising_steps=rollout.denoising_steps or block,
-            remasking=rollout.remasking, threshold=rollout.threshold, stop_token_ids=stop_tokens(rollout.stop_token_ids, self.stop_token_ids),
+            temperature=rollout.rollout_temperature,
+            top_k=rollout.rollout_top_k,
+            top_p=rollout.rollout_top_p,
+            max_new_tokens=rollout.rollout_max_response_len,
+            block_size=block,
+            denoising_steps=rollout.denoising_steps or block,
+            remasking=rollout.remasking,
+            threshold=rollout.threshold,
+            stop_token_ids=stop_tokens(rollout.stop_token_ids, self.stop_token_ids),
         )
 
 
@@ -97,7 +106,9 @@ def _rollout_model(session: Session, state: TrainState, groups: Groups) -> tuple
     # Bound to the training parameters it needs no memory of its own; a refitted model has memory, but nothing is drawn for it.
     config = transformer_config(session.model, parallel, use_cpu_initialization=shared, perform_initialization=False)
     with platform.cuda_calls_on_cpu(), torch.device("meta" if shared else platform.device()):
-        model = BlockDiffusionModel(config, model_shape(session.model), groups.pg_collection).requires_grad_(False).eval()
+        model = (
+            BlockDiffusionModel(config, model_shape(session.model), groups.pg_collection).requires_grad_(False).eval()
+        )
     if not shared:
         return model, Refit(state, model)
     bind(state.module, model)

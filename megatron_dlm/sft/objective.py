@@ -5,6 +5,7 @@
 with t drawn per block, w = min(1/t, max weight), and D the number of response tokens of the whole update: an estimate of the evidence bound per token
 (BD3-LM, arXiv 2503.09573, eq. 8). Masks are drawn anew at every step.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -31,7 +32,9 @@ class SFTItems:
     num_tokens: int
 
 
-def sft_items(samples: Sequence[Sample], step: int, seed: int, grid: Grid, schedule: MaskSchedule, pad_id: int, loss_on_pad: bool) -> SFTItems:
+def sft_items(
+    samples: Sequence[Sample], step: int, seed: int, grid: Grid, schedule: MaskSchedule, pad_id: int, loss_on_pad: bool
+) -> SFTItems:
     """Draw the masks of one update.
 
     The last block is filled with pad tokens; they are hidden like others and, with `loss_on_pad`, learned like others.
@@ -40,15 +43,32 @@ def sft_items(samples: Sequence[Sample], step: int, seed: int, grid: Grid, sched
     seen: Counter[str] = Counter()  # a sample that comes twice in an update gets masks of its own each time
     for sample in samples:
         prompt, written = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
-        length = written if grid.block_size is None else grid.span(grid.block_of(written - 1, prompt), prompt, 1 << 62)[1]
+        length = padded_length(sample, grid)
         predict_until = length if loss_on_pad else written
         num_tokens += predict_until - prompt
         tokens = np.array([*sample.prompt_ids, *sample.response_ids, *[pad_id] * (length - written)], dtype=np.int64)
-        views = masked_views(prompt, length, grid, schedule, stream(seed, "sft-mask", step, sample.key, seen[sample.key]), predict_until)
+        views = masked_views(
+            prompt, length, grid, schedule, stream(seed, "sft-mask", step, sample.key, seen[sample.key]), predict_until
+        )
         seen[sample.key] += 1
         if len(views.block):
             items.append(Item(sample.key, tokens, prompt, views, grid))
     return SFTItems(items, num_tokens)
+
+
+def padded_length(sample: Sample, grid: Grid) -> int:
+    """Tokens of a sample whose last block is filled."""
+    prompt, written = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
+    if grid.block_size is None:
+        return written
+    return grid.span(grid.block_of(written - 1, prompt), prompt, written + grid.block_size)[1]
+
+
+def largest_item(sample: Sample, grid: Grid) -> int:
+    """Most tokens that a sample can take in a row: its text, and a noisy copy of every block that holds a response token."""
+    length, prompt = padded_length(sample, grid), len(sample.prompt_ids)
+    first = grid.span(int(grid.block_of(prompt, prompt)), prompt, length)[0]
+    return length if grid.block_size is None else length + (length - first)
 
 
 def sft_forward(vocabulary: Vocabulary, num_tokens: int):

@@ -1,19 +1,19 @@
 """The SFT loop: draw, pack, step, report."""
+
 from __future__ import annotations
 
 import math
 import time
 
 from megatron_dlm import platform
-from megatron_dlm.config.checkpoint import CheckpointConfig
 from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.data.prompts import PromptSampler
 from megatron_dlm.data.sft_data import Sample
 from megatron_dlm.diffusion.masking import MaskSchedule
-from megatron_dlm.diffusion.planner import Load, pack
+from megatron_dlm.diffusion.planner import Load, check_budget, pack
 from megatron_dlm.diffusion.rows import Row, build_row
-from megatron_dlm.sft.objective import sft_forward, sft_items
+from megatron_dlm.sft.objective import largest_item, sft_forward, sft_items
 from megatron_dlm.training.report import Report
 from megatron_dlm.training.setup import Session
 from megatron_dlm.training.state import TrainState
@@ -25,21 +25,34 @@ ROW_MULTIPLE = 64  # rows are rounded up to this many tokens, so that few shapes
 class SFTTrainer:
     """Trains `state` on samples; `consumed` counts the samples seen since the start of the run."""
 
-    def __init__(self, session: Session, state: TrainState, samples: list[Sample], sft: SFTConfig, seed: int, consumed: int = 0) -> None:
+    def __init__(
+        self, session: Session, state: TrainState, samples: list[Sample], sft: SFTConfig, seed: int, consumed: int = 0
+    ) -> None:
         self.session, self.state, self.sft, self.seed = session, state, sft, seed
         self.sampler = PromptSampler(samples, seed)
         self.schedule = MaskSchedule(sft.mask_ratio_per, sft.min_mask_ratio, sft.max_loss_weight)
         self.consumed = consumed
+        check_budget(max(largest_item(sample, session.grid) for sample in samples), sft.max_tokens_per_row)
 
     def step(self) -> tuple[StepResult, int]:
         """One optimizer step. Returns its result and the number of tokens in its rows, over all ranks."""
         samples = self.sampler.take(self.consumed, self.sft.global_batch_size)
         words, groups = self.session.tokenizer, self.session.groups
-        drawn = sft_items(samples, self.state.iteration, self.seed, self.session.grid, self.schedule, words.pad_id, self.sft.loss_on_pad)
+        drawn = sft_items(
+            samples,
+            self.state.iteration,
+            self.seed,
+            self.session.grid,
+            self.schedule,
+            words.pad_id,
+            self.sft.loss_on_pad,
+        )
         loads = [Load(item.group, item.shared_length, item.own_length) for item in drawn.items]
         plan = pack(loads, self.sft.max_tokens_per_row, groups.dp_size, math.lcm(ROW_MULTIPLE, groups.tp_size))
         rows: list[Row] = [
-            build_row([(index, drawn.items[index]) for index in members], plan.length, words.mask_id, words.pad_id).to(platform.device())
+            build_row([(index, drawn.items[index]) for index in members], plan.length, words.mask_id, words.pad_id).to(
+                platform.device()
+            )
             for members in plan.ranks[groups.dp_rank]
         ]
         result = train_step(self.state, rows, sft_forward(self.session.vocabulary, drawn.num_tokens), plan.length)
@@ -61,17 +74,29 @@ class SFTTrainer:
                 now = time.perf_counter()
                 iteration, seconds, last = self.state.iteration, now - last, now
                 metrics = {
-                    "train/loss": result.metrics["loss"], "train/nll": result.metrics["nll"] / max(result.metrics["targets"], 1),
-                    "train/grad_norm": result.grad_norm, "train/lr": learning_rate, "train/consumed_samples": self.consumed,
-                    "perf/step_time": seconds, "perf/tokens_per_sec": tokens / seconds,
+                    "train/loss": result.metrics["loss"],
+                    "train/nll": result.metrics["nll"] / max(result.metrics["targets"], 1),
+                    "train/grad_norm": result.grad_norm,
+                    "train/lr": learning_rate,
+                    "train/consumed_samples": self.consumed,
+                    "perf/step_time": seconds,
+                    "perf/tokens_per_sec": tokens / seconds,
                 }
                 report.record(iteration, metrics)
                 if iteration % logging.log_interval == 0 or iteration == self.sft.train_iters:
-                    report.iteration(iteration, self.sft.train_iters, {
-                        "consumed samples": self.consumed, "elapsed time per iteration (ms)": f"{1000 * seconds:.1f}",
-                        "learning rate": f"{learning_rate:.6E}", "global batch size": self.sft.global_batch_size,
-                        "lm loss": f"{metrics['train/loss']:.6E}", "masked-token nll": metrics["train/nll"], "grad norm": f"{result.grad_norm:.3f}",
-                    })
+                    report.iteration(
+                        iteration,
+                        self.sft.train_iters,
+                        {
+                            "consumed samples": self.consumed,
+                            "elapsed time per iteration (ms)": f"{1000 * seconds:.1f}",
+                            "learning rate": f"{learning_rate:.6E}",
+                            "global batch size": self.sft.global_batch_size,
+                            "lm loss": f"{metrics['train/loss']:.6E}",
+                            "masked-token nll": metrics["train/nll"],
+                            "grad norm": f"{result.grad_norm:.3f}",
+                        },
+                    )
                 bar.update()
                 save(iteration, False)
                 if self.sft.exit_duration_in_mins is not None and now - began >= 60 * self.sft.exit_duration_in_mins:

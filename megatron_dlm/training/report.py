@@ -2,6 +2,7 @@
 
 Metrics are named with the field's prefixes (train/, rollout/, eval/, perf/). Only the main rank speaks; the others call the same methods and nothing happens.
 """
+
 from __future__ import annotations
 
 import json
@@ -59,7 +60,9 @@ class Report:
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keep metrics: a JSON line and a point in Weights & Biases."""
         if self.lines is not None:
-            self.lines.write(json.dumps({"step": step, "seconds": round(time.perf_counter() - self.started, 3), **metrics}) + "\n")
+            self.lines.write(
+                json.dumps({"step": step, "seconds": round(time.perf_counter() - self.started, 3), **metrics}) + "\n"
+            )
             self.lines.flush()
         if self.wandb is not None:
             self.wandb.log(dict(metrics), step=step)
@@ -100,7 +103,11 @@ def _open_wandb(logging: LoggingConfig, settings: Mapping[str, Any]):
     try:
         import wandb
     except ImportError:
-        raise DependencyError("--wandb-project needs the wandb package, which is not installed. Run: pip install wandb") from None
+        raise DependencyError(
+            "--wandb-project needs the wandb package, which is not installed. Run: pip install wandb"
+        ) from None
     if logging.wandb_save_dir:
         Path(logging.wandb_save_dir).mkdir(parents=True, exist_ok=True)
-    return wandb.init(project=logging.wandb_project, name=logging.wandb_exp_name, dir=logging.wandb_save_dir, config=dict(settings))
+    return wandb.init(
+        project=logging.wandb_project, name=logging.wandb_exp_name, dir=logging.wandb_save_dir, config=dict(settings)
+    )

@@ -2,6 +2,7 @@
 
 A `Session` is built once per process from the sections of the configuration. It decides nothing about learning.
 """
+
 from __future__ import annotations
 
 import os
@@ -49,7 +50,13 @@ class Session:
         resolved = resolve(model, words.vocab_size)
         check_model(resolved)
         check_parallel(parallel, resolved, _world_size())
-        return cls(resolved, parallel, words, process_groups.initialize(parallel, seed), Vocabulary(words.vocab_size, words.mask_id))
+        return cls(
+            resolved,
+            parallel,
+            words,
+            process_groups.initialize(parallel, seed),
+            Vocabulary(words.vocab_size, words.mask_id),
+        )
 
     @property
     def grid(self) -> Grid:

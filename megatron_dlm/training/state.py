@@ -7,6 +7,7 @@ allocates no gradients (reference models).
 The scale of the gradient is decided here once: `calculate_per_token_loss` makes megatron-core sum over microbatches and data-parallel ranks, and our
 `finalize` hook leaves its division by a token count out. So the gradient is that of the plain sum of all losses: rows carry final weights.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -154,14 +155,18 @@ def _build_modules(builder: ModelBuilder, config: TransformerConfig, groups: Gro
             module.cuda(platform.device())
         for part in module.modules():
             if isinstance(part, TopKRouter):
-                part.calculate_per_token_loss = False  # training/step.py makes its auxiliary losses the mean over the rows of an update
+                part.calculate_per_token_loss = (
+                    False  # training/step.py makes its auxiliary losses the mean over the rows of an update
+                )
         for parameter in module.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         modules.append(module)
     return modules
 
 
-def _wrap(modules: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, groups: Groups) -> list[DistributedDataParallel]:
+def _wrap(
+    modules: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, groups: Groups
+) -> list[DistributedDataParallel]:
     return [
         DistributedDataParallel(
             config,
@@ -187,7 +192,9 @@ def _build_optimizer(
     groups: Groups,
 ) -> MegatronOptimizer:
     if parallel.use_distributed_optimizer and wanted.optimizer != "adam":
-        raise ConfigError(f"--use-distributed-optimizer works with --optimizer adam only, not {wanted.optimizer}. Drop one of the two.")
+        raise ConfigError(
+            f"--use-distributed-optimizer works with --optimizer adam only, not {wanted.optimizer}. Drop one of the two."
+        )
     known = {field.name for field in dataclasses.fields(MegatronOptimizerConfig)}
     ours = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted) if field.name in known}
     # The norm is computed only for clipping; a limit that is never reached yields it and clips nothing.
@@ -203,7 +210,9 @@ def _build_optimizer(
     return get_megatron_optimizer(megatron, chunks, use_gloo_process_groups=False, pg_collection=groups.pg_collection)
 
 
-def _build_scheduler(optimizer: MegatronOptimizer, wanted: OptimizerConfig, train_iters: int) -> OptimizerParamScheduler:
+def _build_scheduler(
+    optimizer: MegatronOptimizer, wanted: OptimizerConfig, train_iters: int
+) -> OptimizerParamScheduler:
     steps = wanted.lr_decay_iters or train_iters
     if wanted.lr_warmup_iters >= steps:
         raise ConfigError(
@@ -228,7 +237,10 @@ def _build_scheduler(optimizer: MegatronOptimizer, wanted: OptimizerConfig, trai
 
 
 def _hang_hooks(
-    config: TransformerConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer | None, parallel: ParallelConfig
+    config: TransformerConfig,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer | None,
+    parallel: ParallelConfig,
 ) -> None:
     """What megatron-core's schedules read from the config while they run."""
 

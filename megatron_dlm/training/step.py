@@ -16,6 +16,7 @@ want that number to be a multiple of the pipeline size.
 Invariants (tests/training/test_step.py): loss, metrics, gradient norm and new weights do not depend on the layout, on the order of the rows, or on
 which rank got which row.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -67,7 +68,9 @@ def train_step(state: TrainState, rows: Sequence[Any], forward_step: ForwardStep
     return StepResult(metrics, float(grad_norm or 0.0), bool(successful))
 
 
-def accumulate_gradients(state: TrainState, rows: Sequence[Any], forward_step: ForwardStep, seq_length: int) -> dict[str, float]:
+def accumulate_gradients(
+    state: TrainState, rows: Sequence[Any], forward_step: ForwardStep, seq_length: int
+) -> dict[str, float]:
     """Forward and backward over the rows: afterwards `parameter.main_grad` holds the gradient of the update's loss.
 
     With the distributed optimizer each rank's `main_grad` is complete only in the shard that it owns. Also for float64 models, which have no
@@ -131,7 +134,9 @@ def _router_losses_averaged(count: int) -> Iterator[None]:
         MoEAuxLossAutoScaler.set_loss_scale = staticmethod(original)
 
 
-def _run_schedule(state: TrainState, rows: Sequence[Any], step: Callable, seq_length: int, forward_only: bool) -> list[Any]:
+def _run_schedule(
+    state: TrainState, rows: Sequence[Any], step: Callable, seq_length: int, forward_only: bool
+) -> list[Any]:
     if not rows:
         raise ValueError("an update needs at least one row on every rank; fill up with rows of padding")
     iterators = [iter(rows) for _ in state.chunks]
@@ -141,18 +146,23 @@ def _run_schedule(state: TrainState, rows: Sequence[Any], step: Callable, seq_le
         data_iterator=iterators[0] if single else iterators,
         model=state.chunks[0] if single else state.chunks,
         num_microbatches=len(rows),
-        seq_length=seq_length * state.groups.cp_size,  # megatron-core divides by the context-parallel size; ours are one rank's tokens already
+        seq_length=seq_length
+        * state.groups.cp_size,  # megatron-core divides by the context-parallel size; ours are one rank's tokens already
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
 
 
-def _loss_for_schedule(loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]], output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss_for_schedule(
+    loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]], output: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The triple that megatron-core wants: loss, a token count (nobody divides by it), what is to be collected."""
     loss, metrics = loss_fn(output)
     if not loss.requires_grad:
-        raise ValueError("the loss of a row has no graph behind it; a row without targets must return a zero that depends on the model's output")
+        raise ValueError(
+            "the loss of a row has no graph behind it; a row without targets must return a zero that depends on the model's output"
+        )
     sums = {"loss": loss.detach().clone(), **{name: value.detach() for name, value in metrics.items()}}
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), sums
 

@@ -15,7 +15,14 @@ from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate_training import (
-    check_checkpoint, check_eval, check_logging, check_optimizer, check_reward, check_rl, check_rollout, check_sft,
+    check_checkpoint,
+    check_eval,
+    check_logging,
+    check_optimizer,
+    check_reward,
+    check_rl,
+    check_rollout,
+    check_sft,
     check_tokenizer,
 )
 

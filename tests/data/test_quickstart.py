@@ -98,11 +98,11 @@ def test_sizes_must_be_positive(num_train, num_test):
 
 def test_the_folder_is_ready_for_training(tmp_path):
     line = quickstart.make(tmp_path / "out", None, seed=0, num_train=50, num_test=20)
-    assert "50 supervised samples, 50 prompts, 20 held-out prompts and a tokenizer of 259 tokens" in line
+    assert "50 supervised samples, 50 prompts, 20 held-out prompts and a tokenizer of 260 tokens" in line
     tokenizer = Tokenizer(tmp_path / "out" / "tokenizer")
     samples, _ = load_sft([str(tmp_path / "out" / "sft.jsonl")], tokenizer)
-    assert {len(sample.prompt_ids) for sample in samples} == {9}
-    assert all(len(sample.response_ids) <= 13 for sample in samples)  # "132+36=", the box in two tokens, "168", stop
+    assert {len(sample.prompt_ids) for sample in samples} == {8}
+    assert all(len(sample.response_ids) <= 12 for sample in samples)  # "132+36", the box in two tokens, "168", stop
     prompts, _ = load_prompts([str(tmp_path / "out" / "prompts.jsonl")], tokenizer)
     held, _ = load_prompts([str(tmp_path / "out" / "heldout.jsonl")], tokenizer)
     assert len(held) == 20 and not {prompt.key for prompt in prompts} & {prompt.key for prompt in held}

@@ -1,4 +1,5 @@
 """The model against another implementation: Qwen3 of the transformers package, with the same weights."""
+
 from __future__ import annotations
 
 import pytest
@@ -22,28 +23,49 @@ def as_row(tokens: torch.Tensor, block: int) -> Row:
 
 
 def twin(model, theta: float):
-    """A Qwen3 with the weights of our model: qkv is stored per key/value group as [its queries | key | value], fc1 as [gate; up]."""
+    """A Qwen3 with our weights: qkv is stored by key/value group, [queries | key | value], fc1 as [gate; up]."""
     transformers = pytest.importorskip("transformers")
     config = model.config
     heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
-    other = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=PADDED, hidden_size=config.hidden_size, intermediate_size=config.ffn_hidden_size, num_hidden_layers=config.num_layers,
-        num_attention_heads=heads, num_key_value_heads=groups, head_dim=width, rms_norm_eps=config.layernorm_epsilon, tie_word_embeddings=False,
-        rope_theta=theta, rope_parameters={"rope_type": "default", "rope_theta": theta}, attention_bias=False, attn_implementation="sdpa", max_position_embeddings=256,
-    )).to(config.params_dtype).eval()
+    other = (
+        transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
+                vocab_size=PADDED,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.ffn_hidden_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=heads,
+                num_key_value_heads=groups,
+                head_dim=width,
+                rms_norm_eps=config.layernorm_epsilon,
+                tie_word_embeddings=False,
+                rope_theta=theta,
+                rope_parameters={"rope_type": "default", "rope_theta": theta},
+                attention_bias=False,
+                attn_implementation="sdpa",
+                max_position_embeddings=256,
+            )
+        )
+        .to(config.params_dtype)
+        .eval()
+    )
     ours = {name: value.detach().cpu() for name, value in model.named_parameters()}
     weights = {
-        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"], "model.norm.weight": ours["decoder.final_layernorm.weight"],
+        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"],
+        "model.norm.weight": ours["decoder.final_layernorm.weight"],
         "lm_head.weight": ours["output_layer.weight"],
     }
     for layer in range(config.num_layers):
         mine, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        by_group = ours[mine + "self_attention.linear_qkv.weight"].view(groups, heads // groups + 2, width, config.hidden_size)
+        by_group = ours[mine + "self_attention.linear_qkv.weight"].view(
+            groups, heads // groups + 2, width, config.hidden_size
+        )
         for name, part in {"q": by_group[:, :-2], "k": by_group[:, -2:-1], "v": by_group[:, -1:]}.items():
             weights[f"{theirs}self_attn.{name}_proj.weight"] = part.reshape(-1, config.hidden_size)
         gate, up = ours[mine + "mlp.linear_fc1.weight"].chunk(2)
         weights |= {
-            theirs + "mlp.gate_proj.weight": gate, theirs + "mlp.up_proj.weight": up,
+            theirs + "mlp.gate_proj.weight": gate,
+            theirs + "mlp.up_proj.weight": up,
             theirs + "mlp.down_proj.weight": ours[mine + "mlp.linear_fc2.weight"],
             theirs + "self_attn.o_proj.weight": ours[mine + "self_attention.linear_proj.weight"],
             theirs + "self_attn.q_norm.weight": ours[mine + "self_attention.q_layernorm.weight"],
@@ -84,7 +106,10 @@ def parameters(layers: int, **changes: object) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("preset, layers, billions", [("sdar-1.7b", 28, 2.03), ("sdar-4b", 36, 4.41), ("sdar-8b", 36, 8.19), ("sdar-30b-a3b", 48, 30.5)])
+@pytest.mark.parametrize(
+    "preset, layers, billions",
+    [("sdar-1.7b", 28, 2.03), ("sdar-4b", 36, 4.41), ("sdar-8b", 36, 8.19), ("sdar-30b-a3b", 48, 30.5)],
+)
 def test_presets_have_the_published_number_of_parameters(preset: str, layers: int, billions: float) -> None:
     from megatron_dlm.model.presets import PRESETS
 
@@ -118,13 +143,15 @@ def test_a_mixture_of_experts_learns() -> None:
     loss = torch.nn.functional.cross_entropy(model.forward_row(row), row.tokens)
     loss.backward()
     assert torch.isfinite(loss)
-    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.norm() > 0]
+    missing = [
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.norm() > 0
+    ]
     assert not missing
 
 
 def test_tied_embeddings_are_one_parameter() -> None:
     tied, untied = (make_model(torch.float32, untie_embeddings_and_output_weights=untie) for untie in (False, True))
-    count = lambda model: sum(parameter.numel() for parameter in model.parameters())  # noqa: E731
+    count = lambda model: sum(parameter.numel() for parameter in model.parameters())
     assert count(untied) - count(tied) == PADDED * model_config().hidden_size
     tokens = torch.arange(LENGTH)
     states = []
@@ -133,7 +160,11 @@ def test_tied_embeddings_are_one_parameter() -> None:
 
     position = torch.arange(LENGTH)
     blocks = position // 4
-    params = RowParams(position=position.to(platform.device()), slots=position.to(platform.device()), attention=ExplicitAttention((blocks[None] <= blocks[:, None]).to(platform.device())))
+    params = RowParams(
+        position=position.to(platform.device()),
+        slots=position.to(platform.device()),
+        attention=ExplicitAttention((blocks[None] <= blocks[:, None]).to(platform.device())),
+    )
     with torch.no_grad():
         tied.embedding.word_embeddings.weight[7] = 0
         logits = tied.forward_tokens(tokens.to(platform.device()), params)

@@ -14,13 +14,18 @@ from tests.tiny import ExplicitAttention
 
 def qkv(tokens: int, heads: int = 4, kv_heads: int = 2, width: int = 8, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(tokens, 1, count, width, generator=generator, dtype=torch.float64, requires_grad=True) for count in (heads, kv_heads, kv_heads))
+    return tuple(
+        torch.randn(tokens, 1, count, width, generator=generator, dtype=torch.float64, requires_grad=True)
+        for count in (heads, kv_heads, kv_heads)
+    )
 
 
 def row_of(groups: list[tuple[int, list[int]]], padding: int, seed: int = 0):
     """A row of several groups, each (prompt length, response lengths)."""
     rng = np.random.default_rng(seed)
-    traces = [trace for n, (prompt, lengths) in enumerate(groups) for trace in random_group(prompt, lengths, 4, rng, f"p{n}")]
+    traces = [
+        trace for n, (prompt, lengths) in enumerate(groups) for trace in random_group(prompt, lengths, 4, rng, f"p{n}")
+    ]
     items = [trace_item(trace, Grid(4)) for trace in traces]
     tokens = sum(item.own_length for item in items) + sum(prompt - prompt % 4 for prompt, _ in groups)
     return build_row(list(enumerate(items)), tokens + padding, MASK_ID, PAD_ID)
@@ -33,9 +38,16 @@ def test_a_token_that_sees_only_itself_returns_its_value() -> None:
     assert torch.allclose(output[0, 0].view(4, 8), v[0, 0].repeat_interleave(2, dim=0))
 
 
-@pytest.mark.parametrize("groups, padding", [
-    ([(5, [6])], 0), ([(5, [6])], 9), ([(3, [2, 7]), (8, [4]), (6, [3, 3, 5])], 0), ([(3, [2, 7]), (8, [4]), (6, [3, 3, 5])], 13), ([(1, [1])], 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "groups, padding",
+    [
+        ([(5, [6])], 0),
+        ([(5, [6])], 9),
+        ([(3, [2, 7]), (8, [4]), (6, [3, 3, 5])], 0),
+        ([(3, [2, 7]), (8, [4]), (6, [3, 3, 5])], 13),
+        ([(1, [1])], 3),
+    ],
+)
 def test_is_attention_under_the_mask_of_the_whole_row(groups: list, padding: int) -> None:
     row = row_of(groups, padding)
     q, k, v = qkv(len(row.tokens))

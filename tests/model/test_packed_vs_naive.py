@@ -1,8 +1,9 @@
 """The central identity: a packed row has the loss and the gradients of one plain row per denoising step.
 
-The naive side runs every state in which some token was decided as a text of its own, [finished blocks | block with its masks], under an explicit mask,
-through the same weights; nothing of layouts, views or rows takes part in it.
+The naive side runs every state in which some token was decided as a text of its own, [finished blocks | block with its
+masks], under an explicit mask, through the same weights; nothing of layouts, views or rows takes part in it.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -36,16 +37,21 @@ def packed(model, rows) -> tuple[torch.Tensor, int]:
     for row in rows:
         row = row.to(platform.device())
         logprob = label_logprobs(policy_scores(model.forward_row(row), 0.8, vocabulary()), row.targets.label)
-        weights = [weight_of(r, i) * w for r, i, w in zip(row.targets.response.tolist(), row.targets.index.tolist(), row.targets.weight.tolist())]
+        weights = [
+            weight_of(r, i) * w
+            for r, i, w in zip(row.targets.response.tolist(), row.targets.index.tolist(), row.targets.weight.tolist())
+        ]
         loss = loss - (torch.tensor(weights, dtype=torch.float64, device=loss.device) * logprob).sum()
         count += len(weights)
     return loss, count
 
 
 def naive_state_loss(model, shown, block_of, decided, tokens, weights) -> torch.Tensor:
-    """One state: the shown text under "my block and all before it"; the decided positions are read at their own slots."""
+    """One state: the shown text under "my block and all before it"; decided positions are read at their own slots."""
     blocks = torch.tensor(block_of)
-    logits = explicit_logits(model, torch.tensor(shown), torch.arange(len(shown)), blocks[None, :] <= blocks[:, None], torch.tensor(decided))
+    logits = explicit_logits(
+        model, torch.tensor(shown), torch.arange(len(shown)), blocks[None, :] <= blocks[:, None], torch.tensor(decided)
+    )
     logprob = allowed_logprobs(logits, 0.8)
     return -sum(weight * logprob[n, tokens[position]] for n, (position, weight) in enumerate(zip(decided, weights)))
 
@@ -82,14 +88,22 @@ def test_a_packed_row_is_the_sum_of_its_denoising_states(model, block: int, rema
     items = [trace_item(trace, grid, shrinkage) for trace in traces]
     length = sum(item.own_length + item.shared_length for item in items)
     order = rng.permutation(len(items)).tolist()
-    compare(model, traces, grid, shrinkage, [build_row([(index, items[index]) for index in order], length, MASK_ID, PAD_ID)])
+    compare(
+        model, traces, grid, shrinkage, [build_row([(index, items[index]) for index in order], length, MASK_ID, PAD_ID)]
+    )
 
 
 @pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4]], [[0, 3], [4, 1], [2]]])
 def test_which_rows_the_responses_share_does_not_matter(model, split: list[list[int]]) -> None:
     traces, grid = two_groups(4, 3, np.random.default_rng(3)), Grid(4)
     items = [trace_item(trace, grid) for trace in traces]
-    compare(model, traces, grid, 1, [build_row([(index, items[index]) for index in members], 128, MASK_ID, PAD_ID) for members in split])
+    compare(
+        model,
+        traces,
+        grid,
+        1,
+        [build_row([(index, items[index]) for index in members], 128, MASK_ID, PAD_ID) for members in split],
+    )
 
 
 @pytest.mark.parametrize("shrinkage", [1, 3])
@@ -140,7 +154,9 @@ def test_views_of_supervised_fine_tuning(model, block: int | None, remainder: in
             decided = [p for p in upto if block_of[p] == number and p in hidden and p < until]
             if decided:
                 weights = [weight_of(response, p - prompt) * weight[p] for p in decided]
-                expected = expected + naive_state_loss(model, shown, [block_of[p] for p in upto], decided, tokens, weights)
+                expected = expected + naive_state_loss(
+                    model, shown, [block_of[p] for p in upto], decided, tokens, weights
+                )
                 count += len(decided)
     loss, predicted = packed(model, [build_row(list(enumerate(items)), 160, MASK_ID, PAD_ID)])
     assert predicted == count > 3

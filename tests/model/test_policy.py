@@ -35,14 +35,18 @@ def test_is_the_softmax_over_the_allowed_tokens(temperature: float) -> None:
     x = logits()
     scores, reference = policy_scores(x, temperature, VOCABULARY), expected(x, temperature)
     for column, token in enumerate(ALLOWED):
-        torch.testing.assert_close(label_logprobs(scores, torch.full((6,), token)), reference[:, column], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            label_logprobs(scores, torch.full((6,), token)), reference[:, column], rtol=1e-12, atol=1e-12
+        )
     torch.testing.assert_close(entropy(scores), -(reference.exp() * reference).sum(-1), rtol=1e-12, atol=1e-12)
 
 
 def test_a_temperature_for_each_row() -> None:
     x, temperature = logits(), torch.tensor([1.0, 0.5, 0.8, 2.0, 1.0, 0.1])
     found = label_logprobs(policy_scores(x, temperature, VOCABULARY), torch.full((6,), 9))
-    one_by_one = torch.stack([expected(x[n : n + 1], float(temperature[n].double()))[0, ALLOWED.index(9)] for n in range(6)])
+    one_by_one = torch.stack(
+        [expected(x[n : n + 1], float(temperature[n].double()))[0, ALLOWED.index(9)] for n in range(6)]
+    )
     torch.testing.assert_close(found, one_by_one, rtol=1e-6, atol=1e-6)
 
 
@@ -52,7 +56,9 @@ def test_forbidden_tokens_have_no_probability(token: int) -> None:
     x[:, token] = 1000.0  # however much the model wants them
     scores = policy_scores(x, 1.0, VOCABULARY)
     assert (label_logprobs(scores, torch.full((6,), token)) == -math.inf).all()
-    torch.testing.assert_close(label_logprobs(scores, torch.full((6,), 0)), expected(x, 1.0)[:, 0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        label_logprobs(scores, torch.full((6,), 0)), expected(x, 1.0)[:, 0], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_gradient_is_that_of_the_softmax_over_the_allowed_tokens() -> None:
@@ -75,7 +81,9 @@ def test_is_computed_in_fp32_at_least(dtype: torch.dtype, tolerance: float) -> N
     x = logits(dtype=dtype)
     scores = policy_scores(x, 1.0, VOCABULARY)
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(label_logprobs(scores, torch.full((6,), 3)).double(), expected(x, 1.0)[:, 3], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        label_logprobs(scores, torch.full((6,), 3)).double(), expected(x, 1.0)[:, 3], rtol=tolerance, atol=tolerance
+    )
 
 
 def test_large_logits_do_not_overflow() -> None:

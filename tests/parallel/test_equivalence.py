@@ -1,8 +1,10 @@
 """One SFT step and one TraceRL step on recorded traces, in every layout, against one process.
 
-All layouts start from one checkpoint. First the gradients of the update's loss in float64, where layouts agree to rounding; then a whole fp32 step: loss, gradient
-norm and the new weights (Adam with a large epsilon, because its first step turns gradient noise into whole steps).
+All layouts start from one checkpoint. First the gradients of the update's loss in float64, where layouts agree to
+rounding; then a whole fp32 step: loss, gradient norm and the new weights (Adam with a large epsilon, because its first
+step turns gradient noise into whole steps).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -40,13 +42,18 @@ def make_state(job: Job, with_optimizer: bool):
     from megatron_dlm.training.state import TrainState
 
     parallel = ParallelConfig(
-        tensor_model_parallel_size=job.tp, pipeline_model_parallel_size=job.pp, sequence_parallel=job.sequence_parallel, use_distributed_optimizer=job.distributed,
-    )  # fmt: skip
+        tensor_model_parallel_size=job.tp,
+        pipeline_model_parallel_size=job.pp,
+        sequence_parallel=job.sequence_parallel,
+        use_distributed_optimizer=job.distributed,
+    )
     groups, model = initialize(parallel, seed=1), model_config(num_layers=4, init_method_std=0.2)
     config = transformer_config(model, parallel, dtype=torch.float64 if job.float64 else torch.float32)
 
     def build(pre_process: bool, post_process: bool, vp_stage: int | None):
-        return BlockDiffusionModel(config, model_shape(model), groups.pg_collection, pre_process, post_process, vp_stage)
+        return BlockDiffusionModel(
+            config, model_shape(model), groups.pg_collection, pre_process, post_process, vp_stage
+        )
 
     optimizer = OptimizerConfig(lr=1e-2, adam_eps=1e-3, clip_grad=0.5) if with_optimizer else None
     return TrainState.build(build, config, optimizer, parallel, groups, 10)
@@ -61,10 +68,18 @@ def sft_rows(state):
     from megatron_dlm.sft.objective import sft_forward, sft_items
 
     rng = np.random.default_rng(0)
-    samples = [Sample(f"s{n}", tuple(rng.integers(0, 50, 1 + n).tolist()), tuple(rng.integers(0, 50, 5 + n % 4).tolist())) for n in range(7)]
+    samples = [
+        Sample(f"s{n}", tuple(rng.integers(0, 50, 1 + n).tolist()), tuple(rng.integers(0, 50, 5 + n % 4).tolist()))
+        for n in range(7)
+    ]
     drawn = sft_items(samples, 3, 5, Grid(4), MaskSchedule(max_weight=4.0), PAD_ID, True)
-    plan = pack([Load(item.group, item.shared_length, item.own_length) for item in drawn.items], 64, state.groups.dp_size, 16)
-    rows = [build_row([(i, drawn.items[i]) for i in members], plan.length, MASK_ID, PAD_ID) for members in plan.ranks[state.groups.dp_rank]]
+    plan = pack(
+        [Load(item.group, item.shared_length, item.own_length) for item in drawn.items], 64, state.groups.dp_size, 16
+    )
+    rows = [
+        build_row([(i, drawn.items[i]) for i in members], plan.length, MASK_ID, PAD_ID)
+        for members in plan.ranks[state.groups.dp_rank]
+    ]
     return rows, sft_forward(vocabulary(), drawn.num_tokens), plan.length
 
 
@@ -74,30 +89,64 @@ def rl_rows(state):
     from megatron_dlm.diffusion.planner import Load
     from megatron_dlm.rl.exchange import Graded, gather_graded
     from megatron_dlm.rl.objective import PolicyObjective
-    from megatron_dlm.rl.update import UpdateSettings, build_rows, fetch, old_logprobs, plan_updates, policy_forward, trace_item
+    from megatron_dlm.rl.update import (
+        UpdateSettings,
+        build_rows,
+        fetch,
+        old_logprobs,
+        plan_updates,
+        policy_forward,
+        trace_item,
+    )
 
     groups, rng = state.groups, np.random.default_rng(0)
     settings = UpdateSettings(
-        objective=PolicyObjective(0.2, 0.3, 0.1), temperature=0.8, aggregation="constant", max_response_len=12, num_updates=1, max_tokens_per_row=96,
-        grid=Grid(4), shrinkage=1, use_rollout_logprobs=False,
-    )  # fmt: skip
+        objective=PolicyObjective(0.2, 0.3, 0.1),
+        temperature=0.8,
+        aggregation="constant",
+        max_response_len=12,
+        num_updates=1,
+        max_tokens_per_row=96,
+        grid=Grid(4),
+        shrinkage=1,
+        use_rollout_logprobs=False,
+    )
     traces = [trace for n in range(4) for trace in random_group(3 + n, [2 + n, 7, 5 - n], 4, rng, f"p{n}")]
     mine = traces[groups.rank :: groups.world_size]
     records = []
     for index, trace in enumerate(mine):
         item = trace_item(trace, settings.grid, 1)
-        records.append(Graded(
-            group=trace.prompt_key, sample=trace.sample, owner=groups.rank, index=index, correct=1.0, reward=1.0, length=len(trace.response_ids), steps=1,
-            forwards=1, truncated=False, load=Load(item.group, item.shared_length, item.own_length), num_targets=item.views.num_targets,
-        ))  # fmt: skip
+        records.append(
+            Graded(
+                group=trace.prompt_key,
+                sample=trace.sample,
+                owner=groups.rank,
+                index=index,
+                correct=1.0,
+                reward=1.0,
+                length=len(trace.response_ids),
+                steps=1,
+                forwards=1,
+                truncated=False,
+                load=Load(item.group, item.shared_length, item.own_length),
+                num_targets=item.views.num_targets,
+            )
+        )
     advantages = {(trace.prompt_key, trace.sample): float(np.cos(5.0 * n)) for n, trace in enumerate(traces)}
     updates = plan_updates(gather_graded(records), settings, groups, 11)
     ((members, plan),), (fetched,) = updates, fetch(updates, mine, groups)
     rows = build_rows(members, plan, fetched, advantages, settings, groups.dp_rank, MASK_ID, PAD_ID)
     rows = old_logprobs(state, rows, plan.length, vocabulary(), settings)
     # An old policy at some distance, so that ratios differ from 1. Stages without a loss know no old log-probabilities.
-    shift = lambda row: 0.4 * torch.sin(row.row.targets.index.double() + row.row.targets.label.double())  # noqa: E731
-    rows = [row if row.old_logprob is None else dataclasses.replace(row, old_logprob=row.old_logprob + shift(row).to(row.old_logprob)) for row in rows]
+    shift = lambda row: 0.4 * torch.sin(row.row.targets.index.double() + row.row.targets.label.double())
+    rows = [
+        (
+            row
+            if row.old_logprob is None
+            else dataclasses.replace(row, old_logprob=row.old_logprob + shift(row).to(row.old_logprob))
+        )
+        for row in rows
+    ]
     return rows, policy_forward(vocabulary(), settings), plan.length
 
 
@@ -154,8 +203,12 @@ def alone(checkpoints) -> dict:
 
 
 LAYOUTS = {
-    "tp2": (2, dict(tp=2)), "pp2": (2, dict(pp=2)), "dp2": (2, dict()), "tp2 sp": (2, dict(tp=2, sequence_parallel=True)), "tp2 pp2": (4, dict(tp=2, pp=2)),
-}  # fmt: skip
+    "tp2": (2, dict(tp=2)),
+    "pp2": (2, dict(pp=2)),
+    "dp2": (2, dict()),
+    "tp2 sp": (2, dict(tp=2, sequence_parallel=True)),
+    "tp2 pp2": (4, dict(tp=2, pp=2)),
+}
 
 
 @pytest.mark.parametrize("stage", ["sft", "tracerl"])
@@ -164,13 +217,15 @@ def test_gradients_are_those_of_one_process(checkpoints, alone, layout: str, sta
     world, changes = LAYOUTS[layout]
     metrics, expected, count = alone["gradients", stage]
     assert count > 1
-    for found_metrics, found, _ in pool(world).run(gradients_of, Job(stage=stage, float64=True, **changes), checkpoints[True]):
+    for found_metrics, found, _ in pool(world).run(
+        gradients_of, Job(stage=stage, float64=True, **changes), checkpoints[True]
+    ):
         for name in metrics:
             assert found_metrics[name] == pytest.approx(metrics[name], rel=1e-9, abs=1e-12), name
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert gradient.norm() > 0, name
-            assert (found[name] - gradient).norm() < 1e-9 * gradient.norm(), name
+            assert (found[name] - gradient).norm() < 1e-10 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("stage", ["sft", "tracerl"])
@@ -179,7 +234,9 @@ def test_gradients_are_those_of_one_process(checkpoints, alone, layout: str, sta
 def test_a_step_is_that_of_one_process(checkpoints, alone, layout: str, distributed: bool, stage: str) -> None:
     world, changes = LAYOUTS[layout]
     metrics, norm, start, expected = alone["step", stage]
-    for found_metrics, found_norm, before, after in pool(world).run(step_of, Job(stage=stage, distributed=distributed, **changes), checkpoints[False]):
+    for found_metrics, found_norm, before, after in pool(world).run(
+        step_of, Job(stage=stage, distributed=distributed, **changes), checkpoints[False]
+    ):
         for name in metrics:
             assert found_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-5), name
         assert found_metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
@@ -187,4 +244,4 @@ def test_a_step_is_that_of_one_process(checkpoints, alone, layout: str, distribu
         for name, weight in expected.items():
             moved = weight - start[name]
             assert torch.equal(before[name], start[name]) and moved.norm() > 0, name
-            assert (after[name] - weight).norm() < 1e-3 * moved.norm(), name
+            assert (after[name] - weight).norm() < 1e-4 * moved.norm(), name

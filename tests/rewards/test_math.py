@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from megatron_dlm.data.prompts import Prompt  # noqa: E402
-from megatron_dlm.rewards.math import judge, prepare  # noqa: E402
-from megatron_dlm.rewards.scorers import make_scorer  # noqa: E402
+from megatron_dlm.data.prompts import Prompt
+from megatron_dlm.rewards.math import judge, prepare
+from megatron_dlm.rewards.scorers import make_scorer
 
 TEST_DATA = Path(os.environ.get("MEGATRON_DLM_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 

@@ -9,15 +9,21 @@ from megatron_dlm.rl.advantages import group_advantages, in_band, overlong
 def test_the_example_of_the_specification() -> None:
     """Three of eight right (population standard deviation)."""
     found = group_advantages([1, 1, 0, 0, 0, 1, 0, 0])
-    np.testing.assert_allclose(found, [1.29099, 1.29099, -0.774597, -0.774597, -0.774597, 1.29099, -0.774597, -0.774597], atol=1e-5)
+    np.testing.assert_allclose(
+        found, [1.29099, 1.29099, -0.774597, -0.774597, -0.774597, 1.29099, -0.774597, -0.774597], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rewards", [[1, 0], [1, 0, 0, 0], [0.3, 0.9, 0.1, 0.1], [1, 1, 1, 0]])
 def test_is_the_z_score_of_the_group(rewards: list[float]) -> None:
     mean = sum(rewards) / len(rewards)
     deviation = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
-    np.testing.assert_allclose(group_advantages(rewards), [(reward - mean) / deviation for reward in rewards], atol=1e-12)
-    np.testing.assert_allclose(group_advantages(rewards, normalize_by_std=False), [reward - mean for reward in rewards], atol=1e-12)
+    np.testing.assert_allclose(
+        group_advantages(rewards), [(reward - mean) / deviation for reward in rewards], atol=1e-12
+    )
+    np.testing.assert_allclose(
+        group_advantages(rewards, normalize_by_std=False), [reward - mean for reward in rewards], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("rewards", [[0, 0, 0], [1, 1], [0.1] * 3, [1]])
@@ -27,7 +33,9 @@ def test_equal_rewards_teach_nothing(rewards: list[float], normalize: bool) -> N
     assert np.isfinite(found).all() and np.abs(found).max() < 1e-12
 
 
-@pytest.mark.parametrize("right, kept", [(0, False), (1, False), (2, True), (5, True), (8, True), (9, False), (10, False)])
+@pytest.mark.parametrize(
+    "right, kept", [(0, False), (1, False), (2, True), (5, True), (8, True), (9, False), (10, False)]
+)
 def test_the_band_holds_its_ends(right: int, kept: bool) -> None:
     assert in_band([1.0] * right + [0.0] * (10 - right), 0.2, 0.8) is kept
 

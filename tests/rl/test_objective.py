@@ -25,24 +25,44 @@ def test_the_example_of_the_specification() -> None:
     assert metrics["ppo_kl"].item() == pytest.approx(-0.3)
 
 
-@pytest.mark.parametrize("delta, advantage, surrogate, clipped", [
-    (0.0, 2.0, 2.0, 0), (0.0, -2.0, -2.0, 0),
-    (0.1, 1.0, math.exp(0.1), 0), (1.0, 1.0, 1.3, 1),          # a good token grows up to 1 + eps_high
-    (1.0, -1.0, -math.e, 0), (-0.1, -1.0, -math.exp(-0.1), 0),  # a bad token that grew is pushed back with its whole ratio
-    (-1.0, -1.0, -0.8, 1), (-1.0, 1.0, math.exp(-1), 0),
-    (50.0, -1.0, -math.exp(10), 0), (-50.0, 1.0, math.exp(-10), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "delta, advantage, surrogate, clipped",
+    [
+        (0.0, 2.0, 2.0, 0),
+        (0.0, -2.0, -2.0, 0),
+        (0.1, 1.0, math.exp(0.1), 0),
+        (1.0, 1.0, 1.3, 1),  # a good token grows up to 1 + eps_high
+        (1.0, -1.0, -math.e, 0),
+        (-0.1, -1.0, -math.exp(-0.1), 0),  # a bad token that grew is pushed back with its whole ratio
+        (-1.0, -1.0, -0.8, 1),
+        (-1.0, 1.0, math.exp(-1), 0),
+        (50.0, -1.0, -math.exp(10), 0),
+        (-50.0, 1.0, math.exp(-10), 0),
+    ],
+)
 def test_surrogate_of_one_token(delta: float, advantage: float, surrogate: float, clipped: int) -> None:
     _, metrics = PolicyObjective(0.2, 0.3, 0.0)(column(delta - 3), column(-3.0), column(advantage), column(1.0))
     assert metrics["pg_loss"].item() == pytest.approx(-surrogate)
     assert metrics["pg_clipfrac"].item() == clipped
 
 
-def naive(logprob: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, weight: torch.Tensor, low: float, high: float, beta: float):
+def naive(
+    logprob: torch.Tensor,
+    old: torch.Tensor,
+    advantage: torch.Tensor,
+    weight: torch.Tensor,
+    low: float,
+    high: float,
+    beta: float,
+):
     total = 0
     for lp, lp_old, a, w in zip(logprob, old, advantage, weight):
         ratio = torch.exp(lp - lp_old)
-        bounded = ratio if 1 - low <= ratio <= 1 + high else torch.tensor(1 - low if ratio < 1 else 1 + high, dtype=torch.float64)
+        bounded = (
+            ratio
+            if 1 - low <= ratio <= 1 + high
+            else torch.tensor(1 - low if ratio < 1 else 1 + high, dtype=torch.float64)
+        )
         surrogate = ratio * a if ratio * a <= bounded * a else bounded * a
         total = total - w * surrogate + beta * w * (torch.exp(lp_old - lp) - 1 - (lp_old - lp))
     return total
@@ -51,13 +71,15 @@ def naive(logprob: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, wei
 @pytest.mark.parametrize("low, high, beta", [(0.2, 0.2, 0.0), (0.2, 0.28, 0.01), (0.05, 0.05, 1.0)])
 def test_loss_and_gradient_are_those_of_the_formula(low: float, high: float, beta: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(200, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda: torch.randn(200, generator=generator, dtype=torch.float64)
     old, advantage, weight, delta = -draw().abs(), draw(), draw().abs(), 0.3 * draw()
     one, other = ((old + delta).requires_grad_(True) for _ in range(2))
     loss, _ = PolicyObjective(low, high, beta)(one, old, advantage, weight)
     expected = naive(other, old, advantage, weight, low, high, beta)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(loss, one)[0], torch.autograd.grad(expected, other)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, one)[0], torch.autograd.grad(expected, other)[0], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce() -> None:

@@ -1,4 +1,5 @@
 """The TraceRL loop on one process, with a scorer that reads nothing but the words of the response."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,9 +18,16 @@ from tests.tiny import disturb, make_session, quiet
 
 STOPS = list(range(40, 50))
 ROLLOUT = RolloutConfig(
-    rollout_batch_size=6, n_samples_per_prompt=8, rollout_max_response_len=9, stop_token_ids=STOPS, threshold=0.5, max_running_requests=64,
-)  # fmt: skip
-RL = RLConfig(num_steps_per_rollout=2, max_tokens_per_row=256, overlong_margin=0, min_group_accuracy=0.05, max_group_accuracy=0.95)
+    rollout_batch_size=6,
+    n_samples_per_prompt=8,
+    rollout_max_response_len=9,
+    stop_token_ids=STOPS,
+    threshold=0.5,
+    max_running_requests=64,
+)
+RL = RLConfig(
+    num_steps_per_rollout=2, max_tokens_per_row=256, overlong_margin=0, min_group_accuracy=0.05, max_group_accuracy=0.95
+)
 
 
 class EvenFirst:
@@ -40,12 +48,19 @@ class Always(EvenFirst):
         return self.value
 
 
-def prompts(count: int = 13) -> list[Prompt]:
+def prompts(count: int) -> list[Prompt]:
     rng = np.random.default_rng(0)
     return [Prompt(f"p{n:02}", tuple(rng.integers(0, 40, 2 + n % 5).tolist()), "", "", "math") for n in range(count)]
 
 
-def make_trainer(scorer=None, rl: RLConfig = RL, rollout: RolloutConfig = ROLLOUT, step_index: int = 0, lr: float = 2e-3):
+def make_trainer(
+    scorer=None,
+    rl: RLConfig = RL,
+    rollout: RolloutConfig = ROLLOUT,
+    step_index: int = 0,
+    lr: float = 2e-3,
+    count: int = 13,
+):
     from megatron_dlm.rl.trainer import TraceRLTrainer
     from megatron_dlm.rollout.rig import RolloutRig
 
@@ -53,7 +68,9 @@ def make_trainer(scorer=None, rl: RLConfig = RL, rollout: RolloutConfig = ROLLOU
     state = session.train_state(OptimizerConfig(lr=lr, clip_grad=1.0), 100)
     disturb(state.module, 0)
     rig = RolloutRig.open(session, state, rollout, 6, rollout.rollout_max_response_len)
-    return TraceRLTrainer(session, state, rig, scorer or EvenFirst(), prompts(), rl, rollout, seed=5, step_index=step_index)
+    return TraceRLTrainer(
+        session, state, rig, scorer or EvenFirst(), prompts(count), rl, rollout, seed=5, step_index=step_index
+    )
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -72,7 +89,9 @@ def test_a_step_says_what_happened() -> None:
     assert 0 < metrics["rollout/reward"] <= metrics["rollout/raw_reward"] < 1
     assert 0 < metrics["rollout/learned_ratio"] <= 1
     assert 1 <= metrics["rollout/response_len/mean"] <= 9
-    assert 0.25 < metrics["rollout/tokens_per_step"] <= 4  # below 1 is possible: steps on the rest of the terminal block count, its tokens do not
+    assert (
+        0.25 < metrics["rollout/tokens_per_step"] <= 4
+    )  # below 1 is possible: steps on the rest of the terminal block count, its tokens do not
     assert metrics["rollout/tokens_per_forward"] == metrics["rollout/tokens_per_step"]
     assert metrics["train/updates"] == 2 and metrics["train/targets"] > 48
     assert metrics["train/train_rollout_logprob_abs_diff"] < 1e-5
@@ -104,6 +123,12 @@ def test_a_resumed_run_draws_what_the_next_step_would_have_drawn() -> None:
     whole, resumed = make_trainer(Always(False)), make_trainer(Always(False), step_index=1)
     whole.step(quiet())
     assert comparable(whole.step(quiet())) == comparable(resumed.step(quiet()))
+
+
+def test_the_same_prompts_get_other_responses_in_another_step() -> None:
+    trainer = make_trainer(Always(False), count=6)
+    one, other = trainer.step(quiet()), trainer.step(quiet())
+    assert other["rollout/response_len/mean"] != one["rollout/response_len/mean"]
 
 
 @pytest.mark.parametrize("band", [dict(), dict(min_group_accuracy=0.0, max_group_accuracy=1.0)])
@@ -145,14 +170,18 @@ def test_rollout_log_probabilities_give_the_same_update() -> None:
 @pytest.mark.parametrize("settings", [dict(max_tokens_per_row=64), dict(max_tokens_per_row=4096)])
 def test_the_row_budget_changes_nothing(settings: dict) -> None:
     rl = dataclasses.replace(RL, num_steps_per_rollout=1)
-    one, other = make_trainer(rl=rl, lr=1e-5).step(quiet()), make_trainer(rl=dataclasses.replace(rl, **settings), lr=1e-5).step(quiet())
+    one, other = make_trainer(rl=rl, lr=1e-5).step(quiet()), make_trainer(
+        rl=dataclasses.replace(rl, **settings), lr=1e-5
+    ).step(quiet())
     for name in ("train/loss", "train/grad_norm", "train/entropy", "train/targets"):
         assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
 
 
 @pytest.mark.parametrize("size, updates", [(48, 1), (16, 3), (7, 7)])
 def test_the_size_of_an_update_can_be_given_in_responses(size: int, updates: int) -> None:
-    rl = dataclasses.replace(RL, num_steps_per_rollout=None, global_batch_size=size, min_group_accuracy=0.0, max_group_accuracy=1.0)
+    rl = dataclasses.replace(
+        RL, num_steps_per_rollout=None, global_batch_size=size, min_group_accuracy=0.0, max_group_accuracy=1.0
+    )
     metrics = make_trainer(rl=rl).step(quiet())
     learned = round(metrics["rollout/learned_ratio"] * 48)
     assert metrics["train/updates"] == -(-learned // size) and (learned < 48 or metrics["train/updates"] == updates)
@@ -172,7 +201,9 @@ def test_run_saves_evaluates_and_records(tmp_path) -> None:
     assert [record["step"] for record in records if "rollout/reward" in record] == [1, 2]
     assert records[-1]["eval/dynamic/accuracy"] == 0.5 and evaluated[-2:] == [1, 2]
     assert saved == [(1, False), (2, False), (2, True)]
-    lines = [json.loads(line) for file in sorted((tmp_path / "dump").iterdir()) for line in file.read_text().splitlines()]
+    lines = [
+        json.loads(line) for file in sorted((tmp_path / "dump").iterdir()) for line in file.read_text().splitlines()
+    ]
     assert len(lines) == 2 * 48
     assert all(len(line["token_ids"]) == len(line["step_map"]) > 0 for line in lines)
     assert np.mean([line["correct"] for line in lines[:48]]) == pytest.approx(records[0]["rollout/raw_reward"])

@@ -1,4 +1,5 @@
 """One update of the policy: against the formula over single denoising states, and against itself in other rows."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,15 +14,40 @@ from megatron_dlm.diffusion.planner import Load
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.rl.exchange import Graded
 from megatron_dlm.rl.objective import PolicyObjective
-from megatron_dlm.rl.update import RLRow, UpdateSettings, build_rows, fetch, old_logprobs, plan_updates, policy_forward, trace_item
+from megatron_dlm.rl.update import (
+    RLRow,
+    UpdateSettings,
+    build_rows,
+    fetch,
+    old_logprobs,
+    plan_updates,
+    policy_forward,
+    trace_item,
+)
 from megatron_dlm.training.step import accumulate_gradients
 from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, states
-from tests.tiny import allowed_logprobs, explicit_logits, furthest, gradients, make_model, make_state, one_process, vocabulary
+from tests.tiny import (
+    allowed_logprobs,
+    explicit_logits,
+    furthest,
+    gradients,
+    make_model,
+    make_state,
+    one_process,
+    vocabulary,
+)
 
 SETTINGS = UpdateSettings(
-    objective=PolicyObjective(0.2, 0.3, 0.1), temperature=0.8, aggregation="constant", max_response_len=12, num_updates=1, max_tokens_per_row=512,
-    grid=Grid(4), shrinkage=1, use_rollout_logprobs=False,
-)  # fmt: skip
+    objective=PolicyObjective(0.2, 0.3, 0.1),
+    temperature=0.8,
+    aggregation="constant",
+    max_response_len=12,
+    num_updates=1,
+    max_tokens_per_row=512,
+    grid=Grid(4),
+    shrinkage=1,
+    use_rollout_logprobs=False,
+)
 
 
 @functools.cache
@@ -39,15 +65,30 @@ def graded(traces: list[Trace], settings: UpdateSettings) -> list[Graded]:
     records = []
     for index, trace in enumerate(traces):
         item = trace_item(trace, settings.grid, settings.shrinkage)
-        records.append(Graded(
-            group=trace.prompt_key, sample=trace.sample, owner=0, index=index, correct=1.0, reward=1.0, length=len(trace.response_ids), steps=1, forwards=1,
-            truncated=False, load=Load(item.group, item.shared_length, item.own_length), num_targets=item.views.num_targets,
-        ))  # fmt: skip
+        records.append(
+            Graded(
+                group=trace.prompt_key,
+                sample=trace.sample,
+                owner=0,
+                index=index,
+                correct=1.0,
+                reward=1.0,
+                length=len(trace.response_ids),
+                steps=1,
+                forwards=1,
+                truncated=False,
+                load=Load(item.group, item.shared_length, item.own_length),
+                num_targets=item.views.num_targets,
+            )
+        )
     return records
 
 
 def advantages(traces: list[Trace]) -> dict[tuple[str, int], float]:
-    return {(trace.prompt_key, trace.sample): float(np.cos(5.0 * len(trace.prompt_ids) + 3 * trace.sample)) for trace in traces}
+    return {
+        (trace.prompt_key, trace.sample): float(np.cos(5.0 * len(trace.prompt_ids) + 3 * trace.sample))
+        for trace in traces
+    }
 
 
 def old_logprob(trace: Trace, index: int, now: float) -> float:
@@ -66,7 +107,9 @@ def rows_of(traces: list[Trace], settings: UpdateSettings) -> tuple[list[tuple[l
         shifted = []
         for row in old_logprobs(state(), rows, plan.length, vocabulary(), settings):
             pairs = zip(row.row.targets.response.tolist(), row.row.targets.index.tolist(), row.old_logprob.tolist())
-            old = torch.tensor([old_logprob(mine[response], index, now) for response, index, now in pairs], dtype=torch.float64)
+            old = torch.tensor(
+                [old_logprob(mine[response], index, now) for response, index, now in pairs], dtype=torch.float64
+            )
             shifted.append(dataclasses.replace(row, old_logprob=old))
         prepared.append((shifted, plan.length))
     return prepared, updates
@@ -87,11 +130,17 @@ def test_is_the_objective_over_single_denoising_states(aggregation: str, shrinka
     model, loss, tokens, clipped = make_model(torch.float64), 0, sum(len(trace.response_ids) for trace in traces), 0
     for trace in traces:
         length, advantage = len(trace.response_ids), advantages(traces)[trace.prompt_key, trace.sample]
-        weight = {"constant": 1 / (len(traces) * 12), "response": 1 / (len(traces) * length), "token": 1 / tokens}[aggregation]
+        weight = {"constant": 1 / (len(traces) * 12), "response": 1 / (len(traces) * length), "token": 1 / tokens}[
+            aggregation
+        ]
         for seen in states(trace, Grid(4), shrinkage):
             blocks = torch.tensor(seen.block_of)
             logits = explicit_logits(
-                model, torch.tensor(seen.shown), torch.arange(len(seen.shown)), blocks[None, :] <= blocks[:, None], torch.tensor(seen.decided)
+                model,
+                torch.tensor(seen.shown),
+                torch.arange(len(seen.shown)),
+                blocks[None, :] <= blocks[:, None],
+                torch.tensor(seen.decided),
             )
             for n, position in enumerate(seen.decided):
                 logprob = allowed_logprobs(logits, 0.8)[n, trace.tokens[position]]
@@ -150,7 +199,16 @@ def test_rollout_log_probabilities_are_taken_as_they_are() -> None:
     updates = plan_updates(graded(traces, settings), settings, groups, stream=11)
     ((records, plan),) = updates
     (mine,) = fetch(updates, traces, groups)
-    rows = old_logprobs(state(), build_rows(records, plan, mine, advantages(traces), settings, 0, MASK_ID, PAD_ID), plan.length, vocabulary(), settings)
+    rows = old_logprobs(
+        state(),
+        build_rows(records, plan, mine, advantages(traces), settings, 0, MASK_ID, PAD_ID),
+        plan.length,
+        vocabulary(),
+        settings,
+    )
     for row in rows:
-        wanted = [mine[response].logprobs[index] for response, index in zip(row.row.targets.response.tolist(), row.row.targets.index.tolist())]
+        wanted = [
+            mine[response].logprobs[index]
+            for response, index in zip(row.row.targets.response.tolist(), row.row.targets.index.tolist())
+        ]
         assert row.old_logprob.tolist() == wanted

@@ -1,4 +1,8 @@
-"""The engine written the slow way: one sequence, no cache, a full forward pass for every denoising step, and Python loops for everything else."""
+"""The engine written the slow way.
+
+One sequence, no cache, a full forward pass for every denoising step, and Python loops for everything else.
+"""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -57,8 +61,14 @@ def generate(model, request: Request) -> Naive:
         if end is not None:
             inside, after = range(first, end), range(end, start)
             return Naive(
-                [tokens[p] for p in inside], [tokens[p] for p in after], [step_of[p] for p in inside], [step_of[p] for p in after],
-                [logprob_of[p] for p in inside], [sampled_of[p] for p in inside], reason, steps,
+                [tokens[p] for p in inside],
+                [tokens[p] for p in after],
+                [step_of[p] for p in inside],
+                [step_of[p] for p in after],
+                [logprob_of[p] for p in inside],
+                [sampled_of[p] for p in inside],
+                reason,
+                steps,
             )
 
 
@@ -101,5 +111,7 @@ def _unmask(masked: list[int], drawn: dict, sampling, round_: int, block: int) -
         return masked[:count]
     surest = sorted(masked, key=lambda position: (-drawn[position][3], position))[:count]
     if sampling.remasking == "dynamic":
-        surest += [position for position in masked if drawn[position][3] > sampling.threshold and position not in surest]
+        surest += [
+            position for position in masked if drawn[position][3] > sampling.threshold and position not in surest
+        ]
     return surest

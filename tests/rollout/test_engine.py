@@ -1,4 +1,5 @@
 """The engine against a naive one, against the trainer, and against itself in other batches."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -53,7 +54,11 @@ def model():
 def requests(count: int, sampling: SamplingParams, longest_prompt: int = 13, samples: int = 1) -> list[Request]:
     rng = np.random.default_rng(0)
     prompts = {f"p{n}": rng.integers(0, 50, 1 + n % longest_prompt) for n in range(count // samples)}
-    return [Request(prompt, sampling, key, sample, rollout_stream(1, 0, key, sample)) for key, prompt in prompts.items() for sample in range(samples)]
+    return [
+        Request(prompt, sampling, key, sample, rollout_stream(1, 0, key, sample))
+        for key, prompt in prompts.items()
+        for sample in range(samples)
+    ]
 
 
 def by_key(traces: list[Trace]) -> dict[tuple[str, int], Trace]:
@@ -100,8 +105,15 @@ def worst_difference(model, traces: list[Trace], temperature: float) -> tuple[fl
     worst, count = 0.0, 0
     with torch.no_grad():
         for members in plan.ranks[0]:
-            row = build_row([(index, items[index]) for index in members], plan.length, MASK_ID, PAD_ID).to(platform.device())
-            trained = label_logprobs(policy_scores(model.forward_row(row), temperature, vocabulary()), row.targets.label).double().cpu().numpy()
+            row = build_row([(index, items[index]) for index in members], plan.length, MASK_ID, PAD_ID).to(
+                platform.device()
+            )
+            trained = (
+                label_logprobs(policy_scores(model.forward_row(row), temperature, vocabulary()), row.targets.label)
+                .double()
+                .cpu()
+                .numpy()
+            )
             rolled = [traces[r].logprobs[i] for r, i in zip(row.targets.response.tolist(), row.targets.index.tolist())]
             worst, count = max(worst, np.abs(trained - rolled).max()), count + len(rolled)
     return worst, count
@@ -110,9 +122,13 @@ def worst_difference(model, traces: list[Trace], temperature: float) -> tuple[fl
 @pytest.mark.parametrize("block", [4, 8])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.0, 0.9), (0.8, 1.0), (0.8, 0.9)])
-def test_log_probabilities_of_rollout_and_trainer_agree(dtype: torch.dtype, tolerance: float, temperature: float, top_p: float, block: int) -> None:
+def test_log_probabilities_of_rollout_and_trainer_agree(
+    dtype: torch.dtype, tolerance: float, temperature: float, top_p: float, block: int
+) -> None:
     """Every token of 300 responses, three to a prompt. The trainer sees packed rows, the engine a cache."""
-    sampling = dataclasses.replace(SAMPLING, temperature=temperature, top_p=top_p, block_size=block, denoising_steps=block, max_new_tokens=14)
+    sampling = dataclasses.replace(
+        SAMPLING, temperature=temperature, top_p=top_p, block_size=block, denoising_steps=block, max_new_tokens=14
+    )
     wanted = requests(300, sampling, samples=3)
     traces = list(run(make_model(dtype), wanted, slots=100, length=40).values())
     worst, count = worst_difference(make_model(dtype), traces, temperature)
@@ -129,7 +145,9 @@ def test_results_do_not_depend_on_the_batch(model, slots: int) -> None:
         sampling = dataclasses.replace(SAMPLING, **changes)
         wanted.append(Request(rng.integers(0, 50, 1 + n % 9), sampling, f"p{n}", 0, rollout_stream(1, 0, f"p{n}", 0)))
     reference = run(model, wanted, slots=len(wanted))
-    other = run(model, [wanted[index] for index in rng.permutation(len(wanted))], slots=slots, length=24 if slots == 3 else 33)
+    other = run(
+        model, [wanted[index] for index in rng.permutation(len(wanted))], slots=slots, length=24 if slots == 3 else 33
+    )
     assert reference.keys() == other.keys()
     for key in reference:
         same(other[key], reference[key])
@@ -165,7 +183,9 @@ def test_a_stop_token_ends_the_response_and_the_block_is_kept(model) -> None:
         inside = [token in SAMPLING.stop_token_ids for token in trace.response_ids.tolist()]
         assert not any(inside[:-1])
         assert inside[-1] == (trace.finish_reason == "stop")
-        assert (len(trace.prompt_ids) + len(trace.response_ids) + len(trace.tail_ids)) % 4 == 0 and len(trace.tail_ids) < 4
+        assert (len(trace.prompt_ids) + len(trace.response_ids) + len(trace.tail_ids)) % 4 == 0 and len(
+            trace.tail_ids
+        ) < 4
         assert len(trace.response_ids) == 11 or trace.finish_reason == "stop"
         stopped += inside[-1]
     assert 5 < stopped < 40
@@ -241,6 +261,8 @@ def test_greedy_takes_the_best_token_everywhere(model) -> None:
     """Temperature 0 spends no randomness: another key gives the same response."""
     sampling = dataclasses.replace(SAMPLING, temperature=0.0)
     prompt = np.arange(6)
-    one, other = Engine(model, vocabulary(), 2, 24).run([Request(prompt, sampling, "p", sample, 1000 * sample + 1) for sample in range(2)])
+    one, other = Engine(model, vocabulary(), 2, 24).run(
+        [Request(prompt, sampling, "p", sample, 1000 * sample + 1) for sample in range(2)]
+    )
     assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.steps, other.steps)
     assert (one.sampling_logprobs == 0).all() and (one.logprobs < 0).any()

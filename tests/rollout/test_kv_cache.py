@@ -20,20 +20,33 @@ def ragged(parts: list[tuple[int, int, int]]) -> Ragged:
             offset.append(place - start)
             position.append(place)
             last.append((place // BLOCK + 1) * BLOCK)
-    column = lambda values: torch.tensor(values, dtype=torch.int64)  # noqa: E731
+    column = lambda values: torch.tensor(values, dtype=torch.int64)
     slots = column([slot for slot, _, _ in parts])
-    return Ragged(slots, column(sequence), column(offset), column(position), column(last), max(end - start for _, start, end in parts), max(last))
+    return Ragged(
+        slots,
+        column(sequence),
+        column(offset),
+        column(position),
+        column(last),
+        max(end - start for _, start, end in parts),
+        max(last),
+    )
 
 
 def texts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v of every slot at every position."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(SLOTS, LENGTH, heads, WIDTH, generator=generator, dtype=torch.float64) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return tuple(
+        torch.randn(SLOTS, LENGTH, heads, WIDTH, generator=generator, dtype=torch.float64)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
 
 
-def run(cache: BlockKVCache, batch: Ragged, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 1) -> torch.Tensor:
+def run(
+    cache: BlockKVCache, batch: Ragged, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 1
+) -> torch.Tensor:
     slot = batch.slot[batch.sequence]
-    take = lambda x: x[slot, batch.position][:, None]  # noqa: E731
+    take = lambda x: x[slot, batch.position][:, None]
     return CachedAttention(cache, batch)(layer, take(q), take(k), take(v), 0.3)[:, 0]
 
 
@@ -49,7 +62,9 @@ def expected(q, k, v, slot: int, position: int) -> torch.Tensor:
 
 def check(output: torch.Tensor, batch: Ragged, q, k, v) -> None:
     for token, (n, position) in enumerate(zip(batch.sequence.tolist(), batch.position.tolist())):
-        torch.testing.assert_close(output[token], expected(q, k, v, int(batch.slot[n]), position), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            output[token], expected(q, k, v, int(batch.slot[n]), position), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_one_block_of_one_sequence() -> None:
@@ -59,10 +74,14 @@ def test_one_block_of_one_sequence() -> None:
 
 
 def test_sequences_at_different_places_share_a_pass() -> None:
-    """A prefill, a block with one finished block before it, and one alone; then each goes on from what the cache holds."""
+    """A prefill, a block after a finished one, and one alone; then each goes on from what the cache holds."""
     q, k, v = texts()
     cache = new_cache()
-    for batch in (ragged([(2, 0, 12), (0, 0, 8), (3, 0, 4)]), ragged([(0, 4, 12), (2, 12, 16), (3, 4, 8), (1, 0, 4)]), ragged([(1, 0, 8), (0, 8, 16)])):
+    for batch in (
+        ragged([(2, 0, 12), (0, 0, 8), (3, 0, 4)]),
+        ragged([(0, 4, 12), (2, 12, 16), (3, 4, 8), (1, 0, 4)]),
+        ragged([(1, 0, 8), (0, 8, 16)]),
+    ):
         check(run(cache, batch, q, k, v), batch, q, k, v)
 
 
@@ -97,4 +116,8 @@ def test_layers_do_not_mix() -> None:
 def test_size() -> None:
     cache = new_cache()
     assert cache.max_length == LENGTH
-    assert cache.num_bytes == SLOTS * BlockKVCache.bytes_per_slot(LENGTH, 2, KV_HEADS, WIDTH, torch.float64) == SLOTS * 2 * 2 * LENGTH * KV_HEADS * WIDTH * 8
+    assert (
+        cache.num_bytes
+        == SLOTS * BlockKVCache.bytes_per_slot(LENGTH, 2, KV_HEADS, WIDTH, torch.float64)
+        == SLOTS * 2 * 2 * LENGTH * KV_HEADS * WIDTH * 8
+    )

@@ -1,4 +1,5 @@
 """The loss of block SFT against a loop over single blocks, each run as a text of its own."""
+
 from __future__ import annotations
 
 import functools
@@ -30,11 +31,16 @@ def state():
 def samples(count: int = 9) -> list[Sample]:
     rng = np.random.default_rng(0)
     return [
-        Sample(f"s{n}", tuple(rng.integers(0, 50, 1 + n).tolist()), tuple(rng.integers(0, 50, 3 + (n * 5) % 8).tolist())) for n in range(count)
+        Sample(
+            f"s{n}", tuple(rng.integers(0, 50, 1 + n).tolist()), tuple(rng.integers(0, 50, 3 + (n * 5) % 8).tolist())
+        )
+        for n in range(count)
     ]
 
 
-def naive(model, chosen: list[Sample], block: int, schedule: MaskSchedule, loss_on_pad: bool) -> tuple[torch.Tensor, int, int]:
+def naive(
+    model, chosen: list[Sample], block: int, schedule: MaskSchedule, loss_on_pad: bool
+) -> tuple[torch.Tensor, int, int]:
     """(loss, number of predicted tokens, response tokens D)."""
     loss, predicted, total = 0, 0, 0
     for sample in chosen:
@@ -53,7 +59,9 @@ def naive(model, chosen: list[Sample], block: int, schedule: MaskSchedule, loss_
                 continue
             shown = torch.tensor([MASK_ID if p in inside else text[p] for p in range(start + block)])
             blocks = torch.arange(start + block) // block
-            logits = explicit_logits(model, shown, torch.arange(len(shown)), blocks[None, :] <= blocks[:, None], torch.tensor(decided))
+            logits = explicit_logits(
+                model, shown, torch.arange(len(shown)), blocks[None, :] <= blocks[:, None], torch.tensor(decided)
+            )
             logprob = allowed_logprobs(logits)
             for n, position in enumerate(decided):
                 loss = loss - weight[position - prompt] * logprob[n, text[position]]
@@ -61,12 +69,22 @@ def naive(model, chosen: list[Sample], block: int, schedule: MaskSchedule, loss_
     return loss / total, predicted, total
 
 
-def packed(chosen: list[Sample], block: int, schedule: MaskSchedule, loss_on_pad: bool, budget: int = 512, step: int = STEP):
+def packed(
+    chosen: list[Sample], block: int, schedule: MaskSchedule, loss_on_pad: bool, budget: int = 512, step: int = STEP
+):
     drawn = sft_items(chosen, step, SEED, Grid(block), schedule, PAD_ID, loss_on_pad)
     plan = pack([Load(item.group, item.shared_length, item.own_length) for item in drawn.items], budget, 1, 16)
-    rows = [build_row([(i, drawn.items[i]) for i in members], plan.length, MASK_ID, PAD_ID).to(platform.device()) for members in plan.ranks[0]]
+    rows = [
+        build_row([(i, drawn.items[i]) for i in members], plan.length, MASK_ID, PAD_ID).to(platform.device())
+        for members in plan.ranks[0]
+    ]
     metrics = accumulate_gradients(state(), rows, sft_forward(vocabulary(), drawn.num_tokens), plan.length)
-    return metrics, {name: parameter.main_grad.clone() for name, parameter in state().named_parameters()}, drawn, len(rows)
+    return (
+        metrics,
+        {name: parameter.main_grad.clone() for name, parameter in state().named_parameters()},
+        drawn,
+        len(rows),
+    )
 
 
 @pytest.mark.parametrize("loss_on_pad", [True, False])
@@ -93,7 +111,10 @@ def test_rows_do_not_change_an_update(budget: int) -> None:
 
 def masks(chosen: list[Sample], step: int, seed: int = SEED) -> list[list[tuple[int, ...]]]:
     drawn = sft_items(chosen, step, seed, Grid(4), MaskSchedule(), PAD_ID, True)
-    return [[tuple(item.views.position[item.views.masked].tolist()) for item in drawn.items if item.group == sample.key] for sample in chosen]
+    return [
+        [tuple(item.views.position[item.views.masked].tolist()) for item in drawn.items if item.group == sample.key]
+        for sample in chosen
+    ]
 
 
 def test_masks_are_drawn_anew_at_every_step_and_for_every_seed() -> None:
@@ -110,7 +131,10 @@ def test_a_sample_that_comes_twice_has_two_masks() -> None:
 
 
 def test_the_expected_loss_is_the_evidence_bound_per_token() -> None:
-    """With an indifferent model (all logits equal) each token costs log 51 x w(t) x P(hidden | t) = log 51, whatever t, while 1/t is not clipped."""
+    """With an indifferent model (all logits equal) each token costs log 51 x w(t) x P(hidden | t) = log 51, whatever t.
+
+    That holds while 1/t is not clipped.
+    """
     state = make_state(torch.float64)
     with torch.no_grad():
         state.module.output_layer.weight.zero_()

@@ -76,7 +76,9 @@ def test_run_records_and_saves(tmp_path) -> None:
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]
     assert [record["train/consumed_samples"] for record in records] == [8, 16, 24]
-    assert all(record["train/lr"] == 0.01 and record["train/loss"] > 0 and record["train/nll"] > 0 for record in records)
+    assert all(
+        record["train/lr"] == 0.01 and record["train/loss"] > 0 and record["train/nll"] > 0 for record in records
+    )
     assert saved[-1] == (3, True) and [step for step, force in saved if not force] == [1, 2, 3]
 
 
