@@ -23,7 +23,7 @@ class Graded:
         owner, index: the global rank that holds the trace, and its place there.
         correct: the verdict. reward: after the over-long rule.
         length: response tokens. steps: denoising steps. forwards: model passes.
-        truncated: it was cut at the limit.
+        truncated: it was cut at the limit. overlong: it ended so near the limit that it counts as wrong.
         load: its size in a row. num_targets: tokens that would be learned.
     """
 
@@ -37,6 +37,7 @@ class Graded:
     steps: int
     forwards: int
     truncated: bool
+    overlong: bool
     load: Load
     num_targets: int
 

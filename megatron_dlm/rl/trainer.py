@@ -164,6 +164,7 @@ class TraceRLTrainer:
             steps=trace.num_steps,
             forwards=trace.num_forwards,
             truncated=trace.finish_reason == "length",
+            overlong=too_long,
             load=Load(item.group, item.shared_length, item.own_length),
             num_targets=item.views.num_targets,
         )
@@ -260,6 +261,7 @@ def rollout_metrics(graded: list[Graded]) -> dict[str, float]:
         "rollout/reward": mean(record.reward for record in graded),
         "rollout/response_len/mean": mean(record.length for record in graded),
         "rollout/truncated_ratio": mean(record.truncated for record in graded),
+        "rollout/overlong_ratio": mean(record.overlong for record in graded),
         "rollout/tokens_per_step": tokens / sum(record.steps for record in graded),
         "rollout/tokens_per_forward": tokens / sum(record.forwards for record in graded),
     }
@@ -269,6 +271,7 @@ def _console(metrics: dict[str, float]) -> dict[str, float | str]:
     shown = {
         "reward": "rollout/raw_reward",
         "response len": "rollout/response_len/mean",
+        "overlong": "rollout/overlong_ratio",
         "tokens/step": "rollout/tokens_per_step",
         "learned": "rollout/learned_ratio",
         "loss": "train/loss",
