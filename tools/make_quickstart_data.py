@@ -33,9 +33,10 @@ def main() -> int:
     )
     parser.add_argument("--num-test", type=int, default=500)
     parser.add_argument("--num-sft", type=int, help="supervised samples; default: as many as prompts")
+    parser.add_argument("--slips", type=float, default=0.0, help="share of supervised sums in which the teacher slips")
     args = parser.parse_args()
     try:
-        print(quickstart.make(args.output, args.source, args.seed, args.num_train, args.num_test, args.num_sft))
+        print(quickstart.make(args.output, args.source, args.seed, args.num_train, args.num_test, args.num_sft, args.slips))
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -113,4 +113,4 @@ def main(argv: list[str]) -> None:
                 save = checkpointer(
                     state, config["checkpoint"], lambda: {"stage": "tracerl", "rl_step": trainer.step_index}, report.say
                 )
-                trainer.run(report, save, evaluate if evaluator else None)
+                trainer.run(report, save, evaluate if evaluator else None, config["logging"].log_interval)

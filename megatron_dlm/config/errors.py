@@ -25,3 +25,7 @@ class CheckpointError(UserError):
 
 class DependencyError(UserError):
     """An optional package that was asked for and is not installed."""
+
+
+class TrainingError(UserError):
+    """A run that cannot go on: its loss or its gradient is not a finite number."""

@@ -1,26 +1,21 @@
-"""Prompts for reinforcement learning and evaluation, and the order in which they are drawn.
+"""Prompts for reinforcement learning and evaluation.
 
 A source is a JSON-lines file or a generator of the reasoning_gym package. A prompt carries what its verdict needs
 (ground truth, verifier, metadata), so that sources can be mixed in one run.
 
 Invariants (tests/data/test_prompts.py):
-  - keys are unique, and depend on the question alone: not on file, line, template or tokenizer;
-  - the prompt at a position is a function of (prompts, seed, position), whatever was taken before; each epoch holds
-    every prompt once;
-  - the order of an epoch does not depend on the order of the files.
+  - keys are unique, and depend on the question alone: not on file, line, template or tokenizer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_dlm.config.errors import DataError
 from megatron_dlm.data import reasoning_gym
 from megatron_dlm.data.jsonl import read_jsonl, text_field
 from megatron_dlm.data.records import content_key, prompt_of, question_tokens
-from megatron_dlm.diffusion.keys import stream
 
 if TYPE_CHECKING:
     from megatron_dlm.data.tokenizer import Tokenizer
@@ -129,39 +124,3 @@ def _from_generator(source: str, tokenizer: Tokenizer, prompt_template: str, app
             )
         )
     return prompts
-
-
-class PromptSampler:
-    """Which prompts a run sees, position by position.
-
-        sampler = PromptSampler(prompts, seed)
-        batch = sampler.take(state.prompts_seen, prompts_per_step)
-
-    Positions count prompts since the start of the run; epoch e is positions e * n to (e + 1) * n - 1. Nothing is
-    remembered between calls: a run resumes from its position alone.
-    """
-
-    def __init__(self, prompts: list[Prompt], seed: int):
-        if not prompts:
-            raise DataError("There are no prompts to draw from. Give at least one source with prompts.")
-        self._prompts = sorted(prompts, key=lambda prompt: prompt.key)
-        self._seed = seed
-        self._order = lru_cache(maxsize=2)(self._epoch_order)  # a batch can cross from one epoch to the next
-
-    def __len__(self) -> int:
-        """Prompts per epoch."""
-        return len(self._prompts)
-
-    def epoch_order(self, epoch: int) -> list[Prompt]:
-        """All prompts in the order of one epoch: sorted by a draw that is keyed with (seed, epoch, prompt)."""
-        return list(self._order(epoch))
-
-    def take(self, start_index: int, n: int) -> list[Prompt]:
-        """The prompts at positions start_index to start_index + n - 1."""
-        if start_index < 0 or n < 0:
-            raise ValueError(f"positions count from 0 (start {start_index}, {n} prompts)")
-        size = len(self._prompts)
-        return [self._order(index // size)[index % size] for index in range(start_index, start_index + n)]
-
-    def _epoch_order(self, epoch: int) -> tuple[Prompt, ...]:
-        return tuple(sorted(self._prompts, key=lambda prompt: stream(self._seed, "prompt-order", epoch, prompt.key)))

@@ -8,7 +8,7 @@ Either sums of three two-digit numbers, made here, or any file of questions and 
 Invariants (tests/data/test_quickstart.py):
   - nothing held out is trained on: no question, and no three operands in any order;
   - what is held out depends on the seed and on num_test, not on how much is trained on;
-  - every response is right in the eyes of the math judge.
+  - every response is right in the eyes of the math judge, but for those in which the teacher was told to slip.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
 
+import torch
+
 from megatron_dlm.config.errors import ConfigError, DataError
 from megatron_dlm.data.jsonl import read_jsonl, text_field, write_jsonl
 from megatron_dlm.data.records import content_key
 from megatron_dlm.data.train_tokenizer import smallest_vocabulary, train_tokenizer
-from megatron_dlm.diffusion.keys import stream
+from megatron_dlm.diffusion.keys import stream, uniforms
 
 WHOLE_TOKENS = ("=\\boxed{", "\\boxed{", "}")  # one token each: short responses, and nothing to misspell
 OPERANDS = range(10, 100)
@@ -38,7 +40,7 @@ class Split:
     heldout: list[dict]
 
 
-def sums(seed: int, num_train: int | None, num_test: int, num_sft: int | None = None) -> Split:
+def sums(seed: int, num_train: int | None, num_test: int, num_sft: int | None = None, slips: float = 0.0) -> Split:
     """Three-term sums. Samples, prompts and held-out prompts have no three operands in common.
 
     Args:
@@ -46,6 +48,7 @@ def sums(seed: int, num_train: int | None, num_test: int, num_sft: int | None = 
         num_train: number of prompts; None for 20,000.
         num_test: number of held-out prompts.
         num_sft: number of supervised samples; None for as many as prompts.
+        slips: share of the supervised samples whose teacher slipped: one of the two sums is off by 1 or by 10.
 
     Raises:
         ConfigError: there are not that many sums.
@@ -53,7 +56,7 @@ def sums(seed: int, num_train: int | None, num_test: int, num_sft: int | None = 
     num_train = DEFAULT_SUMS if num_train is None else num_train
     num_sft = num_train if num_sft is None else num_sft
     triples = list(combinations_with_replacement(OPERANDS, 3))
-    _check_sizes(num_train, num_test, num_sft)
+    _check_sizes(num_train, num_test, num_sft, slips)
     wanted = num_test + num_sft + num_train
     if wanted > len(triples):
         raise ConfigError(
@@ -65,7 +68,7 @@ def sums(seed: int, num_train: int | None, num_test: int, num_sft: int | None = 
     records = [_sum(seed, triple) for triple in triples[:wanted]]
     sft = records[num_test : num_test + num_sft]
     return Split(
-        sft=[{"question": record["question"], "response": record["response"]} for record in sft],
+        sft=[{"question": record["question"], "response": _teacher(seed, record["question"], slips)} for record in sft],
         prompts=[_prompt(record) for record in records[num_test + num_sft :]],
         heldout=[_prompt(record) for record in records[:num_test]],
     )
@@ -139,11 +142,17 @@ def write(split: Split, folder: str | Path, vocab_size: int) -> int:
 
 
 def make(
-    folder: str | Path, source: str | None, seed: int, num_train: int | None, num_test: int, num_sft: int | None = None
+    folder: str | Path,
+    source: str | None,
+    seed: int,
+    num_train: int | None,
+    num_test: int,
+    num_sft: int | None = None,
+    slips: float = 0.0,
 ) -> str:
     """The whole tool: make or split, write, and say in one line what was written."""
     if source is None:
-        split, vocab_size = sums(seed, num_train, num_test, num_sft), smallest_vocabulary(WHOLE_TOKENS)
+        split, vocab_size = sums(seed, num_train, num_test, num_sft, slips), smallest_vocabulary(WHOLE_TOKENS)
     else:
         split, vocab_size = from_source(source, seed, num_train, num_test, num_sft), SOURCE_VOCABULARY
     size = write(split, folder, vocab_size)
@@ -151,7 +160,9 @@ def make(
     return f"Wrote {counts} and a tokenizer of {size} tokens to {folder}."
 
 
-def _check_sizes(num_train: int | None, num_test: int, num_sft: int | None) -> None:
+def _check_sizes(num_train: int | None, num_test: int, num_sft: int | None, slips: float = 0.0) -> None:
+    if not 0 <= slips <= 1:
+        raise ConfigError(f"--slips is {slips}. Give the share of wrong demonstrations, from 0 to 1.")
     if num_test < 1 or any(number is not None and number < 1 for number in (num_train, num_sft)):
         raise ConfigError(
             f"--num-train, --num-sft and --num-test must be at least 1 (they are {num_train}, {num_sft} and {num_test})."
@@ -161,7 +172,16 @@ def _check_sizes(num_train: int | None, num_test: int, num_sft: int | None) -> N
 def _sum(seed: int, triple: tuple[int, int, int]) -> dict:
     ordered = sorted(enumerate(triple), key=lambda entry: stream(seed, "quickstart-order", *triple, entry[0]))
     a, b, c = (value for _, value in ordered)
-    return {"question": f"{a}+{b}+{c}", "answer": str(a + b + c), "response": f"{a + b}+{c}=\\boxed{{{a + b + c}}}"}
+    return {"question": f"{a}+{b}+{c}", "answer": str(a + b + c)}
+
+
+def _teacher(seed: int, question: str, slips: float) -> str:
+    """The worked answer to a sum, by a teacher who slips in a share of the questions, in the first sum or in the second."""
+    a, b, c = map(int, question.split("+"))
+    slipped, where, size = uniforms(stream(seed, "quickstart-slip", question), torch.arange(3)).tolist()
+    slip = (-10, -1, 1, 10)[int(4 * size)] if slipped < slips else 0
+    first = a + b + (slip if where < 0.5 else 0)
+    return f"{first}+{c}=\\boxed{{{first + c + (slip if where >= 0.5 else 0)}}}"
 
 
 def _prompt(record: dict) -> dict:

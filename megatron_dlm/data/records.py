@@ -69,6 +69,14 @@ def prompt_of(
     Raises:
         DataError: none of the three fields is there, or it is malformed.
     """
+    text, token_ids = _prompt_of(record, where, tokenizer, prompt_template, apply_chat_template)
+    refuse_mask(token_ids, "prompt", where, tokenizer)
+    return text, token_ids
+
+
+def _prompt_of(
+    record: dict, where: str, tokenizer: Tokenizer, prompt_template: str, apply_chat_template: bool
+) -> tuple[str, list[int]]:
     if "question" in record:
         question = text_field(record, "question", where)
         return question, question_tokens(question, tokenizer, prompt_template, apply_chat_template)
@@ -80,6 +88,16 @@ def prompt_of(
         return conversation_text(messages), tokenizer.apply_chat_template(messages)
     found = ", ".join(sorted(record)) or "no fields"
     raise DataError(f"{where}: no prompt was found (fields: {found}). Give 'question', 'prompt' or 'messages'.")
+
+
+def refuse_mask(token_ids: list[int], what: str, where: str, tokenizer: Tokenizer) -> None:
+    """Refuse text that spells the mask token: to the model it would be a gap, and no label may be one.
+
+    Raises:
+        DataError: it does.
+    """
+    if tokenizer.mask_id in token_ids:
+        raise DataError(f"{where}: the {what} holds the mask token itself (id {tokenizer.mask_id}). Take it out of the text.")
 
 
 def check_messages(messages: object, where: str) -> list[dict[str, str]]:

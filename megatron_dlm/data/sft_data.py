@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm.config.errors import DataError
 from megatron_dlm.data.jsonl import read_jsonl, text_field
-from megatron_dlm.data.records import check_messages, content_key, prompt_of
+from megatron_dlm.data.records import check_messages, content_key, prompt_of, refuse_mask
 
 if TYPE_CHECKING:
     from megatron_dlm.data.tokenizer import Tokenizer
@@ -82,6 +82,7 @@ def _sample(record: dict, where: str, tokenizer: Tokenizer, prompt_template: str
     response_ids = tokenizer.encode(response)
     if not response_ids or response_ids[-1] != tokenizer.eos_id:
         response_ids.append(tokenizer.eos_id)
+    refuse_mask(response_ids, "response", where, tokenizer)
     return Sample(content_key(prompt, response), tuple(prompt_ids), tuple(response_ids))
 
 

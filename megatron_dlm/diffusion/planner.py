@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.diffusion.keys import permutation
 
+ROW_MULTIPLE = 64  # rows are rounded up to this many tokens, so that few shapes occur
+
 
 @dataclass(frozen=True, slots=True)
 class Load:

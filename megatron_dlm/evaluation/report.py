@@ -1,4 +1,4 @@
-"""Tables and curves from the metrics that runs leave behind (--metrics-jsonl)."""
+"""Curves from the metrics that runs leave behind (--metrics-jsonl)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from pathlib import Path
 
 from megatron_dlm.config.errors import DataError, DependencyError
 from megatron_dlm.data.jsonl import read_jsonl
-from megatron_dlm.evaluation.evaluate import table
-
-STAGES = (("sft", "SFT"), ("sft-continued", "SFT, as long as TraceRL"), ("tracerl", "SFT + TraceRL"))
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -17,34 +14,12 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def minutes_of(path: Path) -> float:
-    """How long a run had trained at its last recorded step, in minutes: the sum of its steps."""
-    return sum(record["perf/step_time"] for record in read_metrics(path)) / 60
-
-
-def quickstart_table(folder: Path) -> str:
-    """Before and after: one line per stage and way of unmasking, and the gain in points."""
-    metrics = {stage: read_metrics(folder / f"eval-{stage}.jsonl")[-1] for stage, _ in STAGES}
-    ways = sorted({key.split("/")[1] for key in metrics["sft"] if key.startswith("eval/")})
-    count = int(metrics["sft"][f"eval/{ways[0]}/responses"])
-    lines = [
-        f"{count} held-out problems, temperature 1.0",
-        "",
-        table([(title, metrics[stage]) for stage, title in STAGES], ways),
-        "",
-    ]
-    for way in ways:
-        gain = {
-            stage: 100 * (metrics[stage][f"eval/{way}/accuracy"] - metrics["sft"][f"eval/{way}/accuracy"])
-            for stage, _ in STAGES
-        }
-        lines.append(
-            f"{way}: TraceRL {gain['tracerl']:+.1f} points; the same {minutes_of(folder / 'tracerl.jsonl'):.1f} minutes of SFT {gain['sft-continued']:+.1f} points"
-        )
-    return "\n".join(lines)
+    """How long a run's steps took together, in minutes."""
+    return sum(record.get("perf/step_time", 0.0) for record in read_metrics(path)) / 60
 
 
 def reward_curve(metrics: Path, picture: Path) -> Path:
-    """Draw the reward of training rollouts over RL steps; returns the picture's path.
+    """Draw what training rollouts earned over RL steps; returns the picture's path.
 
     Raises:
         DependencyError: matplotlib is not installed.

@@ -1,7 +1,7 @@
 """Attention from the layout.
 
-`LayoutAttention` is the core attention that the layer specs name; it owns no rule of its own and asks the row's `Attention`. `DenseAttention` is
-that for a packed row: exact on every device, the oracle of every other backend.
+`LayoutAttention` is the core attention that the layer specs name; it owns no rule of its own and asks the row's
+`Attention`. `DenseAttention` is that for a packed row: exact on every device, the oracle of every other backend.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dlm.diffusion.layout import Layout, visible
+from megatron_dlm.model.buckets import by_length
 from megatron_dlm.model.row_params import RowParams
+
+_SHORT = 48  # tokens; groups up to here share a bucket
 
 
 class LayoutAttention(MegatronModule):
@@ -50,62 +53,76 @@ class LayoutAttention(MegatronModule):
 class DenseAttention:
     """Scaled dot-product attention under dense masks, one per group.
 
-    Groups never see each other, and `build_row` writes each in one run of slots; so the row is cut into its groups, padded to the longest, and
-    a [T, T] mask is never made. Padding slots get zeros.
+    Groups never see each other, and `build_row` writes each in one run of slots; so the row is cut into its groups, and
+    groups of similar length are padded to one shape and attended to in one call. The work is about the sum of squares
+    of the groups' lengths, and a [T, T] mask is never made. Padding slots get zeros.
     """
 
     def __init__(self, layout: Layout) -> None:
         real = torch.nonzero(layout.group >= 0)[:, 0]
-        groups, lengths = torch.unique_consecutive(layout.group[real], return_counts=True)
-        longest = int(lengths.max()) if len(lengths) else 0
-        offset = torch.arange(longest, device=real.device)
-        self.inside = offset < lengths[:, None]  # [G, L]
+        lengths = torch.unique_consecutive(layout.group[real], return_counts=True)[1]
         first = lengths.cumsum(0) - lengths
-        slot = (first[:, None] + offset).clamp(max=max(len(real) - 1, 0))
-        self.slot = real[slot] if len(real) else slot  # [G, L]
-        self.real, self.place = (
-            real,
-            torch.nonzero(self.inside.flatten())[:, 0],
-        )  # slots of real tokens, and where they stand in [G * L]
-        self.mask = (
-            torch.stack([self._mask(layout, slots, inside) for slots, inside in zip(self.slot, self.inside)])
-            if len(groups)
-            else None
-        )
-
-    @staticmethod
-    def _mask(layout: Layout, slots: Tensor, inside: Tensor) -> Tensor:
-        """bool [1, L, L]; what stands outside the group sees itself, so that its softmax is finite."""
-        part = Layout(
-            layout.group[slots], layout.response[slots], layout.view[slots], layout.block[slots], layout.position[slots]
-        )
-        return (visible(part, part) & inside | torch.diag(~inside))[None]
+        self.masks: list[Tensor] = []  # of each bucket, bool [G, 1, L, L]
+        slots, inside = [], []
+        for members in by_length(lengths.tolist(), floor=_SHORT):
+            member = torch.tensor(members, device=real.device)
+            offset = torch.arange(int(lengths[member[0]]), device=real.device)
+            inside.append(offset < lengths[member, None])  # [G, L]
+            slots.append(real[(first[member, None] + offset).clamp(max=len(real) - 1)])
+            self.masks.append(_group_masks(layout, slots[-1], inside[-1]))
+        # The padded groups of all buckets, one after the other, are a table of `size` lines.
+        self.size = sum(table.numel() for table in inside)
+        is_real = torch.cat([table.flatten() for table in inside]) if inside else real
+        self.line = torch.nonzero(is_real)[:, 0]  # lines that hold a token,
+        self.slot = torch.cat([table.flatten() for table in slots])[self.line] if slots else real  # and its slot
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         tokens, _, heads, dim = q.shape
-        if self.mask is None:
+        if not self.masks:
             return (q * 0).reshape(tokens, 1, heads * dim)
-        q, k, v = (self._per_group(x) for x in (q, k, v))  # [G, heads, L, d]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return _Move.apply(out.transpose(1, 2).reshape(-1, heads * dim), self.place, self.real, tokens)[:, None]
+        buckets = zip(self.masks, *(self._per_bucket(x) for x in (q, k, v)))
+        parts = [self._attend(mask, *qkv, scale) for mask, *qkv in buckets]
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]  # [size, heads * d]
+        return _Move.apply(out, self.line, self.slot, tokens)[:, None]
 
-    def _per_group(self, x: Tensor) -> Tensor:
-        """[T, 1, heads, d] -> [G, heads, L, d], zeros where a group is shorter than L."""
+    def _per_bucket(self, x: Tensor) -> list[Tensor]:
+        """[T, 1, heads, d] -> a [G, heads, L, d] per bucket, zeros where a group is shorter than L."""
         _, _, heads, dim = x.shape
-        groups, longest = self.inside.shape
-        return (
-            _Move.apply(x.reshape(-1, heads * dim), self.real, self.place, groups * longest)
-            .view(groups, longest, heads, dim)
-            .transpose(1, 2)
-        )
+        table = _Move.apply(x.reshape(-1, heads * dim), self.slot, self.line, self.size)
+        shapes = [(len(mask), mask.shape[-1]) for mask in self.masks]
+        parts = table.split([groups * length for groups, length in shapes])
+        return [part.view(*shape, heads, dim).transpose(1, 2) for part, shape in zip(parts, shapes)]
+
+    @staticmethod
+    def _attend(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of one bucket, [G * L, heads * d]."""
+        _, heads, _, dim = q.shape
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
+        return out.transpose(1, 2).reshape(-1, heads * dim)
+
+
+def _group_masks(layout: Layout, slots: Tensor, inside: Tensor) -> Tensor:
+    """Who sees whom in each of G groups, bool [G, 1, L, L].
+
+    Args:
+        slots: int64 [G, L], where the groups stand in the row.
+        inside: bool [G, L]; what stands outside its group sees itself, so that its softmax is finite.
+    """
+
+    def seen(*columns: Tensor) -> Tensor:
+        group = Layout(*columns)
+        return visible(group, group)
+
+    columns = (layout.group, layout.response, layout.view, layout.block, layout.position)
+    masks = torch.vmap(seen)(*(column[slots] for column in columns))
+    return (masks & inside[:, None] | torch.diag_embed(~inside))[:, None]
 
 
 class _Move(torch.autograd.Function):
-    """Lines `source` of x [n, width] to lines `destination` of a tensor of `size` lines, zeros elsewhere; each line moves once.
+    """Lines `source` of x [n, width] to lines `destination` of a tensor of `size` lines, zeros elsewhere.
 
-    Backward is the same move the other way. Autograd's own scatter would add line by line, many times slower on a CPU.
+    Each line moves once, and backward is the same move the other way. Autograd's own scatter would add line by line,
+    many times slower on a CPU.
     """
 
     @staticmethod

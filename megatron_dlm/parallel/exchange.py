@@ -31,6 +31,11 @@ def broadcast_object(obj: Any, src: int, group: dist.ProcessGroup | None = None)
     return box[0]
 
 
+def agreed(decision: bool) -> bool:
+    """Rank 0's decision, on every rank: clocks and signals differ between ranks, and what is collective must not."""
+    return bool(broadcast_object(decision, src=0))
+
+
 def exchange_objects(outgoing: Mapping[int, Sequence[Any]], group: dist.ProcessGroup | None = None) -> list[Any]:
     """Send each rank its own list of objects.
 

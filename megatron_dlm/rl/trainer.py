@@ -13,11 +13,13 @@ import numpy as np
 
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
-from megatron_dlm.data.prompts import Prompt, PromptSampler
+from megatron_dlm.data.prompts import Prompt
+from megatron_dlm.data.sampler import EpochSampler
 from megatron_dlm.diffusion.keys import stream
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import Load, check_budget
 from megatron_dlm.diffusion.trace import Trace
+from megatron_dlm.parallel.exchange import agreed
 from megatron_dlm.rewards.base import Scorer, Verdict
 from megatron_dlm.rl.advantages import group_advantages, in_band, overlong
 from megatron_dlm.rl.exchange import Graded, gather_graded
@@ -63,7 +65,7 @@ class TraceRLTrainer:
     ) -> None:
         self.session, self.state, self.rig, self.scorer = session, state, rig, scorer
         self.rl, self.rollout_config, self.seed, self.step_index = rl, rollout, seed, step_index
-        self.sampler = PromptSampler(prompts, seed)
+        self.sampler = EpochSampler(prompts, seed)
         self.sampling = rig.sampling(rollout)
         check_budget(self._largest_item(max(len(prompt.token_ids) for prompt in prompts)), rl.max_tokens_per_row)
         self.settings = UpdateSettings(
@@ -88,7 +90,7 @@ class TraceRLTrainer:
         return longest_prompt + response + response * -(-steps // self.rl.shrinkage)
 
     def step(self, report: Report) -> dict[str, float]:
-        """One RL step. Collective. Returns its metrics, the same on every rank."""
+        """One RL step. Collective. Returns its metrics; all but this rank's seconds (perf/) are the same on every rank."""
         watch = Stopwatch()
         prompts = self._prompts()
         with watch.phase("rollout_time"):
@@ -100,9 +102,10 @@ class TraceRLTrainer:
         if learned:
             with watch.phase("old_logprobs_time"):
                 prepared = self._prepare(learned, advantages, rollout.traces)
+            learning_rate = self.state.learning_rate()
             with watch.phase("train_time"):
                 update = update_policy(self.state, prepared, self.session.vocabulary, self.settings)
-            metrics |= {f"train/{name}": value for name, value in update.metrics.items()}
+            metrics |= {f"train/{name}": value for name, value in update.items()} | {"train/lr": learning_rate}
             with watch.phase("update_weights_time"):
                 self.rig.refit()
         self.step_index += 1
@@ -192,6 +195,9 @@ class TraceRLTrainer:
         settings = self.settings
         if self.rl.global_batch_size is not None:
             settings = dataclasses.replace(settings, num_updates=-(-len(learned) // self.rl.global_batch_size))
+        else:  # a step that learned little takes fewer updates, not smaller ones than a group
+            most = max(1, len(learned) // self.rollout_config.n_samples_per_prompt)
+            settings = dataclasses.replace(settings, num_updates=min(settings.num_updates, most))
         updates = plan_updates(learned, settings, groups, stream(self.seed, "partition", self.step_index))
         prepared = []
         for (records, plan), mine in zip(updates, fetch(updates, traces, groups)):
@@ -229,24 +235,34 @@ class TraceRLTrainer:
                 )
 
     def run(
-        self, report: Report, save: Callable[[int, bool], None], evaluate: Callable[[int], dict[str, float]] | None
+        self,
+        report: Report,
+        save: Callable[[int, bool], None],
+        evaluate: Callable[[int], dict[str, float]] | None,
+        log_interval: int = 1,
     ) -> None:
         """Run to --num-rollout steps, or to --exit-duration-in-mins.
 
         Args:
             save: save(step, force) writes a checkpoint when one is due, always with `force`.
-            evaluate: called after each step with its number; its metrics are recorded with the step's.
+            evaluate: called with 0 before the first step and with its number after each; its metrics are recorded.
+            log_interval: steps between console lines.
         """
-        began = time.perf_counter()
-        while self.step_index < self.rl.num_rollout:
+        began, last = time.perf_counter(), self.rl.num_rollout
+        if evaluate is not None and self.step_index == 0:
+            metrics = evaluate(0)
+            report.record(0, metrics)
+            report.iteration(0, last, _console(metrics))
+        while self.step_index < last:
             metrics = self.step(report)
             if evaluate is not None:
                 metrics |= evaluate(self.step_index)
             report.record(self.step_index, metrics)
-            report.iteration(self.step_index, self.rl.num_rollout, _console(metrics))
+            if self.step_index % log_interval == 0 or self.step_index == last:
+                report.iteration(self.step_index, last, _console(metrics))
             save(self.step_index, False)
-            minutes = (time.perf_counter() - began) / 60
-            if self.rl.exit_duration_in_mins is not None and minutes >= self.rl.exit_duration_in_mins:
+            minutes, limit = (time.perf_counter() - began) / 60, self.rl.exit_duration_in_mins
+            if limit is not None and agreed(minutes >= limit):
                 report.say(f"Stopping after {minutes:.1f} minutes, at RL step {self.step_index}.")
                 break
         save(self.step_index, True)
@@ -269,7 +285,8 @@ def rollout_metrics(graded: list[Graded]) -> dict[str, float]:
 
 def _console(metrics: dict[str, float]) -> dict[str, float | str]:
     shown = {
-        "reward": "rollout/raw_reward",
+        "accuracy": "rollout/raw_reward",
+        "reward": "rollout/reward",
         "response len": "rollout/response_len/mean",
         "overlong": "rollout/overlong_ratio",
         "tokens/step": "rollout/tokens_per_step",

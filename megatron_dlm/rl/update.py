@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.planner import Plan, pack, partition
+from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Plan, pack, partition
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.diffusion.views import Item, trace_views
@@ -27,7 +27,7 @@ from megatron_dlm.rl.objective import PolicyObjective, response_weights
 from megatron_dlm.training.state import TrainState
 from megatron_dlm.training.step import forward_only, train_step
 
-ROW_MULTIPLE = 64  # rows are rounded up to this many tokens, so that few shapes occur
+MISMATCH = "train_rollout_logprob_abs_diff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings):
             old, rollout = cast(rl_row.old_logprob), cast(rl_row.rollout_logprob)
             loss, metrics = settings.objective(logprob, old, cast(rl_row.advantage), cast(rl_row.weight))
             metrics["entropy"] = entropy(scores.detach(), group).sum()
-            metrics["train_rollout_logprob_abs_diff"] = (old - rollout).abs().sum()
+            metrics[MISMATCH] = (logprob.detach() - rollout).abs().sum()
             return loss, metrics
 
         return model.module.forward_row(rl_row.row), loss_fn
@@ -171,37 +171,36 @@ def old_logprobs(
     return [RLRow(r.row, r.advantage, r.weight, r.rollout_logprob, old) for r, old in zip(rows, known)]
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyUpdate:
-    """Metrics of an RL step's updates: means over targets, or over updates for loss and gradient norm."""
-
-    metrics: dict[str, float]
-
-
 def update_policy(
     state: TrainState, prepared: list[tuple[list[RLRow], int]], vocabulary: Vocabulary, settings: UpdateSettings
-) -> PolicyUpdate:
+) -> dict[str, float]:
     """One optimizer step per update, in order.
 
     Args:
         prepared: for each update its rows, with old log-probabilities, and their length.
+
+    Returns:
+        Metrics: means over targets; for the losses and the gradient norm means over updates. The mismatch between engine and
+        trainer is that of the first update, when both still have the same weights.
     """
     totals: dict[str, float] = {}
-    norms = []
-    for rows, length in prepared:
+    norms, mismatch = [], 0.0
+    for index, (rows, length) in enumerate(prepared):
         result = train_step(state, rows, policy_forward(vocabulary, settings), length)
         norms.append(result.grad_norm)
+        difference = result.metrics.pop(MISMATCH)
+        if index == 0:
+            mismatch = difference / max(result.metrics["targets"], 1.0)
         for name, value in result.metrics.items():
             totals[name] = totals.get(name, 0.0) + value
     targets = max(totals.pop("targets"), 1.0)
     per_update = {name: totals.pop(name) / len(prepared) for name in ("loss", "pg_loss", "kl_loss")}
     per_target = {name: value / targets for name, value in totals.items()}
-    return PolicyUpdate(
-        {
-            **per_update,
-            **per_target,
-            "grad_norm": float(np.mean(norms)),
-            "updates": float(len(prepared)),
-            "targets": targets,
-        }
-    )
+    return {
+        **per_update,
+        **per_target,
+        MISMATCH: mismatch,
+        "grad_norm": float(np.mean(norms)),
+        "updates": float(len(prepared)),
+        "targets": targets,
+    }

@@ -35,7 +35,7 @@ class SFTItems:
 def sft_items(
     samples: Sequence[Sample], step: int, seed: int, grid: Grid, schedule: MaskSchedule, pad_id: int, loss_on_pad: bool
 ) -> SFTItems:
-    """Draw the masks of one update.
+    """Draw the masks of one update. Samples with the same prompt are one group: in a row they share it.
 
     The last block is filled with pad tokens; they are hidden like others and, with `loss_on_pad`, learned like others.
     """
@@ -52,7 +52,7 @@ def sft_items(
         )
         seen[sample.key] += 1
         if len(views.block):
-            items.append(Item(sample.key, tokens, prompt, views, grid))
+            items.append(Item(repr(sample.prompt_ids), tokens, prompt, views, grid))
     return SFTItems(items, num_tokens)
 
 

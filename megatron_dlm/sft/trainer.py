@@ -8,18 +8,17 @@ import time
 from megatron_dlm import platform
 from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.sft import SFTConfig
-from megatron_dlm.data.prompts import PromptSampler
+from megatron_dlm.data.sampler import EpochSampler
 from megatron_dlm.data.sft_data import Sample
 from megatron_dlm.diffusion.masking import MaskSchedule
-from megatron_dlm.diffusion.planner import Load, check_budget, pack
+from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, check_budget, pack
 from megatron_dlm.diffusion.rows import Row, build_row
+from megatron_dlm.parallel.exchange import agreed
 from megatron_dlm.sft.objective import largest_item, sft_forward, sft_items
 from megatron_dlm.training.report import Report
 from megatron_dlm.training.setup import Session
 from megatron_dlm.training.state import TrainState
 from megatron_dlm.training.step import StepResult, train_step
-
-ROW_MULTIPLE = 64  # rows are rounded up to this many tokens, so that few shapes occur
 
 
 class SFTTrainer:
@@ -29,7 +28,7 @@ class SFTTrainer:
         self, session: Session, state: TrainState, samples: list[Sample], sft: SFTConfig, seed: int, consumed: int = 0
     ) -> None:
         self.session, self.state, self.sft, self.seed = session, state, sft, seed
-        self.sampler = PromptSampler(samples, seed)
+        self.sampler = EpochSampler(samples, seed)
         self.schedule = MaskSchedule(sft.mask_ratio_per, sft.min_mask_ratio, sft.max_loss_weight)
         self.consumed = consumed
         check_budget(max(largest_item(sample, session.grid) for sample in samples), sft.max_tokens_per_row)
@@ -99,7 +98,8 @@ class SFTTrainer:
                     )
                 bar.update()
                 save(iteration, False)
-                if self.sft.exit_duration_in_mins is not None and now - began >= 60 * self.sft.exit_duration_in_mins:
-                    report.say(f"Stopping after {(now - began) / 60:.1f} minutes, at iteration {iteration}.")
+                minutes, limit = (now - began) / 60, self.sft.exit_duration_in_mins
+                if limit is not None and agreed(minutes >= limit):
+                    report.say(f"Stopping after {minutes:.1f} minutes, at iteration {iteration}.")
                     break
         save(self.state.iteration, True)

@@ -64,12 +64,13 @@ class Session:
         return Grid(self.model.block_size)
 
     def train_state(self, optimizer: OptimizerConfig | None, train_iters: int) -> TrainState:
-        """Build the policy's TrainState. Collective."""
+        """Build the policy's TrainState. Without an optimizer its parameters are frozen and it has no gradients. Collective."""
         config = transformer_config(self.model, self.parallel)
         shape = model_shape(self.model)
 
         def build(pre_process: bool, post_process: bool, vp_stage: int | None) -> BlockDiffusionModel:
-            return BlockDiffusionModel(config, shape, self.groups.pg_collection, pre_process, post_process, vp_stage)
+            model = BlockDiffusionModel(config, shape, self.groups.pg_collection, pre_process, post_process, vp_stage)
+            return model.requires_grad_(optimizer is not None)
 
         return TrainState.build(build, config, optimizer, self.parallel, self.groups, train_iters)
 

@@ -20,6 +20,7 @@ which rank got which row.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from megatron_dlm import platform
+from megatron_dlm.config.errors import TrainingError
 from megatron_dlm.parallel.exchange import broadcast_object
 from megatron_dlm.training.state import TrainState
 
@@ -60,12 +62,22 @@ def train_step(state: TrainState, rows: Sequence[Any], forward_step: ForwardStep
     if state.optimizer is None:
         raise ValueError("this TrainState has no optimizer; accumulate_gradients is for models that are not updated")
     metrics = accumulate_gradients(state, rows, forward_step, seq_length)
+    _refuse_infinite("loss", metrics["loss"], state)
     with platform.cuda_calls_on_cpu():
         successful, grad_norm, _ = state.optimizer.step()
         if successful:
             state.scheduler.step(increment=1)
+    _refuse_infinite("gradient norm", float(grad_norm or 0.0), state)
     state.iteration += 1
     return StepResult(metrics, float(grad_norm or 0.0), bool(successful))
+
+
+def _refuse_infinite(name: str, value: float, state: TrainState) -> None:
+    """Stop before anything is saved that a number like this has touched. All ranks see the same value."""
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"The {name} of update {state.iteration + 1} is {value}; nothing was saved since. Lower --lr, or look for broken samples."
+        )
 
 
 def accumulate_gradients(

@@ -1,13 +1,12 @@
-"""Prompts: what is read, what is left out, and the order in which they come."""
+"""Prompts: what is read, and what is left out."""
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import pytest
 
 from megatron_dlm.config.errors import DataError
-from megatron_dlm.data.prompts import Dropped, Prompt, PromptSampler, load_prompts
+from megatron_dlm.data.prompts import Dropped, load_prompts
 
 
 def _file(tmp_path, *records, name="p.jsonl"):
@@ -61,45 +60,3 @@ def test_generated_tasks(tmp_path, tiny):
     assert [prompt.verifier for prompt in prompts] == ["math"] + ["reasoning_gym"] * (len(prompts) - 1)
     again, _ = load_prompts(sources, tiny, "{question}\n")
     assert again == prompts and again[-1].metadata == prompts[-1].metadata
-
-
-def _prompts(n):
-    return [Prompt(f"key{i}", (i,), str(i), str(i), "math") for i in range(n)]
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 50])
-def test_an_epoch_holds_every_prompt_once(n):
-    sampler = PromptSampler(_prompts(n), seed=1)
-    for epoch in range(3):
-        assert Counter(p.key for p in sampler.take(epoch * n, n)) == Counter(p.key for p in _prompts(n))
-        assert sampler.take(epoch * n, n) == sampler.epoch_order(epoch)
-
-
-@pytest.mark.parametrize("batch", [1, 3, 20, 64])
-def test_positions_do_not_depend_on_batches_or_on_what_was_taken(batch):
-    whole = PromptSampler(_prompts(20), seed=1).take(0, 100)
-    sampler = PromptSampler(_prompts(20)[::-1], seed=1)  # nor on the order of the files
-    pieces = {start: sampler.take(start, min(batch, 100 - start)) for start in reversed(range(0, 100, batch))}
-    assert [prompt for start in sorted(pieces) for prompt in pieces[start]] == whole
-    assert PromptSampler(_prompts(20), seed=1).take(57, 30) == whole[57:87]  # a resumed run
-
-
-def test_epochs_and_seeds_differ():
-    sampler = PromptSampler(_prompts(50), seed=1)
-    orders = [
-        sampler.epoch_order(0),
-        sampler.epoch_order(1),
-        PromptSampler(_prompts(50), seed=2).epoch_order(0),
-        _prompts(50),
-    ]
-    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
-
-
-def test_first_places_are_spread_evenly():
-    first = Counter(PromptSampler(_prompts(5), seed).take(0, 1)[0].key for seed in range(2000))
-    assert all(abs(count - 400) < 90 for count in first.values()) and len(first) == 5  # five standard deviations
-
-
-def test_nothing_to_draw_from():
-    with pytest.raises(DataError):
-        PromptSampler([], seed=0)

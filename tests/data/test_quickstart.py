@@ -107,3 +107,22 @@ def test_the_folder_is_ready_for_training(tmp_path):
     held, _ = load_prompts([str(tmp_path / "out" / "heldout.jsonl")], tokenizer)
     assert len(held) == 20 and not {prompt.key for prompt in prompts} & {prompt.key for prompt in held}
     assert all(last_boxed(tokenizer.decode(list(sample.response_ids), True)) for sample in samples)
+
+
+@pytest.mark.parametrize("slips", [0.0, 0.4, 1.0])
+def test_the_teacher_slips_as_often_as_he_is_told(slips):
+    samples = quickstart.sums(0, 2000, 1, slips=slips).sft
+    wrong = 0
+    for sample in samples:
+        a, b, c = map(int, sample["question"].split("+"))
+        first, rest = sample["response"].split("+")
+        total = int(rest.split("{")[1].rstrip("}"))
+        off = (int(first) - (a + b), total - (int(first) + c))
+        assert 0 in off and set(off) <= {0, -10, -1, 1, 10}  # he goes on from what he wrote
+        wrong += off != (0, 0)
+    assert abs(wrong / len(samples) - slips) < 0.04
+
+
+def test_a_share_of_slips_beyond_all_is_refused():
+    with pytest.raises(ConfigError, match="--slips is 1.5"):
+        quickstart.sums(0, 10, 1, slips=1.5)

@@ -46,6 +46,7 @@ def test_a_token_that_sees_only_itself_returns_its_value() -> None:
         ([(3, [2, 7]), (8, [4]), (6, [3, 3, 5])], 0),
         ([(3, [2, 7]), (8, [4]), (6, [3, 3, 5])], 13),
         ([(1, [1])], 3),
+        ([(3, [2]), (9, [70, 90]), (5, [4]), (2, [60]), (4, [1, 1])], 6),  # of very different lengths
     ],
 )
 def test_is_attention_under_the_mask_of_the_whole_row(groups: list, padding: int) -> None:
@@ -59,8 +60,9 @@ def test_is_attention_under_the_mask_of_the_whole_row(groups: list, padding: int
     assert (output[~real] == 0).all()
 
 
-def test_gradients_and_that_padding_has_none() -> None:
-    row = row_of([(5, [6, 3]), (4, [2])], 7)
+@pytest.mark.parametrize("groups", [[(5, [6, 3]), (4, [2])], [(4, [2]), (5, [90]), (6, [3])]])
+def test_gradients_and_that_padding_has_none(groups: list) -> None:
+    row = row_of(groups, 7)
     real = row.layout.group >= 0
     weight = torch.randn(len(row.tokens), 1, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads = []
@@ -71,6 +73,16 @@ def test_gradients_and_that_padding_has_none() -> None:
     for found, expected in zip(*grads):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
         assert (found[~real] == 0).all()
+
+
+def test_the_masks_of_a_row_are_about_as_large_as_the_squares_of_its_groups() -> None:
+    short = [(8, [3])] * 40
+    row = row_of([*short[:20], (8, [160]), *short[20:]], 5)
+    lengths = torch.unique_consecutive(row.layout.group[row.layout.group >= 0], return_counts=True)[1]
+    masks = DenseAttention(row.layout).masks
+    assert [len(mask) for mask in masks] == [1, 40] and lengths.max() > 10 * lengths.min()
+    assert sum(mask.numel() for mask in masks) < 1.3**2 * lengths.square().sum()
+    assert len(DenseAttention(row_of(short, 5).layout).masks) == 1
 
 
 def test_a_row_of_padding_only() -> None:
