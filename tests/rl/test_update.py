@@ -77,6 +77,7 @@ def graded(traces: list[Trace], settings: UpdateSettings) -> list[Graded]:
                 steps=1,
                 forwards=1,
                 truncated=False,
+                overlong=False,
                 load=Load(item.group, item.shared_length, item.own_length),
                 num_targets=item.views.num_targets,
             )
