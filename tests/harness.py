@@ -9,9 +9,11 @@
     def test_it():
         results = pool(2).run(case, argument)      # one result per rank
 
-Workers keep their default process group; after each case the model-parallel groups are torn down, so that every case may ask for another layout. A
-worker's exception is raised in the test with its traceback; after a failure or a timeout the pool is ended and the next `pool(n)` starts a fresh one.
+Workers keep their default process group; after each case the model-parallel groups are torn down, so that every case
+may ask for another layout. A worker's exception is raised in the test with its traceback; after a failure or a timeout
+the pool is ended and the next `pool(n)` starts a fresh one.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -47,7 +49,11 @@ class Pool:
         self.world_size = world_size
         key = os.urandom(16)
         with Listener(("127.0.0.1", 0), backlog=world_size, authkey=key) as listener:
-            _nursery().fork({"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}, listener.address[1], key)
+            _nursery().fork(
+                {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())},
+                listener.address[1],
+                key,
+            )
             connections = [listener.accept() for _ in range(world_size)]
         arrived = sorted(((*link.recv(), link) for link in connections), key=lambda item: item[0])
         self.pids = [pid for _, pid, _ in arrived]
@@ -95,7 +101,9 @@ class Nursery:
             **os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
             "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, sys.path)]), "PYTHONWARNINGS": "ignore",
         }  # fmt: skip
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.harness"], cwd=_ROOT, env=environment, stdin=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.harness"], cwd=_ROOT, env=environment, stdin=subprocess.PIPE, text=True
+        )
 
     def fork(self, environment: dict[str, str], port: int, key: bytes) -> None:
         self.process.stdin.write(json.dumps([environment, port, key.hex()]) + "\n")

@@ -1,7 +1,10 @@
-"""A small causal GPT of unmodified megatron-core parts, and rows for it: what the tests of training, checkpoints and refit run.
+"""A small causal GPT of unmodified megatron-core parts, and rows for it: what the tests of training, checkpoints and
+refit run.
 
-It knows nothing of diffusion. Layouts that are to be compared start from one checkpoint: each draws other initial weights.
+It knows nothing of diffusion. Layouts that are to be compared start from one checkpoint: each draws other initial
+weights.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -58,10 +61,15 @@ def make(setup: Setup, train_iters: int = 10, with_optimizer: bool = True):
     from megatron_dlm.training.state import TrainState
 
     parallel = ParallelConfig(
-        tensor_model_parallel_size=setup.tp, pipeline_model_parallel_size=setup.pp, expert_model_parallel_size=setup.ep,
-        expert_tensor_parallel_size=1 if setup.ep > 1 else None, sequence_parallel=setup.sequence_parallel,
-        use_distributed_optimizer=setup.distributed, overlap_grad_reduce=setup.overlap, overlap_param_gather=setup.overlap and setup.distributed,
-    )  # fmt: skip
+        tensor_model_parallel_size=setup.tp,
+        pipeline_model_parallel_size=setup.pp,
+        expert_model_parallel_size=setup.ep,
+        expert_tensor_parallel_size=1 if setup.ep > 1 else None,
+        sequence_parallel=setup.sequence_parallel,
+        use_distributed_optimizer=setup.distributed,
+        overlap_grad_reduce=setup.overlap,
+        overlap_param_gather=setup.overlap and setup.distributed,
+    )
     groups = initialize(parallel, seed=1)
     config = transformer_config(setup)
 
@@ -69,9 +77,16 @@ def make(setup: Setup, train_iters: int = 10, with_optimizer: bool = True):
         return gpt(setup, config, groups, pre_process, post_process, vp_stage)
 
     optimizer = OptimizerConfig(
-        optimizer=setup.optimizer, lr=1e-2, min_lr=1e-3, lr_decay_style="linear", lr_warmup_iters=1, adam_eps=1e-3, sgd_momentum=setup.momentum,
-        clip_grad=setup.clip, weight_decay=setup.weight_decay,
-    )  # fmt: skip
+        optimizer=setup.optimizer,
+        lr=1e-2,
+        min_lr=1e-3,
+        lr_decay_style="linear",
+        lr_warmup_iters=1,
+        adam_eps=1e-3,
+        sgd_momentum=setup.momentum,
+        clip_grad=setup.clip,
+        weight_decay=setup.weight_decay,
+    )
     state = TrainState.build(build, config, optimizer if with_optimizer else None, parallel, groups, train_iters)
     return state
 
@@ -80,22 +95,53 @@ def transformer_config(setup: Setup):
     from megatron.core.transformer import TransformerConfig
 
     dtype = torch.bfloat16 if setup.bf16 else torch.float64 if setup.float64 else torch.float32
-    moe = {} if setup.experts is None else {
-        "num_moe_experts": setup.experts, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_token_dispatcher_type": "alltoall",
-        "moe_router_load_balancing_type": "aux_loss" if setup.auxiliary else "none",
-        "moe_aux_loss_coeff": setup.auxiliary, "moe_router_enable_expert_bias": setup.expert_bias,
-        "moe_router_score_function": "sigmoid" if setup.expert_bias else "softmax", "expert_model_parallel_size": setup.ep, "expert_tensor_parallel_size": 1 if setup.ep > 1 else setup.tp,
-        "moe_router_dtype": "fp32",
-    }  # fmt: skip
+    moe = (
+        {}
+        if setup.experts is None
+        else {
+            "num_moe_experts": setup.experts,
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": 32,
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_load_balancing_type": "aux_loss" if setup.auxiliary else "none",
+            "moe_aux_loss_coeff": setup.auxiliary,
+            "moe_router_enable_expert_bias": setup.expert_bias,
+            "moe_router_score_function": "sigmoid" if setup.expert_bias else "softmax",
+            "expert_model_parallel_size": setup.ep,
+            "expert_tensor_parallel_size": 1 if setup.ep > 1 else setup.tp,
+            "moe_router_dtype": "fp32",
+        }
+    )
     return TransformerConfig(
-        num_layers=setup.layers, hidden_size=setup.hidden, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, gated_linear_unit=True,
-        add_bias_linear=False, normalization="RMSNorm", hidden_dropout=0.0, attention_dropout=0.0, bf16=setup.bf16, params_dtype=dtype,
-        tensor_model_parallel_size=setup.tp, pipeline_model_parallel_size=setup.pp, pipeline_dtype=dtype, sequence_parallel=setup.sequence_parallel,
-        qk_layernorm=True, **moe,
-    )  # fmt: skip
+        num_layers=setup.layers,
+        hidden_size=setup.hidden,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=64,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=setup.bf16,
+        params_dtype=dtype,
+        tensor_model_parallel_size=setup.tp,
+        pipeline_model_parallel_size=setup.pp,
+        pipeline_dtype=dtype,
+        sequence_parallel=setup.sequence_parallel,
+        qk_layernorm=True,
+        **moe,
+    )
 
 
-def gpt(setup: Setup, config: Any, groups: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> nn.Module:
+def gpt(
+    setup: Setup,
+    config: Any,
+    groups: Any,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> nn.Module:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -107,9 +153,17 @@ def gpt(setup: Setup, config: Any, groups: Any, pre_process: bool = True, post_p
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp_rank)
     block = TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
     model = GPTModel(
-        config, block, VOCABULARY, LENGTH, pre_process=pre_process, post_process=post_process, position_embedding_type="rope",
-        share_embeddings_and_output_weights=setup.tied, pg_collection=groups.pg_collection, vp_stage=vp_stage,
-    )  # fmt: skip
+        config,
+        block,
+        VOCABULARY,
+        LENGTH,
+        pre_process=pre_process,
+        post_process=post_process,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=setup.tied,
+        pg_collection=groups.pg_collection,
+        vp_stage=vp_stage,
+    )
     return model
 
 
@@ -132,23 +186,35 @@ def forward_step(row: Tensor, model: nn.Module):
     output = model(row, torch.arange(LENGTH)[None], mask)
 
     def loss(logits: Tensor):
-        losses = vocab_parallel_cross_entropy(logits.transpose(0, 1).to(torch.promote_types(logits.dtype, torch.float32)).contiguous(), row.T)[:-1]
-        return losses.sum() / (4 * (LENGTH - 1)), {"tokens": torch.tensor(LENGTH - 1.0), "half": losses.detach().sum() / 2}
+        losses = vocab_parallel_cross_entropy(
+            logits.transpose(0, 1).to(torch.promote_types(logits.dtype, torch.float32)).contiguous(), row.T
+        )[:-1]
+        return losses.sum() / (4 * (LENGTH - 1)), {
+            "tokens": torch.tensor(LENGTH - 1.0),
+            "half": losses.detach().sum() / 2,
+        }
 
     return output, loss
 
 
 def whole(state: Any, values: dict[str, Tensor], groups: Any = None) -> dict[str, Tensor]:
-    """Gather this model-parallel group's shards into the tensors of the whole model. `values` has the names of state.named_parameters()."""
+    """Gather this model-parallel group's shards into the tensors of the whole model. `values` has the names of
+    state.named_parameters().
+    """
     from megatron_dlm.parallel.exchange import gather_objects
 
     groups = groups or state.groups
     parameters = dict(state.named_parameters())
     mine = {
-        name: (value.detach().clone().contiguous(), getattr(parameters[name], "partition_dim", -1) if getattr(parameters[name], "tensor_model_parallel", False) else -1,
-               "linear_fc1" in name)
+        name: (
+            value.detach().clone().contiguous(),
+            getattr(parameters[name], "partition_dim", -1)
+            if getattr(parameters[name], "tensor_model_parallel", False)
+            else -1,
+            "linear_fc1" in name,
+        )
         for name, value in values.items()
-    }  # fmt: skip
+    }
     merged: dict[str, Tensor] = {}
     for stage in gather_objects([gather_objects(mine, groups.tp)], groups.pp):
         for name in stage[0][0]:

@@ -36,7 +36,11 @@ def main() -> int:
     parser.add_argument("--slips", type=float, default=0.0, help="share of supervised sums in which the teacher slips")
     args = parser.parse_args()
     try:
-        print(quickstart.make(args.output, args.source, args.seed, args.num_train, args.num_test, args.num_sft, args.slips))
+        print(
+            quickstart.make(
+                args.output, args.source, args.seed, args.num_train, args.num_test, args.num_sft, args.slips
+            )
+        )
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -26,9 +26,13 @@ def report(folder: Path) -> str:
     lines = [table([(title, metrics[stage]) for stage, title in STAGES.items()], ways), ""]
     minutes = minutes_of(folder / "tracerl.jsonl")
     for way in ways:
-        gain = {name: 100 * (metrics[name][f"eval/{way}/accuracy"] - metrics["sft"][f"eval/{way}/accuracy"]) for name in STAGES}
+        gain = {
+            name: 100 * (metrics[name][f"eval/{way}/accuracy"] - metrics["sft"][f"eval/{way}/accuracy"])
+            for name in STAGES
+        }
         lines.append(
-            f"{way}: {minutes:.1f} minutes of TraceRL {gain['tracerl']:+.1f} points, of more SFT {gain['sft-continued']:+.1f} points"
+            f"{way}: {minutes:.1f} minutes of TraceRL {gain['tracerl']:+.1f} points, of more SFT "
+            f"{gain['sft-continued']:+.1f} points"
         )
     count = int(metrics["sft"][f"eval/{ways[0]}/responses"])
     lines.append(f"{count} held-out problems, temperature 1.0")

@@ -1,7 +1,8 @@
 """The mistakes a user can make.
 
-A `UserError` is not a bug: whoever raises it has found bad input and knows what the user should do. The commands print it as one sentence and exit
-with code 2; nothing else in the package prints a sentence and exits. Anything that is not a `UserError` keeps its traceback, because it is ours.
+A `UserError` is not a bug: whoever raises it has found bad input and knows what the user should do. The commands print
+it as one sentence and exit with code 2; nothing else in the package prints a sentence and exits. Anything that is not a
+`UserError` keeps its traceback, because it is ours.
 """
 
 from __future__ import annotations

@@ -74,9 +74,7 @@ def sums(seed: int, num_train: int | None, num_test: int, num_sft: int | None = 
     )
 
 
-def from_source(
-    path: str | Path, seed: int, num_train: int | None, num_test: int, num_sft: int | None = None
-) -> Split:
+def from_source(path: str | Path, seed: int, num_train: int | None, num_test: int, num_sft: int | None = None) -> Split:
     """Split a file of questions and answers.
 
     Samples and prompts are made from the same questions, held-out prompts from others.
@@ -165,7 +163,8 @@ def _check_sizes(num_train: int | None, num_test: int, num_sft: int | None, slip
         raise ConfigError(f"--slips is {slips}. Give the share of wrong demonstrations, from 0 to 1.")
     if num_test < 1 or any(number is not None and number < 1 for number in (num_train, num_sft)):
         raise ConfigError(
-            f"--num-train, --num-sft and --num-test must be at least 1 (they are {num_train}, {num_sft} and {num_test})."
+            f"--num-train, --num-sft and --num-test must be at least 1 (they are {num_train}, {num_sft} and "
+            f"{num_test})."
         )
 
 
@@ -176,7 +175,9 @@ def _sum(seed: int, triple: tuple[int, int, int]) -> dict:
 
 
 def _teacher(seed: int, question: str, slips: float) -> str:
-    """The worked answer to a sum, by a teacher who slips in a share of the questions, in the first sum or in the second."""
+    """The worked answer to a sum, by a teacher who slips in a share of the questions, in the first sum or in the
+    second.
+    """
     a, b, c = map(int, question.split("+"))
     slipped, where, size = uniforms(stream(seed, "quickstart-slip", question), torch.arange(3)).tolist()
     slip = (-10, -1, 1, 10)[int(4 * size)] if slipped < slips else 0

@@ -97,7 +97,9 @@ def refuse_mask(token_ids: list[int], what: str, where: str, tokenizer: Tokenize
         DataError: it does.
     """
     if tokenizer.mask_id in token_ids:
-        raise DataError(f"{where}: the {what} holds the mask token itself (id {tokenizer.mask_id}). Take it out of the text.")
+        raise DataError(
+            f"{where}: the {what} holds the mask token itself (id {tokenizer.mask_id}). Take it out of the text."
+        )
 
 
 def check_messages(messages: object, where: str) -> list[dict[str, str]]:

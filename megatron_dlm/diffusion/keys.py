@@ -1,10 +1,11 @@
 """Every random draw has a key.
 
-A draw is a pure function of what it is for: (seed, purpose, step, item, sample) name a stream, and counters such as (position, denoising step) name
-a draw inside it. Rank, batch composition and call order never enter, so results do not depend on layout and a run resumes exactly.
+A draw is a pure function of what it is for: (seed, purpose, step, item, sample) name a stream, and counters such as
+(position, denoising step) name a draw inside it. Rank, batch composition and call order never enter, so results do not
+depend on layout and a run resumes exactly.
 
-Streams are hashed with BLAKE2b on the host; counters with the SplitMix64 finaliser in int64 tensor arithmetic, which wraps the same way on
-every device.
+Streams are hashed with BLAKE2b on the host; counters with the SplitMix64 finaliser in int64 tensor arithmetic, which
+wraps the same way on every device.
 """
 
 from __future__ import annotations

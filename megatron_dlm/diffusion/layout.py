@@ -1,7 +1,8 @@
 """Who sees whom: the one visibility rule, as masks.
 
-A row is a [T] sequence of tokens from many samples. Each token carries five integers (`Layout`); a query may attend to a key iff the rule in
-`visible` says so. Every attention pattern of this package is an instance of it (docs/architecture.md, 1).
+A row is a [T] sequence of tokens from many samples. Each token carries five integers (`Layout`); a query may attend to
+a key iff the rule in `visible` says so. Every attention pattern of this package is an instance of it
+(docs/architecture.md, 1).
 
 Invariants (tests/diffusion/test_layout.py):
   - padding (group < 0) sees only itself, and nothing else sees padding;
@@ -41,8 +42,9 @@ class Grid:
 
     Attributes:
         block_size: tokens per attention block; None is one block for the whole sequence (full attention).
-        anchor: 'absolute' counts blocks from position 0 of the sequence, as the rollout does. 'response' starts a block at the first response
-            token and lets the first block of the prompt be ragged, as the published reference trains.
+        anchor: 'absolute' counts blocks from position 0 of the sequence, as the rollout does. 'response' starts a block
+            at the first response token and lets the first block of the prompt be ragged, as the published reference
+            trains.
     """
 
     block_size: int | None
@@ -78,7 +80,8 @@ def visible(q: Layout, k: Layout) -> Tensor:
     """Dense mask of the visibility rule.
 
     Args:
-        q, k: layouts of the queries [Tq] and the keys [Tk] (the same object within a row; different ones when keys come from a cache).
+        q, k: layouts of the queries [Tq] and the keys [Tk] (the same object within a row; different ones when keys come
+            from a cache).
 
     Returns:
         bool [Tq, Tk], True where the query may attend to the key.

@@ -1,11 +1,13 @@
 """Partition first, then pack: which responses make an update, and which of them share a row.
 
 1. `partition` splits the shuffled responses into updates of nearly equal size.
-2. `pack` fills the rows of one update: members of a group stay together (their prompt is stored once), the longest bundle goes first, into the emptiest
-   row that can take it. Every data-parallel rank gets the same number of rows, all of one length.
+2. `pack` fills the rows of one update: members of a group stay together (their prompt is stored once), the longest
+   bundle goes first, into the emptiest row that can take it. Every data-parallel rank gets the same number of rows, all
+   of one length.
 
-Pure functions of lengths and keys, identical on every rank; nothing here touches tokens, devices or process groups. Losses are sums of weight x loss
-with weights computed from the whole update, so nothing that is decided here can change a gradient (tests/diffusion/test_planner.py).
+Pure functions of lengths and keys, identical on every rank; nothing here touches tokens, devices or process groups.
+Losses are sums of weight x loss with weights computed from the whole update, so nothing that is decided here can change
+a gradient (tests/diffusion/test_planner.py).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Plan:
     """Rows of one update.
 
     Attributes:
-        ranks: for each data-parallel rank its rows, each a tuple of item indices; the same number of rows for every rank (empty rows fill up).
+        ranks: for each data-parallel rank its rows, each a tuple of item indices; the same number of rows for every
+            rank (empty rows fill up).
         length: T, tokens of every row.
     """
 
@@ -46,7 +49,9 @@ class Plan:
 
 
 def partition(n: int, num_updates: int, stream: int) -> list[list[int]]:
-    """Shuffle range(n) and cut it into at most `num_updates` non-empty updates whose sizes differ by one at most; none for n = 0."""
+    """Shuffle range(n) and cut it into at most `num_updates` non-empty updates whose sizes differ by one at most; none
+    for n = 0.
+    """
     order = permutation(stream, n).tolist()
     num_updates = max(1, min(num_updates, n))
     cuts = [n * i // num_updates for i in range(num_updates + 1)] if n else []
@@ -81,7 +86,8 @@ def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 
         loads: one per item.
         budget: most tokens per row.
         num_ranks: data-parallel size.
-        multiple_of: T is rounded up to a multiple of this (sequence parallelism, kernels), but never above the budget's own multiple.
+        multiple_of: T is rounded up to a multiple of this (sequence parallelism, kernels), but never above the budget's
+            own multiple.
 
     Raises:
         ConfigError: an item does not fit a row.
@@ -105,7 +111,9 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _fair_share(loads: list[Load], largest: int, num_ranks: int) -> int:
-    """Tokens that no bundle should exceed, so that every rank has something to do although a cut group stores its prompt again."""
+    """Tokens that no bundle should exceed, so that every rank has something to do although a cut group stores its
+    prompt again.
+    """
     total = sum(load.own for load in loads) + sum({load.group: load.shared for load in loads}.values())
     return max(largest, -(-total // num_ranks))
 

@@ -1,7 +1,7 @@
 """From items to a row: (tokens, layout, targets).
 
-A row holds, for each group, the prompt's full blocks once, then for each of the group's items the clean text that its views read and the views. The
-language-model head is evaluated at the target slots only.
+A row holds, for each group, the prompt's full blocks once, then for each of the group's items the clean text that its
+views read and the views. The language-model head is evaluated at the target slots only.
 
 Invariants (tests/diffusion/test_rows.py):
   - losses and gradients over a row are those of one naive row per denoising step;
@@ -24,7 +24,8 @@ from megatron_dlm.diffusion.views import Item
 class Targets:
     """The N tokens of a row that are predicted; each a tensor [N].
 
-    slot: int64, where in the row the token is read. label: int64, the token. weight: float64, its share of the update's loss.
+    slot: int64, where in the row the token is read. label: int64, the token. weight: float64, its share of the update's
+        loss.
     response: int64, which item (an id that the caller gave). index: int64, offset of the token in that item's response.
     """
 
@@ -135,7 +136,8 @@ def _add_item(
     exists = views.position >= 0
     position = views.position[exists]
     tokens = np.where(views.masked[exists], mask_id, item.tokens[position])
-    # Views are numbered within the item. Two views of one block must differ; of different blocks they may not see each other anyway.
+    # Views are numbered within the item. Two views of one block must differ; of different blocks they may not see each
+    # other anyway.
     number = np.broadcast_to(np.arange(1, n + 1)[:, None], (n, width))[exists]
     block = np.broadcast_to(views.block[:, None], (n, width))[exists]
     start = columns.add(tokens, group, response, number, block, position)

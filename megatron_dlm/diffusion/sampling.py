@@ -1,8 +1,8 @@
 """Drawing one token per masked position from the policy.
 
-The policy is a distribution over the vocabulary (model/policy.py). top-k and top-p shape only what is drawn; temperature 0 takes the most likely token.
-Each position spends one uniform number through the inverse of its cumulative distribution in token order, so a draw depends on
-its key and its distribution, not on the batch around it.
+The policy is a distribution over the vocabulary (model/policy.py). top-k and top-p shape only what is drawn;
+temperature 0 takes the most likely token. Each position spends one uniform number through the inverse of its cumulative
+distribution in token order, so a draw depends on its key and its distribution, not on the batch around it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from torch import Tensor
 class Draws:
     """What was drawn at N positions; each [N].
 
-    token: int64. logprob: log-probability under the policy. sampling_logprob: under the distribution that was drawn from (after top-k and top-p).
-    confidence: probability of the token as the unmasking policy reads it: that of the sampling distribution, or of the policy where temperature is 0.
+    token: int64. logprob: log-probability under the policy. sampling_logprob: under the distribution that was drawn
+        from (after top-k and top-p).
+    confidence: probability of the token as the unmasking policy reads it: that of the sampling distribution, or of the
+        policy where temperature is 0.
     """
 
     token: Tensor

@@ -1,7 +1,7 @@
 """A trace: one response and how it came to be.
 
-Every producer (our engine, other engines, a file) and every consumer (TraceRL, `score`, evaluation) uses this one record. It holds token ids from
-end to end, never text that would have to be tokenised again.
+Every producer (our engine, other engines, a file) and every consumer (TraceRL, `score`, evaluation) uses this one
+record. It holds token ids from end to end, never text that would have to be tokenised again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Trace:
     Attributes:
         prompt_ids: int64 [P].
         response_ids: int64 [R], ending at the stop token or at max_new_tokens.
-        tail_ids: int64, the rest of the terminal block: context of the tokens unmasked later in it, but no part of the response.
+        tail_ids: int64, the rest of the terminal block: context of the tokens unmasked later in it, but no part of the
+            response.
         steps: int64 [R], 1-based denoising step of the response at which each token was unmasked.
         tail_steps: int64, likewise for the tail.
         logprobs: float [R], of each token under the policy in the state in which it was unmasked.

@@ -2,7 +2,8 @@
 
 All requests of a batch are decided together, each under its own policy. What a policy may do is fixed here:
   - it chooses among masked positions only: a known token, the prompt's tail included, is never touched;
-  - it takes at least one position while any is masked, and all that remain at the last denoising step: no block is committed with a mask in it;
+  - it takes at least one position while any is masked, and all that remain at the last denoising step: no block is
+    committed with a mask in it;
   - equal confidences are settled by the lowest index.
 
 Source: TraceRL, arXiv 2509.06949, section 5.1.
@@ -25,7 +26,8 @@ class Remasking(IntEnum):
 
 
 def scheduled_count(block_size: Tensor, denoising_steps: Tensor, step: Tensor) -> Tensor:
-    """How many tokens a block unmasks at its `step`-th denoising step (0-based): B/S, the remainder spread over the first steps.
+    """How many tokens a block unmasks at its `step`-th denoising step (0-based): B/S, the remainder spread over the
+    first steps.
 
     Args: integer tensors of one shape [S], one entry per request. Returns the same shape.
     """

@@ -1,8 +1,8 @@
 """Which noisy copies of a text a model learns from.
 
-An `Item` is one text of a group together with its views: copies of single blocks in which some tokens are hidden and some of the hidden ones are
-predicted. Supervised fine-tuning makes one view per block with freshly drawn masks; TraceRL makes one per denoising step that the block really
-took. A view without a predicted token is not made.
+An `Item` is one text of a group together with its views: copies of single blocks in which some tokens are hidden and
+some of the hidden ones are predicted. Supervised fine-tuning makes one view per block with freshly drawn masks; TraceRL
+makes one per denoising step that the block really took. A view without a predicted token is not made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from megatron_dlm.diffusion.trace import Trace, shrink
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """n views of one text, each over a window of one attention block (W = block size; the text's length under full attention).
+    """n views of one text, each over a window of one attention block (W = block size; the text's length under full
+    attention).
 
     Attributes:
         block: int64 [n], block index.

@@ -1,11 +1,12 @@
 """Accuracy, length and speed of a model on held-out prompts, for each way of unmasking.
 
-The draws of an evaluation are keyed by (seed, prompt, sample, way of unmasking), not by the training step: two checkpoints are compared on the same
-uniform numbers.
+The draws of an evaluation are keyed by (seed, prompt, sample, way of unmasking), not by the training step: two
+checkpoints are compared on the same uniform numbers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from megatron_dlm.diffusion.trace import SamplingParams
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.rewards.base import Scorer
 from megatron_dlm.rollout.replicas import Job, generate, requests_for
-from megatron_dlm.rollout.rig import RolloutRig, stop_tokens
+from megatron_dlm.rollout.rig import RolloutRig
 from megatron_dlm.training.report import Report
 
 
@@ -35,7 +36,12 @@ class Outcome:
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Means over responses; speeds are total tokens over total denoising steps or model passes (the paper's Table 4 counts the former)."""
+    """Means over responses; speeds are total tokens over total denoising steps or model passes.
+
+    TraceRL's Table 4 (arXiv 2509.06949) counts denoising steps. Model passes are denoising steps and passes that only
+    commit a block, without prefill. This package's engine commits a block within the next denoising step, so for it the
+    two speeds are equal; they differ for traces of an engine that commits in a pass of its own.
+    """
     column = lambda name: np.array([getattr(outcome, name) for outcome in outcomes], dtype=np.float64)
     tokens = column("length").sum()
     return {
@@ -61,28 +67,22 @@ class Evaluator:
         rollout: RolloutConfig,
         seed: int,
     ) -> None:
-        self.rig, self.scorer, self.tokenizer, self.config, self.rollout, self.seed = (
-            rig,
-            scorer,
-            tokenizer,
-            config,
-            rollout,
-            seed,
-        )
+        self.rig, self.scorer, self.tokenizer = rig, scorer, tokenizer
+        self.config, self.rollout, self.seed = config, rollout, seed
         self.prompts = list(prompts)[: config.eval_num_prompts]
 
     def sampling(self, remasking: str) -> SamplingParams:
-        block = self.rollout.rollout_block_size or self.rig.block_size
-        return SamplingParams(
-            temperature=self.config.eval_temperature,
-            top_k=self.config.eval_top_k,
-            top_p=self.config.eval_top_p,
-            max_new_tokens=self.config.eval_max_response_len or self.rollout.rollout_max_response_len,
-            block_size=block,
-            denoising_steps=self.config.eval_denoising_steps or block,
+        """Those of training rollouts, with what the evaluation has settings of its own for."""
+        training, config = self.rig.sampling(self.rollout), self.config
+        return dataclasses.replace(
+            training,
+            temperature=config.eval_temperature,
+            top_k=config.eval_top_k,
+            top_p=config.eval_top_p,
+            max_new_tokens=config.eval_max_response_len or training.max_new_tokens,
+            denoising_steps=config.eval_denoising_steps or training.block_size,
             remasking=remasking,
-            threshold=self.config.eval_threshold,
-            stop_token_ids=stop_tokens(self.rollout.stop_token_ids, self.rig.stop_token_ids),
+            threshold=config.eval_threshold,
         )
 
     def __call__(self, report: Report) -> dict[str, float]:
@@ -121,13 +121,16 @@ class Evaluator:
 
 def table(rows: Sequence[tuple[str, dict[str, float]]], ways: Sequence[str]) -> str:
     """A table of evaluations: one line per (name, way of unmasking)."""
-    head = f"{'model':24} {'unmasking':11} {'accuracy':>9} {'length':>8} {'tokens/step':>12} {'tokens/forward':>15} {'cut':>6}"
+    head = (
+        f"{'model':24} {'unmasking':11} {'accuracy':>9} {'length':>8} "
+        f"{'tokens/step':>12} {'tokens/forward':>15} {'cut':>6}"
+    )
     lines = [head, "-" * len(head)]
     for name, metrics in rows:
         for way in ways:
             get = lambda key: metrics[f"eval/{way}/{key}"]  # noqa: B023
             lines.append(
-                f"{name:24} {way:11} {100 * get('accuracy'):8.1f}% {get('response_len'):8.1f} {get('tokens_per_step'):12.2f} "
-                f"{get('tokens_per_forward'):15.2f} {100 * get('truncated_ratio'):5.1f}%"
+                f"{name:24} {way:11} {100 * get('accuracy'):8.1f}% {get('response_len'):8.1f} "
+                f"{get('tokens_per_step'):12.2f} {get('tokens_per_forward'):15.2f} {100 * get('truncated_ratio'):5.1f}%"
             )
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dlm import platform
 from megatron_dlm.diffusion.layout import Layout, visible
 from megatron_dlm.model.buckets import by_length
 from megatron_dlm.model.row_params import RowParams
@@ -81,7 +82,7 @@ class DenseAttention:
         if not self.masks:
             return (q * 0).reshape(tokens, 1, heads * dim)
         buckets = zip(self.masks, *(self._per_bucket(x) for x in (q, k, v)))
-        parts = [self._attend(mask, *qkv, scale) for mask, *qkv in buckets]
+        parts = [masked_attention(*qkv, mask, scale).flatten(0, 1) for mask, *qkv in buckets]
         out = torch.cat(parts) if len(parts) > 1 else parts[0]  # [size, heads * d]
         return _Move.apply(out, self.line, self.slot, tokens)[:, None]
 
@@ -93,12 +94,24 @@ class DenseAttention:
         parts = table.split([groups * length for groups, length in shapes])
         return [part.view(*shape, heads, dim).transpose(1, 2) for part, shape in zip(parts, shapes)]
 
-    @staticmethod
-    def _attend(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention of one bucket, [G * L, heads * d]."""
-        _, heads, _, dim = q.shape
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
-        return out.transpose(1, 2).reshape(-1, heads * dim)
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Scaled dot-product attention of n sequences, each key-value head serving a group of query heads.
+
+    Args:
+        q: [n, heads, Q, d].
+        k, v: [n, kv heads, K, d].
+        mask: bool [n, 1, Q, K].
+
+    Returns: [n, Q, heads * d].
+    """
+    sharing = q.shape[1] // k.shape[1]
+    if sharing > 1 and platform.is_cuda():
+        # By torch's documentation its fast CUDA kernels take a mask or shared heads, not both. The choice of kernel has
+        # not been measured.
+        k, v = k.repeat_interleave(sharing, dim=1), v.repeat_interleave(sharing, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(2)
 
 
 def _group_masks(layout: Layout, slots: Tensor, inside: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """From `ModelConfig` to what megatron-core wants to know.
 
-`resolve` fills a ModelConfig from its preset and the tokenizer; `transformer_config` makes megatron-core's TransformerConfig of it, passing through
-any of its fields that the user named; `ModelShape` carries the sizes that TransformerConfig has no field for.
+`resolve` fills a ModelConfig from its preset and the tokenizer; `transformer_config` makes megatron-core's
+TransformerConfig of it, passing through the fields that the user named; `ModelShape` carries the sizes that
+TransformerConfig has no field for.
 """
 
 from __future__ import annotations
@@ -18,10 +19,36 @@ from megatron_dlm.model.presets import PRESETS
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "block_size")
 
+# Fields of TransformerConfig that our layers, or the programs above them, would silently not follow.
+_NOT_FOLLOWED = frozenset(
+    {
+        # attention is LayoutAttention: all heads, no dropout, who sees whom is the layout's to say
+        *("attention_dropout", "attention_backend", "attention_softmax_in_fp32", "apply_query_key_layer_scaling"),
+        *("softmax_type", "window_size", "window_attn_skip_freq", "qk_clip", "log_max_attention_logit"),
+        *("multi_latent_attention", "experimental_attention_variant", "linear_attention_freq"),
+        *("context_parallel_size", "hierarchical_context_parallel_sizes", "cp_comm_type"),
+        # positions are RotaryByPosition, norms are our RMSNorm
+        *("rotary_interleaved", "mrope_section"),
+        *("normalization", "layernorm_zero_centered_gamma", "qk_l2_norm"),
+        # layers are those of megatron-core's local spec, all alike, in one chunk per pipeline stage
+        *("transformer_impl", "fp8", "fp4", "mtp_num_layers", "heterogeneous_block_specs", "is_hybrid_model"),
+        *("virtual_pipeline_model_parallel_size", "enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"),
+        # a target's weight is in the loss already; the rollout model draws no weights
+        *("calculate_per_token_loss", "perform_initialization", "use_cpu_initialization"),
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Attributes: vocab_size: real tokens. padded_vocab_size: rows of the embedding, whatever the tensor-parallel size. The others as in ModelConfig."""
+    """Sizes that TransformerConfig has no field for.
+
+    Attributes:
+        vocab_size: real tokens.
+        padded_vocab_size: rows of the embedding, whatever the tensor-parallel size.
+        max_position_embeddings, rotary_base: as in ModelConfig.
+        tie_embeddings: the head uses the embedding's weights.
+    """
 
     vocab_size: int
     padded_vocab_size: int
@@ -51,7 +78,8 @@ def resolve(model: ModelConfig, tokenizer_vocab_size: int | None) -> ModelConfig
             )
     if tokenizer_vocab_size is not None and tokenizer_vocab_size > filled.vocab_size:
         raise ConfigError(
-            f"--vocab-size {filled.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size} tokens. Leave it out, or use another tokenizer."
+            f"--vocab-size {filled.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size} tokens. "
+            "Leave it out, or use another tokenizer."
         )
     if filled.ffn_hidden_size is None:
         filled.ffn_hidden_size = 4 * filled.hidden_size
@@ -91,12 +119,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         extra: further fields, for callers that build a second model in another layout. The user's overrides beat them.
 
     Raises:
-        ConfigError: a transformer override that TransformerConfig does not have.
+        ConfigError: an override that TransformerConfig does not have, that our layers do not follow, or that does not
+            fit the rest.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     dtype = dtype or (torch.bfloat16 if model.bf16 else torch.float32)
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
     values = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -142,15 +170,25 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
             moe_router_dtype="fp32",
         )
     values |= extra
-    if "virtual_pipeline_model_parallel_size" in model.transformer_overrides:
-        raise ConfigError(
-            "--transformer-override virtual_pipeline_model_parallel_size: interleaved pipeline stages are not supported yet. Leave it out."
-        )
+    defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
     for name, value in model.transformer_overrides.items():
-        if name not in known:
+        if name not in defaults:
             raise ConfigError(
                 f"--transformer-override {name}: megatron-core's TransformerConfig has no such field. Check its spelling."
             )
-        values[name] = value
+        if name in _NOT_FOLLOWED and value != values.get(name, defaults[name]):
+            raise ConfigError(
+                f"--transformer-override {name}={value}: the layers of this model do not follow that field. Leave it out."
+            )
     # Fields come and go between megatron-core releases; those that this one lacks are at the value that we want.
-    return TransformerConfig(**{name: value for name, value in values.items() if name in known})
+    values = {name: value for name, value in values.items() if name in defaults} | model.transformer_overrides
+    try:
+        return TransformerConfig(**values)
+    except (TypeError, ValueError, AssertionError) as error:
+        if not model.transformer_overrides:
+            raise
+        given = ", ".join(f"{name}={value}" for name, value in model.transformer_overrides.items())
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"megatron-core refuses this model ({reason}). Correct or leave out --transformer-override {given}."
+        ) from error

@@ -1,7 +1,8 @@
 """Move Python objects between ranks.
 
-Objects travel pickled, in one collective per call after their sizes: prompts, rewards and traces, a few megabytes at most. Every function is
-collective over its group and names ranks by their place in that group. Tensors that are inside objects should be on the CPU.
+Objects travel pickled, in one collective per call after their sizes: prompts, rewards and traces, a few megabytes at
+most. Every function is collective over its group and names ranks by their place in that group. Tensors that are inside
+objects should be on the CPU.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """Which processes work together: the groups of the training layout and of the rollout layout.
 
-`initialize` makes them once per process, from torchrun's environment or for a single process, and hands out a `Groups` that everything above gets
-as an argument. Nothing outside this folder asks megatron-core's parallel_state.
+`initialize` makes them once per process, from torchrun's environment or for a single process, and hands out a `Groups`
+that everything above gets as an argument. Nothing outside this folder asks megatron-core's parallel_state.
 
-Ranks are laid out as in Megatron, fastest first: tensor, context, expert, data, pipeline. So the ranks of one pipeline group agree in their tensor,
-expert and data coordinates; together they hold one whole (tensor-sharded) model. The rollout layout uses that: each rank of a pipeline group becomes
-a replica with the same tensor (and expert) shard and all layers, and the pipeline group is where refit finds what a rank lacks.
+Ranks are laid out as in Megatron, fastest first: tensor, context, expert, data, pipeline. So the ranks of one pipeline
+group agree in their tensor, expert and data coordinates; together they hold one whole (tensor-sharded) model. The
+rollout layout uses that: each rank of a pipeline group becomes a replica with the same tensor (and expert) shard and
+all layers, and the pipeline group is where refit finds what a rank lacks.
 
 Invariants (tests/parallel/test_groups.py):
-  - tp_size x pp_size x dp_size is the world size; `dp` counts context-parallel ranks, because each of them gets its own rows;
+  - tp_size x pp_size x dp_size is the world size; `dp` counts context-parallel ranks, because each of them gets its own
+    rows;
   - the rollout layout has the tensor groups of the training layout, and replicas world_size / tp_size.
 """
 
@@ -36,8 +38,8 @@ _rollout_groups: list[dist.ProcessGroup] = []  # made here, so destroyed here
 class Groups:
     """The groups of this process in one layout, with sizes and ranks as plain integers.
 
-    `dp` spans all ranks that hold the same parameters and get different rows (context-parallel ranks included). `pg_collection` is the same
-    for megatron-core: pass it to models, DDP, optimizer and schedule.
+    `dp` spans all ranks that hold the same parameters and get different rows (context-parallel ranks included).
+    `pg_collection` is the same for megatron-core: pass it to models, DDP, optimizer and schedule.
     """
 
     tp: dist.ProcessGroup
@@ -70,10 +72,11 @@ class Groups:
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> Groups:
-    """Join the job and make the groups of the training layout; seed the generators of dropout and weight initialisation.
+    """Join the job and make the groups of the training layout; seed the generators of dropout and weight
+    initialisation.
 
-    Under torchrun (RANK is set) the environment says where to meet; otherwise this is a job of one process. The default process group is kept
-    if there already is one. Collective: every rank calls it with the same configuration.
+    Under torchrun (RANK is set) the environment says where to meet; otherwise this is a job of one process. The default
+    process group is kept if there already is one. Collective: every rank calls it with the same configuration.
 
     Raises:
         ConfigError: the world size is not a multiple of tensor x pipeline parallel size, or of the expert layout.
@@ -89,13 +92,15 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
     world = dist.get_world_size()
     if world % (tp * pp):
         raise ConfigError(
-            f"{world} processes cannot be divided into models of --tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}. "
+            f"{world} processes cannot be divided into models of --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp}. "
             f"Start a multiple of {tp * pp} processes."
         )
     expert_tp = parallel.expert_tensor_parallel_size or tp
     if world % (ep * expert_tp * pp):
         raise ConfigError(
-            f"{world} processes cannot be divided into experts of --expert-model-parallel-size {ep} x --expert-tensor-parallel-size {expert_tp} "
+            f"{world} processes cannot be divided into experts of --expert-model-parallel-size {ep} x "
+            f"--expert-tensor-parallel-size {expert_tp} "
             f"x --pipeline-model-parallel-size {pp}. Start a multiple of {ep * expert_tp * pp} processes."
         )
     parallel_state.initialize_model_parallel(
@@ -112,7 +117,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
 
 
 def rollout_groups(training: Groups) -> Groups:
-    """The groups of the rollout layout: tensor and expert groups of training, no pipeline, everything else data parallel. Collective.
+    """The groups of the rollout layout: tensor and expert groups of training, no pipeline, everything else data
+    parallel. Collective.
 
     Without pipeline parallelism that is the training layout itself, and `training` is returned.
     """
@@ -123,11 +129,27 @@ def rollout_groups(training: Groups) -> Groups:
     replicas = _same_coordinates(training, trained.tp)
     expert_replicas = replicas if trained.tp_ep is None else _same_coordinates(training, trained.tp_ep)
     collection = ProcessGroupCollection(
-        tp=trained.tp, pp=alone, mp=trained.tp, embd=alone, pos_embd=alone, cp=alone, tp_cp=trained.tp, hcp=None,
-        ep=trained.ep, expt_tp=trained.expt_tp, tp_ep=trained.tp_ep, tp_ep_pp=trained.tp_ep,
-        tp_dp_cp=dist.group.WORLD, dp=replicas, dp_cp=replicas, expt_dp=expert_replicas,
-        intra_dp_cp=replicas, intra_expt_dp=expert_replicas, inter_dist_opt=None, intra_dist_opt=dist.group.WORLD,
-    )  # fmt: skip
+        tp=trained.tp,
+        pp=alone,
+        mp=trained.tp,
+        embd=alone,
+        pos_embd=alone,
+        cp=alone,
+        tp_cp=trained.tp,
+        hcp=None,
+        ep=trained.ep,
+        expt_tp=trained.expt_tp,
+        tp_ep=trained.tp_ep,
+        tp_ep_pp=trained.tp_ep,
+        tp_dp_cp=dist.group.WORLD,
+        dp=replicas,
+        dp_cp=replicas,
+        expt_dp=expert_replicas,
+        intra_dp_cp=replicas,
+        intra_expt_dp=expert_replicas,
+        inter_dist_opt=None,
+        intra_dist_opt=dist.group.WORLD,
+    )
     return _describe(collection)
 
 
@@ -160,10 +182,21 @@ def _join(timeout: timedelta) -> None:
 def _describe(collection: ProcessGroupCollection) -> Groups:
     tp, pp, dp = collection.tp, collection.pp, collection.dp_cp
     return Groups(
-        tp=tp, pp=pp, dp=dp, pg_collection=collection, rank=dist.get_rank(), world_size=dist.get_world_size(),
-        tp_rank=tp.rank(), tp_size=tp.size(), pp_rank=pp.rank(), pp_size=pp.size(), dp_rank=dp.rank(), dp_size=dp.size(),
-        cp_size=collection.cp.size(), ep_size=collection.ep.size(),
-    )  # fmt: skip
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        pg_collection=collection,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=tp.rank(),
+        tp_size=tp.size(),
+        pp_rank=pp.rank(),
+        pp_size=pp.size(),
+        dp_rank=dp.rank(),
+        dp_size=dp.size(),
+        cp_size=collection.cp.size(),
+        ep_size=collection.ep.size(),
+    )
 
 
 def _new_groups(partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
@@ -174,7 +207,9 @@ def _new_groups(partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
 
 
 def _same_coordinates(training: Groups, shard: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group of all ranks that have this rank's place in their own `shard` group: they hold the same parameters in the rollout layout."""
+    """The group of all ranks that have this rank's place in their own `shard` group: they hold the same parameters in
+    the rollout layout.
+    """
     places: list[int] = [0] * training.world_size
     dist.all_gather_object(places, shard.rank())
     return _new_groups(

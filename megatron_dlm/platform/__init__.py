@@ -1,8 +1,10 @@
 """The device, and what stands in for CUDA where there is none.
 
-This package alone knows that megatron-core expects CUDA and NCCL. Call `install()` once, before megatron.core is imported for the first time:
+This package alone knows that megatron-core expects CUDA and NCCL. Call `install()` once, before megatron.core is
+imported for the first time:
   - on a host with CUDA it selects this process's device and touches nothing else;
-  - elsewhere it makes `torch.cuda` mean the CPU for the calls that megatron-core makes (platform/cpu.py), and gloo stands in for NCCL.
+  - elsewhere it makes `torch.cuda` mean the CPU for the calls that megatron-core makes (platform/cpu.py), and gloo
+    stands in for NCCL.
 
 Everything above asks `device()`, `backend()` and the functions here, and never writes "cuda".
 """
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 from collections.abc import Iterator
 
 import torch
@@ -52,10 +53,11 @@ def install() -> None:
 
 @contextlib.contextmanager
 def cuda_calls_on_cpu() -> Iterator[None]:
-    """Within it, `device="cuda"` means the CPU, and CPU tensors name themselves as CUDA tensors; nothing happens on a CUDA host.
+    """Within it, `device="cuda"` means the CPU, and CPU tensors name themselves as CUDA tensors.
 
-    It intercepts every torch call (about 1.3 us each, measured on a 2-core host), so enter it around the construction of models and optimizers and
-    around the optimizer step, not around forward and backward.
+    It intercepts every torch call (about 1.3 us each, measured on a 2-core host), so enter it around the construction
+    of models and optimizers and around the optimizer step, not around forward and backward. On a CUDA host it does
+    nothing.
     """
     if is_cuda():
         yield
@@ -70,20 +72,3 @@ def synchronize() -> None:
     """Wait until the device has done what was queued. Nothing is queued on a CPU."""
     if is_cuda():
         torch.cuda.synchronize()
-
-
-def memory_allocated() -> int:
-    """Bytes now in use: the allocator's count on CUDA, the anonymous resident memory of the process on a CPU (files that are mapped,
-    such as safetensors, do not count)."""
-    if is_cuda():
-        return torch.cuda.memory_allocated()
-    with open("/proc/self/status", encoding="ascii") as status:
-        fields = dict(line.split(":", 1) for line in status)
-    return int(fields["RssAnon"].split()[0]) * 1024
-
-
-def max_memory_allocated() -> int:
-    """The largest use so far in bytes: the allocator's count on CUDA, the peak resident memory of the process (mapped files included) on a CPU."""
-    if is_cuda():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -3,12 +3,15 @@
 megatron-core asks CUDA for five things. Each gets the plainest answer that is true of a CPU:
   - the current device: the CPU;
   - streams and events: there is one queue and it is always empty, so waiting does nothing;
-  - random state: the generator of the CPU (the tracker that keeps tensor-parallel ranks' draws apart then works as it does on CUDA);
+  - random state: the generator of the CPU (the tracker that keeps tensor-parallel ranks' draws apart then works as it
+    does on CUDA);
   - memory: nothing to free, nothing to report;
-  - tensors on "cuda": a function mode, `CudaMeansCpu`, rewrites the device. It costs time on every torch call; the two modules of megatron-core
-    that ask for such tensors in the middle of forward and backward get a view of `torch` with the same answer, which costs nothing elsewhere.
+  - tensors on "cuda": a function mode, `CudaMeansCpu`, rewrites the device. It costs time on every torch call; the two
+    modules of megatron-core that ask for such tensors in the middle of forward and backward get a view of `torch` with
+    the same answer, which costs nothing elsewhere.
 
-Everything is guarded by what the installed megatron-core has, so that a newer one meets only what it still needs.
+What is done to `torch` holds for any megatron-core. What is done to megatron-core itself (`_patch_megatron`) names
+three of its modules and was written for releases 0.16: another one may need other places.
 """
 
 from __future__ import annotations
@@ -98,7 +101,10 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 def _answer(value: Any) -> Callable:
-    """A new function that returns `value` whatever it is asked (new each time: torch.compile's tables refuse one function under two names)."""
+    """A function that returns `value` whatever it is asked.
+
+    A new one each time: torch.compile's tables refuse one function under two names.
+    """
     return lambda *_, **__: value
 
 

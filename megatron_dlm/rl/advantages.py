@@ -1,6 +1,7 @@
 """From rewards to advantages, within the group of a prompt.
 
-Source: TraceRL, arXiv 2509.06949, section 4.2, and its published code. Rewards are 0 or 1 here, but nothing below needs that.
+Source: TraceRL, arXiv 2509.06949, section 4.2, and its published code. Rewards are 0 or 1 here, but nothing below needs
+    that.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import numpy as np
 
 
 def overlong(lengths: Sequence[int], max_response_len: int, margin: int) -> np.ndarray:
-    """bool: responses that end within `margin` tokens of the limit count as wrong, because they were cut or nearly so."""
+    """bool: responses that end within `margin` tokens of the limit count as wrong, because they were cut or nearly so.
+    """
     return np.asarray(lengths) >= max_response_len - margin
 
 
 def group_advantages(rewards: Sequence[float], normalize_by_std: bool = True) -> np.ndarray:
-    """Advantages of the responses to one prompt: reward minus the group's mean, over its population standard deviation (all 0 if that is 0).
+    """Advantages of the responses to one prompt: reward minus the group's mean, over its population standard deviation
+    (all 0 if that is 0).
 
     Args:
         rewards: [G].

@@ -1,7 +1,8 @@
 """From rollouts on many replicas to the traces that each rank trains on.
 
-Every rank first learns one light record per response (`Graded`): reward, lengths, what it would cost in a row. From those all ranks derive the same
-groups, advantages, updates and rows. Only then does a trace move, once, to the ranks that train on it.
+Every rank first learns one light record per response (`Graded`): reward, lengths, what it would cost in a row. From
+those all ranks derive the same groups, advantages, updates and rows. Only then does a trace move, once, to the ranks
+that train on it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 With ratio r = exp(clamp(logp - logp_old, -10, 10)), advantage A and weight w of each target:
 
-    loss = sum of w * ( -min(r A, clip(r, 1 - eps, 1 + eps_high) A) + beta * k3 ),   k3 = exp(clamp(logp_old - logp, -10, 10)) - 1 + (logp - logp_old)
+    loss = sum of w * ( -min(r A, clip(r, 1 - eps, 1 + eps_high) A) + beta * k3 ),   k3 = exp(clamp(logp_old - logp,
+    -10, 10)) - 1 + (logp - logp_old)
 
 The weights carry the whole normalisation (`response_weights`), so rows and ranks simply add up.
 
@@ -63,8 +64,9 @@ def response_weights(num_targets: Sequence[int], aggregation: str, max_response_
 
     Args:
         num_targets: [R], learned tokens per response.
-        aggregation: 'constant' divides by R x the longest allowed response (Dr. GRPO, arXiv 2503.20783): every token counts the same, whatever its response.
-            'response' is the mean over responses of the mean over their tokens. 'token' is the mean over all tokens.
+        aggregation: 'constant' divides by R x the longest allowed response (Dr. GRPO, arXiv 2503.20783): every token
+            counts the same, whatever its response. 'response' is the mean over responses of the mean over their tokens.
+            'token' is the mean over all tokens.
         max_response_len: tokens.
 
     Returns:

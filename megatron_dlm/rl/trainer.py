@@ -49,7 +49,8 @@ class Rollout:
 
 
 class TraceRLTrainer:
-    """Improves `state` by TraceRL; `step_index` counts finished RL steps, and is all that a resumed run needs to know."""
+    """Improves `state` by TraceRL; `step_index` counts finished RL steps, and is all that a resumed run needs to know.
+    """
 
     def __init__(
         self,
@@ -83,14 +84,19 @@ class TraceRLTrainer:
         )
 
     def _largest_item(self, longest_prompt: int) -> int:
-        """Most tokens that a trace can take in a row: its text, and a noisy copy of each block per denoising step of it."""
+        """Most tokens that a trace can take in a row: its text, and a noisy copy of each block per denoising step of
+        it.
+        """
         sampling, block = self.sampling, self.session.model.block_size
-        response = sampling.max_new_tokens + 2 * max(block, sampling.block_size)  # with the rest of its first and last block
+        response = sampling.max_new_tokens + 2 * max(
+            block, sampling.block_size
+        )  # with the rest of its first and last block
         steps = sampling.denoising_steps if sampling.block_size == block else block
         return longest_prompt + response + response * -(-steps // self.rl.shrinkage)
 
     def step(self, report: Report) -> dict[str, float]:
-        """One RL step. Collective. Returns its metrics; all but this rank's seconds (perf/) are the same on every rank."""
+        """One RL step. Collective. Returns its metrics; all but this rank's seconds (perf/) are the same on every rank.
+        """
         watch = Stopwatch()
         prompts = self._prompts()
         with watch.phase("rollout_time"):
@@ -117,7 +123,9 @@ class TraceRLTrainer:
         return metrics
 
     def _prompts(self) -> list[Prompt]:
-        """The prompts of this step, all different: an epoch's last few, too few for a step, are left out (others in each epoch)."""
+        """The prompts of this step, all different: an epoch's last few, too few for a step, are left out (others in
+        each epoch).
+        """
         count, size = self.rollout_config.rollout_batch_size, len(self.sampler)
         epoch, place = divmod(self.step_index, size // count)
         return self.sampler.take(epoch * size + place * count, count)
@@ -132,7 +140,9 @@ class TraceRLTrainer:
             return generate(self.rig.engine, requests, bar.update)
 
     def _grade(self, prompts: dict[str, Prompt], traces: list[Trace]) -> Rollout:
-        """Verdicts of this replica's responses, and the records of everybody's. Of a tensor-parallel group one rank judges."""
+        """Verdicts of this replica's responses, and the records of everybody's. Of a tensor-parallel group one rank
+        judges.
+        """
         if not self.rig.is_leader:
             return Rollout([], gather_graded([]))
         decode = self.session.tokenizer.decode
@@ -190,7 +200,9 @@ class TraceRLTrainer:
         return learned, advantages
 
     def _prepare(self, learned: list[Graded], advantages: dict[tuple[str, int], float], traces: list[Trace]):
-        """Rows of all updates of this step, with the old policy's log-probabilities: computed before the first update changes the weights."""
+        """Rows of all updates of this step, with the old policy's log-probabilities: computed before the first update
+        changes the weights.
+        """
         groups, words = self.session.groups, self.session.tokenizer
         settings = self.settings
         if self.rl.global_batch_size is not None:

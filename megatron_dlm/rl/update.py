@@ -1,6 +1,7 @@
 """One RL step's updates of the policy: plan, fetch traces, old log-probabilities, optimizer steps.
 
-Everything is planned from `Graded` records before any trace moves; the traces of all updates of the step then move in one exchange.
+Everything is planned from `Graded` records before any trace moves; the traces of all updates of the step then move in
+one exchange.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class UpdateSettings:
     """What `update_policy` is told of the configuration.
 
     Attributes:
-        objective: the loss. temperature: of the policy, as it was sampled. aggregation, max_response_len: `response_weights`.
-        num_updates: optimizer steps for this RL step. max_tokens_per_row: row budget. grid, shrinkage: how traces become views.
+        objective: the loss. temperature: of the policy, as it was sampled. aggregation, max_response_len:
+            `response_weights`.
+        num_updates: optimizer steps for this RL step. max_tokens_per_row: row budget. grid, shrinkage: how traces
+            become views.
         use_rollout_logprobs: take the rollout's log-probabilities as the old policy's instead of computing them again.
     """
 
@@ -123,7 +126,9 @@ def build_rows(
 
 
 def logprob_forward(vocabulary: Vocabulary, temperature: float):
-    """forward_step that returns each target's log-probability under the policy, [N] on the CPU, in the logits' precision (fp32 at least)."""
+    """forward_step that returns each target's log-probability under the policy, [N] on the CPU, in the logits'
+    precision (fp32 at least).
+    """
 
     def forward_step(rl_row: RLRow, model):
         def loss_fn(logits: Tensor) -> Tensor:
@@ -180,8 +185,8 @@ def update_policy(
         prepared: for each update its rows, with old log-probabilities, and their length.
 
     Returns:
-        Metrics: means over targets; for the losses and the gradient norm means over updates. The mismatch between engine and
-        trainer is that of the first update, when both still have the same weights.
+        Metrics: means over targets; for the losses and the gradient norm means over updates. The mismatch between
+        engine and trainer is that of the first update, when both still have the same weights.
     """
     totals: dict[str, float] = {}
     norms, mismatch = [], 0.0

@@ -1,7 +1,7 @@
 """The state of all running sequences, as one table of tensors.
 
-One line per slot, one column per position; a denoising round reads and writes all running sequences with a handful of tensor operations and no loop
-over sequences.
+One line per slot, one column per position; a denoising round reads and writes all running sequences with a handful of
+tensor operations and no loop over sequences.
 """
 
 from __future__ import annotations
@@ -51,12 +51,8 @@ class RunningBatch:
         self.request: list[Request | None] = [None] * num_slots
         self.free = list(range(num_slots))[::-1]
 
-    @property
-    def running(self) -> list[int]:
-        return [slot for slot, request in enumerate(self.request) if request is not None]
-
-    def admit(self, request: Request) -> None:
-        """Give a request a free slot."""
+    def admit(self, request: Request) -> int:
+        """Give a request a free slot; returns the slot."""
         slot, sampling = self.free.pop(), request.sampling
         self.request[slot] = request
         prompt = len(request.prompt_ids)
@@ -79,25 +75,25 @@ class RunningBatch:
         )
         for name, value in values.items():
             getattr(self, name)[slot] = value
+        return slot
 
     def release(self, slot: int) -> None:
         self.request[slot] = None
         self.free.append(slot)
 
-    def ragged(self, slot: Tensor) -> Ragged:
-        """The query tokens of the next pass: everything from the cached prefix to the end of the current block.
+    def num_queries(self, slot: Tensor) -> Tensor:
+        """Tokens that the next pass gives each slot [n]: from the end of the cached prefix to that of the block."""
+        return self.start[slot] + self.block_size[slot] - self.cached[slot]
 
-        Args:
-            slot: int64 [n], the running slots.
-        """
-        start = self.cached[slot]
-        count = self.start[slot] + self.block_size[slot] - start
+    def ragged(self, slot: Tensor) -> Ragged:
+        """The query tokens of the next pass of these slots, int64 [n]."""
+        start, count = self.cached[slot], self.num_queries(slot)
         sequence = torch.repeat_interleave(torch.arange(len(slot), device=self.device), count)
         offset = torch.arange(len(sequence), device=self.device) - (count.cumsum(0) - count)[sequence]
         position = start[sequence] + offset
         block_size = self.block_size[slot][sequence]
         last_visible = (position // block_size + 1) * block_size
-        return Ragged(slot, sequence, offset, position, last_visible, int(count.max()), int(last_visible.max()))
+        return Ragged(slot, count.tolist(), sequence, position, last_visible, (start + count).tolist())
 
     def trace(self, slot: int, end: int, finish_reason: str) -> Trace:
         """The record of a slot whose response ends before position `end` and whose terminal block is complete."""

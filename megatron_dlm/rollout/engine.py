@@ -1,11 +1,17 @@
 """The rollout engine: submit requests, step, receive traces.
 
-Sequences at different blocks and denoising steps share every pass. A pass gives each sequence the tokens whose final keys are not in the cache yet
-(the prompt's full blocks at first, later the block that was just finished) together with the block being denoised; under the visibility rule that is exact, so
-neither prefill nor the commit of a block costs a pass of its own, and the terminal block is never committed. The head and the softmax see masked positions only.
+Sequences at different blocks and denoising steps share every pass. A pass gives each sequence the tokens whose final
+keys are not in the cache yet (the prompt's full blocks at first, later the block that was just finished) together with
+the block being denoised; under the visibility rule that is exact, so neither prefill nor the commit of a block costs a
+pass of its own, and the terminal block is never committed. The head and the softmax see masked positions only.
 
-The result is a function of the weights and of each request's key: not of the batch, of the order of submission, or of the number of replicas (in floating
-point, up to the rounding of the matrix products; docs/architecture.md).
+A sequence's `num_forwards` counts the passes that denoised it and the passes that only committed a block, not prefill.
+Here a commit always rides on the next denoising step, so it equals the number of denoising steps (but for an aborted
+response: the steps of its dropped block were forwards too).
+
+The result is a function of the weights and of each request's key: not of the batch, of the order of submission, of the
+token limit of a pass, or of the number of replicas (in floating point, up to the rounding of the matrix products;
+docs/architecture.md).
 
     engine.submit(requests)
     while not engine.idle:
@@ -16,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -23,7 +30,7 @@ from torch import Tensor
 
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.diffusion.keys import uniforms
-from megatron_dlm.diffusion.sampling import draw
+from megatron_dlm.diffusion.sampling import Draws, draw
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.diffusion.unmasking import scheduled_count, select
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
@@ -33,24 +40,37 @@ from megatron_dlm.rollout.batch import RunningBatch
 from megatron_dlm.rollout.kv_cache import BlockKVCache, CachedAttention
 from megatron_dlm.rollout.request import Request, check
 
+_TABLE_BYTES = 2**28  # of one [rows, V] table in float64
+
 
 class Engine:
     """Generates responses with a model that holds all layers on this rank (tensor-parallel at most).
 
-    All ranks of the tensor-parallel group make the same calls with the same requests, and hold the same state.
+    All ranks of the tensor-parallel group make the same calls with the same requests, and hold the same state: each
+    draws from the same gathered policy with the same keys, and takes every decision from that.
 
     Args:
-        model: a chunk with both ends of the pipeline. Its weights are read at each pass, so an update of them is seen at once.
+        model: a chunk with both ends of the pipeline. Its weights are read at each pass, so an update is seen at once;
+            but running sequences keep the keys that older weights wrote, so update between rollouts or abort first.
         vocabulary: what the policy ranges over.
         max_running_requests: sequences in flight.
         max_length: longest text, prompt and terminal block included.
+        max_tokens_per_pass: sequences that would make a pass larger wait for the next one; a single one always runs.
+
+    Attributes:
+        weight_version: recorded with each token that is unmasked from now on; whoever changes the weights raises it.
 
     Raises:
-        ConfigError: the model is only a part of a pipeline.
+        ConfigError: the model is only a part of a pipeline, or its key-value heads cannot be divided.
     """
 
     def __init__(
-        self, model: BlockDiffusionModel, vocabulary: Vocabulary, max_running_requests: int, max_length: int
+        self,
+        model: BlockDiffusionModel,
+        vocabulary: Vocabulary,
+        max_running_requests: int,
+        max_length: int,
+        max_tokens_per_pass: int = 8192,
     ) -> None:
         if not (model.pre_process and model.post_process):
             raise ConfigError(
@@ -64,20 +84,21 @@ class Engine:
         kv_heads = config.num_query_groups // config.tensor_model_parallel_size
         if kv_heads * config.tensor_model_parallel_size != config.num_query_groups:
             raise ConfigError(
-                f"--tensor-model-parallel-size {config.tensor_model_parallel_size} does not divide the {config.num_query_groups} key-value heads "
-                "of the rollout model. Use a smaller one."
+                f"--tensor-model-parallel-size {config.tensor_model_parallel_size} does not divide the "
+                f"{config.num_query_groups} key-value heads of the rollout model. Use a smaller one."
             )
         self.cache = BlockKVCache(
             max_running_requests, max_length, config.num_layers, kv_heads, config.kv_channels, weight.dtype, self.device
         )
         self.batch = RunningBatch(max_running_requests, max_length, vocabulary.mask_id, self.device)
+        self.max_tokens_per_pass = max_tokens_per_pass
         self.waiting: deque[Request] = deque()
+        self.turns: deque[int] = deque()  # the running slots; those whose last pass is longest ago come first
         self.weight_version = 0
-        self.num_passes = 0
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and len(self.batch.free) == len(self.batch.request)
+        return not self.waiting and not self.turns
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests.
@@ -91,28 +112,40 @@ class Engine:
         self.waiting.extend(requests)
 
     def abort(self) -> list[Trace]:
-        """Stop everything: the waiting requests are forgotten, the running ones return what their finished blocks hold ('abort')."""
+        """Stop everything: waiting requests are forgotten, running ones return their finished blocks ('abort')."""
         self.waiting.clear()
         traces = []
-        for slot in self.batch.running:
+        for slot in sorted(self.turns):
             end = max(int(self.batch.start[slot]), int(self.batch.prompt_length[slot]))
             # The block in progress is dropped: a trace ends with a complete block.
             self.batch.start[slot] -= self.batch.block_size[slot]
             traces.append(self.batch.trace(slot, end, "abort"))
             self.batch.release(slot)
+        self.turns.clear()
         return traces
 
     @torch.no_grad()
     def step(self) -> list[Trace]:
-        """One pass: every running sequence takes one denoising step. Returns the responses that it completed."""
+        """One pass: the running sequences that fit into it take one denoising step each.
+
+        Returns: the responses that it completed.
+        """
         while self.waiting and self.batch.free:
-            self.batch.admit(self.waiting.popleft())
-        running = self.batch.running
-        if not running:
+            self.turns.append(self.batch.admit(self.waiting.popleft()))
+        if not self.turns:
             return []
-        slot = torch.tensor(running, device=self.device)
+        slot = self._next_in_turn()
         self._denoise(slot)
-        return self._advance(slot)
+        traces = self._advance(slot)
+        self.turns.extend(one for one in slot.tolist() if self.batch.request[one] is not None)
+        return traces
+
+    def _next_in_turn(self) -> Tensor:
+        """Take from `turns` the slots of this pass, int64 [n]: as many as the token limit allows, and at least one."""
+        counts = self.batch.num_queries(torch.tensor(self.turns, device=self.device))
+        fitting = int((counts.cumsum(0) <= self.max_tokens_per_pass).sum())
+        taken = [self.turns.popleft() for _ in range(max(fitting, 1))]
+        return torch.tensor(taken, device=self.device)
 
     def run(self, requests: Iterable[Request]) -> list[Trace]:
         """Submit and step until all are done; traces in order of completion."""
@@ -131,13 +164,7 @@ class Engine:
         params = RowParams(position=ragged.position, slots=masked, attention=CachedAttention(self.cache, ragged))
         logits = self.model.forward_tokens(tokens, params)  # [N, V / TP]
         where, position = token_slot[masked], ragged.position[masked]
-        draws = draw(
-            self._policy(logits, batch.temperature[where]),
-            uniforms(batch.stream[where], position, batch.steps_taken[where]),
-            batch.greedy[where],
-            batch.top_k[where],
-            batch.top_p[where],
-        )
+        draws = self._draw(logits, where, position)
         chosen = self._select(slot, ragged.sequence[masked], position - batch.start[where], draws.confidence)
         where, position = where[chosen], position[chosen]
         batch.tokens[where, position] = draws.token[chosen]
@@ -146,7 +173,21 @@ class Engine:
         batch.logprob[where, position] = draws.logprob[chosen].double()
         batch.sampling_logprob[where, position] = draws.sampling_logprob[chosen].double()
         batch.version[where, position] = self.weight_version
-        self.num_passes += 1
+
+    def _draw(self, logits: Tensor, where: Tensor, position: Tensor) -> Draws:
+        """One token for each of the N masked positions, in parts: each makes several float64 tables of its size.
+
+        Args:
+            logits: [N, V / TP].
+            where, position: int64 [N], slots and positions in the text.
+        """
+        batch, parts = self.batch, []
+        rows = max(1, _TABLE_BYTES // (8 * self.model.vocab_size))
+        for logits_part, slot, place in zip(logits.split(rows), where.split(rows), position.split(rows)):
+            uniform = uniforms(batch.stream[slot], place, batch.steps_taken[slot])
+            policy = self._policy(logits_part, batch.temperature[slot])
+            parts.append(draw(policy, uniform, batch.greedy[slot], batch.top_k[slot], batch.top_p[slot]))
+        return Draws(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws)))
 
     def _policy(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """Log-probabilities over the whole vocabulary, [N, V]."""
@@ -159,13 +200,16 @@ class Engine:
         return torch.cat(shards, dim=-1)
 
     def _select(self, slot: Tensor, sequence: Tensor, column: Tensor, confidence: Tensor) -> Tensor:
-        """Which of the N masked positions to unmask, bool [N]; `sequence` and `column` place them in a table of blocks."""
+        """Which of the N masked positions to unmask, bool [N].
+
+        Args:
+            slot: int64 [n], the slots of the pass.
+            sequence, column: int64 [N], where the positions stand in a table of the n blocks.
+            confidence: [N].
+        """
         batch = self.batch
-        block_size, denoising_steps, taken = (
-            batch.block_size[slot],
-            batch.denoising_steps[slot],
-            batch.block_steps[slot],
-        )
+        block_size, denoising_steps = batch.block_size[slot], batch.denoising_steps[slot]
+        taken = batch.block_steps[slot]
         shape = (len(slot), int(block_size.max()))
         table = torch.zeros(shape, dtype=torch.float64, device=self.device)
         table[sequence, column] = confidence.double()

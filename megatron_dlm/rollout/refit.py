@@ -1,12 +1,15 @@
 """Carry the trained weights to the rollout model of the same processes.
 
-The rollout layout has the tensor and expert shards of training, and no pipeline (parallel/groups.py). So there are two cases:
+The rollout layout has the tensor and expert shards of training, and no pipeline (parallel/groups.py). So there are two
+cases:
 
-  - no pipeline in training: every shard is the same on both sides. `bind` puts the training parameters themselves into the rollout model, which may
-    have been built on the meta device; nothing is ever copied. `Refit` also works, for a rollout model with storage of its own.
-  - pipeline stages: the ranks of a pipeline group together hold what each of them needs. `Refit` lets the owner of each layer broadcast it within the
-    group, in buckets, so the extra memory is one bucket. (megatron-core's resharding, which can also change the tensor size, sees the first virtual
-    chunk only, carries no buffers, and stages a whole copy of the model.)
+  - no pipeline in training: every shard is the same on both sides. `bind` puts the training parameters themselves into
+    the rollout model, which may have been built on the meta device; nothing is ever copied. `Refit` also works, for a
+    rollout model with storage of its own.
+  - pipeline stages: the ranks of a pipeline group together hold what each of them needs. `Refit` lets the owner of each
+    layer broadcast it within the group, in buckets, so the extra memory is one bucket. (megatron-core's resharding,
+    which can also change the tensor size, sees the first virtual chunk only, carries no buffers, and stages a whole
+    copy of the model.)
 
     refit = Refit(state, rollout_model)
     for step in ...:
@@ -14,8 +17,8 @@ The rollout layout has the tensor and expert shards of training, and no pipeline
         train_step(state, ...)
         refit.run()                          # the next rollout sees the new weights
 
-Invariants (tests/rollout/test_refit.py): afterwards every rollout parameter equals, bit by bit, the training parameter of that name; bound ones
-share its address.
+Invariants (tests/rollout/test_refit.py): afterwards every rollout parameter equals, bit by bit, the training parameter
+of that name; bound ones share its address.
 """
 
 from __future__ import annotations
@@ -47,8 +50,9 @@ class RefitReport:
 def bind(train_model: nn.Module, rollout_model: nn.Module) -> None:
     """Make the rollout model use the parameters and buffers of the training model: the same objects, not copies.
 
-    Both must be built alike (same layer spec, same shards, no pipeline). Buffers that only the rollout model has, such as a cache, are left alone. Call
-    it again if the training model's parameters are ever replaced; moving their data is followed by itself.
+    Both must be built alike (same layer spec, same shards, no pipeline). Buffers that only the rollout model has, such
+    as a cache, are left alone. Call it again if the training model's parameters are ever replaced; moving their data is
+    followed by itself.
 
     Raises:
         ValueError: names or shapes of the parameters differ.
@@ -68,7 +72,9 @@ def bind(train_model: nn.Module, rollout_model: nn.Module) -> None:
 
 
 class Refit:
-    """Copies the weights of a TrainState into a rollout model, as often as `run` is called. Building it is collective over the pipeline group."""
+    """Copies the weights of a TrainState into a rollout model, as often as `run` is called. Building it is collective
+    over the pipeline group.
+    """
 
     def __init__(self, state: TrainState, rollout_model: nn.Module, bucket_bytes: int = BUCKET_BYTES) -> None:
         """
@@ -129,7 +135,8 @@ def _check_same(trained: dict, wanted: dict[str, nn.Parameter]) -> None:
     missing, unused = sorted(wanted.keys() - trained.keys()), sorted(trained.keys() - wanted.keys())
     if missing or unused:
         raise ValueError(
-            f"rollout and training model differ: only the rollout model has {missing[:3]}, only the training model has {unused[:3]}"
+            f"rollout and training model differ: only the rollout model has {missing[:3]}, only the training model has "
+            f"{unused[:3]}"
         )
     for name, target in wanted.items():
         source = trained[name]
@@ -141,7 +148,9 @@ def _check_same(trained: dict, wanted: dict[str, nn.Parameter]) -> None:
 def _fill_buckets(
     targets: list[str], owners: dict[str, int], known: dict[str, tuple[tuple[int, ...], torch.dtype]], limit: int
 ) -> list[tuple[int, torch.dtype, list[str]]]:
-    """Group the tensors by owner and dtype into buckets of at most `limit` bytes (a larger tensor is a bucket of its own)."""
+    """Group the tensors by owner and dtype into buckets of at most `limit` bytes (a larger tensor is a bucket of its
+    own).
+    """
     buckets: list[tuple[int, torch.dtype, list[str]]] = []
     fill: dict[tuple[int, torch.dtype], tuple[int, list[str]]] = {}
     for name in targets:

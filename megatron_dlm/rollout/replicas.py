@@ -1,12 +1,11 @@
 """Rollout over all replicas: who generates what, and one call that does it.
 
-Each replica of the rollout layout takes every n-th prompt, with all its samples, so that the groups of a prompt stay together. What is generated does not depend on that:
-every draw is keyed by prompt and sample.
+Each replica of the rollout layout takes every n-th prompt, with all its samples, so that the responses to a prompt stay
+together. What is generated does not depend on that: every draw is keyed by prompt and sample.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +19,12 @@ from megatron_dlm.rollout.request import Request, rollout_stream
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a rollout is for: the key of its draws.
+    """What a rollout is for. Two rollouts of the same prompts draw alike when, and only when, their jobs are equal.
 
-    Attributes: seed: of the run. step: RL step (or training step of an evaluation). purpose is part of the sampling key through `step` and `tag`.
+    Attributes:
+        seed: of the run.
+        step: RL step; 0 for an evaluation, which is to draw alike at every step.
+        tag: tells apart rollouts for different purposes at the same step.
     """
 
     seed: int
@@ -49,6 +51,7 @@ def generate(engine: Engine, requests: Sequence[Request], progress: Callable[[in
     """Run requests on this replica's engine; traces in the order of the requests.
 
     Args:
+        requests: no two with the same prompt key and sample.
         progress: called with the number of responses that a pass completed.
     """
     order = {(request.prompt_key, request.sample): index for index, request in enumerate(requests)}
@@ -61,8 +64,3 @@ def generate(engine: Engine, requests: Sequence[Request], progress: Callable[[in
         if progress is not None and finished:
             progress(len(finished))
     return traces
-
-
-def with_stop(sampling: SamplingParams, stop_token_ids: Sequence[int]) -> SamplingParams:
-    """The same parameters with these stop tokens."""
-    return dataclasses.replace(sampling, stop_token_ids=tuple(stop_token_ids))

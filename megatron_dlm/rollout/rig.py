@@ -1,9 +1,11 @@
-"""The rollout engine as a trainer sees it: built once, refitted after each update, shared by training rollouts and evaluation."""
+"""The rollout engine as a trainer sees it.
+
+Built once, refitted after each update, shared by training rollouts and evaluation.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +74,10 @@ class RolloutRig:
         return self.groups.tp_rank == 0
 
     def refit(self) -> None:
-        """Show the engine the weights as they are now, under a new version. Collective."""
+        """Show the engine the weights as they are now, under the next version. Collective; with an idle engine.
+
+        The first version of a rig is 1; the count starts again when a run is resumed.
+        """
         if self.transfer is not None:
             self.transfer.run()
         else:
@@ -91,24 +96,19 @@ class RolloutRig:
             denoising_steps=rollout.denoising_steps or block,
             remasking=rollout.remasking,
             threshold=rollout.threshold,
-            stop_token_ids=stop_tokens(rollout.stop_token_ids, self.stop_token_ids),
+            stop_token_ids=self.stop_token_ids if rollout.stop_token_ids is None else tuple(rollout.stop_token_ids),
         )
 
 
-def stop_tokens(configured: Sequence[int] | None, default: Sequence[int]) -> tuple[int, ...]:
-    return tuple(default if configured is None else configured)
-
-
 def _rollout_model(session: Session, state: TrainState, groups: Groups) -> tuple[BlockDiffusionModel, Refit | None]:
-    """A model in the rollout layout, and what carries weights to it (None: it has the training parameters themselves)."""
+    """A model in the rollout layout, and what carries weights to it (None: it has the training parameters)."""
     parallel = dataclasses.replace(session.parallel, pipeline_model_parallel_size=1, sequence_parallel=False)
     shared = session.groups.pp_size == 1
     # Bound to the training parameters it needs no memory of its own; a refitted model has memory, but nothing is drawn for it.
     config = transformer_config(session.model, parallel, use_cpu_initialization=shared, perform_initialization=False)
     with platform.cuda_calls_on_cpu(), torch.device("meta" if shared else platform.device()):
-        model = (
-            BlockDiffusionModel(config, model_shape(session.model), groups.pg_collection).requires_grad_(False).eval()
-        )
+        model = BlockDiffusionModel(config, model_shape(session.model), groups.pg_collection)
+    model.requires_grad_(False).eval()
     if not shared:
         return model, Refit(state, model)
     bind(state.module, model)

@@ -2,8 +2,8 @@
 
     loss = 1/D * sum over hidden response tokens of w(t) * -log p(token | its block's visible tokens, all blocks before)
 
-with t drawn per block, w = min(1/t, max weight), and D the number of response tokens of the whole update: an estimate of the evidence bound per token
-(BD3-LM, arXiv 2503.09573, eq. 8). Masks are drawn anew at every step.
+with t drawn per block, w = min(1/t, max weight), and D the number of response tokens of the whole update: an estimate
+of the evidence bound per token (BD3-LM, arXiv 2503.09573, eq. 8). Masks are drawn anew at every step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from megatron_dlm.model.policy import Vocabulary, label_logprobs, policy_scores
 
 @dataclass(frozen=True, slots=True)
 class SFTItems:
-    """The items of one update (samples in which nothing was hidden are left out), and its number of response tokens D."""
+    """The items of one update (samples in which nothing was hidden are left out), and its number of response tokens D.
+    """
 
     items: list[Item]
     num_tokens: int
@@ -65,7 +66,9 @@ def padded_length(sample: Sample, grid: Grid) -> int:
 
 
 def largest_item(sample: Sample, grid: Grid) -> int:
-    """Most tokens that a sample can take in a row: its text, and a noisy copy of every block that holds a response token."""
+    """Most tokens that a sample can take in a row: its text, and a noisy copy of every block that holds a response
+    token.
+    """
     length, prompt = padded_length(sample, grid), len(sample.prompt_ids)
     first = grid.span(int(grid.block_of(prompt, prompt)), prompt, length)[0]
     return length if grid.block_size is None else length + (length - first)

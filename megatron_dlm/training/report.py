@@ -1,6 +1,7 @@
 """What a run says: console lines, a progress bar, JSON lines and Weights & Biases.
 
-Metrics are named with the field's prefixes (train/, rollout/, eval/, perf/). Only the main rank speaks; the others call the same methods and nothing happens.
+Metrics are named with the field's prefixes (train/, rollout/, eval/, perf/). Only the main rank speaks; the others call
+the same methods and nothing happens.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class Session:
         """Join the job and read the tokenizer. Collective.
 
         Raises:
-            ConfigError, DataError: a setting that cannot work; found before any process group is made where that is possible.
+            ConfigError, DataError: a setting that cannot work; found before any process group is made where that is
+                possible.
         """
         if tokenizer.tokenizer_model is None:
             raise ConfigError("--tokenizer-model is not set. Give the folder of a HuggingFace tokenizer.")
@@ -64,7 +65,9 @@ class Session:
         return Grid(self.model.block_size)
 
     def train_state(self, optimizer: OptimizerConfig | None, train_iters: int) -> TrainState:
-        """Build the policy's TrainState. Without an optimizer its parameters are frozen and it has no gradients. Collective."""
+        """Build the policy's TrainState. Without an optimizer its parameters are frozen and it has no gradients.
+        Collective.
+        """
         config = transformer_config(self.model, self.parallel)
         shape = model_shape(self.model)
 

@@ -1,11 +1,12 @@
 """One trainable model: its parameters, gradients, optimizer and schedule, in one process layout.
 
-A process may hold several (policy, value, reference). Each owns its TransformerConfig, because megatron-core's schedules hang hooks on it: a config
-must not be shared between two states. A state without an optimizer still gathers gradients (tests, analysis); one whose parameters are all frozen
-allocates no gradients (reference models).
+A process may hold several (policy, value, reference). Each owns its TransformerConfig, because megatron-core's
+schedules hang hooks on it: a config must not be shared between two states. A state without an optimizer still gathers
+gradients (tests, analysis); one whose parameters are all frozen allocates no gradients (reference models).
 
-The scale of the gradient is decided here once: `calculate_per_token_loss` makes megatron-core sum over microbatches and data-parallel ranks, and our
-`finalize` hook leaves its division by a token count out. So the gradient is that of the plain sum of all losses: rows carry final weights.
+The scale of the gradient is decided here once: `calculate_per_token_loss` makes megatron-core sum over microbatches and
+data-parallel ranks, and our `finalize` hook leaves its division by a token count out. So the gradient is that of the
+plain sum of all losses: rows carry final weights.
 """
 
 from __future__ import annotations
@@ -33,14 +34,18 @@ from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.parallel.groups import Groups
 
 ModelBuilder = Callable[[bool, bool, "int | None"], nn.Module]
-"""(pre_process, post_process, vp_stage) -> one chunk of a megatron-core model, built with the state's own TransformerConfig."""
+"""(pre_process, post_process, vp_stage) -> one chunk of a megatron-core model, built with the state's own
+TransformerConfig.
+"""
 
 _LAYER = re.compile(r"^(.*\blayers\.)(\d+)$")
 
 
 @dataclass(slots=True)
 class TrainState:
-    """One trainable model. `chunks` are wrapped for data parallelism, one per virtual pipeline stage; `iteration` counts finished updates."""
+    """One trainable model. `chunks` are wrapped for data parallelism, one per virtual pipeline stage; `iteration`
+    counts finished updates.
+    """
 
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer | None
@@ -65,7 +70,8 @@ class TrainState:
             model_builder: makes one chunk; its `.config` must be `transformer_config` itself.
             transformer_config: owned by the state from here on.
             optimizer_config: None for a model that is never updated.
-            train_iters: updates in the whole run; the length of the learning-rate schedule unless `lr_decay_iters` says otherwise.
+            train_iters: updates in the whole run; the length of the learning-rate schedule unless `lr_decay_iters` says
+                otherwise.
 
         Raises:
             ConfigError: the warm-up is not shorter than the schedule; a distributed optimizer other than Adam.
@@ -83,7 +89,8 @@ class TrainState:
 
     @property
     def module(self) -> nn.Module:
-        """The first chunk, without its data-parallel wrapper: the whole model unless there are virtual pipeline stages."""
+        """The first chunk, without its data-parallel wrapper: the whole model unless there are virtual pipeline stages.
+        """
         return self.chunks[0].module
 
     def unwrapped_chunks(self) -> list[nn.Module]:
@@ -99,8 +106,9 @@ class TrainState:
     def gather_parameters(self) -> None:
         """Bring every parameter up to date on this rank. Collective over the data-parallel ranks.
 
-        With `overlap_param_gather` an update leaves each rank with its own shard only, until the next forward pass gathers the rest. Whoever reads
-        weights otherwise (a checkpoint, refit, an engine bound to this storage) calls this first. Without overlap there is nothing to do.
+        With `overlap_param_gather` an update leaves each rank with its own shard only, until the next forward pass
+        gathers the rest. Whoever reads weights otherwise (a checkpoint, refit, an engine bound to this storage) calls
+        this first. Without overlap there is nothing to do.
         """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
@@ -114,7 +122,8 @@ class TrainState:
 def global_names(chunk: nn.Module) -> Callable[[str], str]:
     """A function from names within a pipeline chunk to names within the whole model.
 
-    Pipeline stages number their layers from 0 each; a megatron-core layer knows its place in the model as `layer_number`, from 1.
+    Pipeline stages number their layers from 0 each; a megatron-core layer knows its place in the model as
+    `layer_number`, from 1.
     """
     prefixes = {}
     for name, module in chunk.named_modules():
@@ -193,7 +202,8 @@ def _build_optimizer(
 ) -> MegatronOptimizer:
     if parallel.use_distributed_optimizer and wanted.optimizer != "adam":
         raise ConfigError(
-            f"--use-distributed-optimizer works with --optimizer adam only, not {wanted.optimizer}. Drop one of the two."
+            f"--use-distributed-optimizer works with --optimizer adam only, not {wanted.optimizer}. Drop one of the "
+            "two."
         )
     known = {field.name for field in dataclasses.fields(MegatronOptimizerConfig)}
     ours = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted) if field.name in known}
@@ -216,7 +226,8 @@ def _build_scheduler(
     steps = wanted.lr_decay_iters or train_iters
     if wanted.lr_warmup_iters >= steps:
         raise ConfigError(
-            f"--lr-warmup-iters {wanted.lr_warmup_iters} is not shorter than the learning-rate schedule of {steps} iterations. "
+            f"--lr-warmup-iters {wanted.lr_warmup_iters} is not shorter than the learning-rate schedule of {steps} "
+            "iterations. "
             "Lower it, or raise --lr-decay-iters."
         )
     return OptimizerParamScheduler(
@@ -232,7 +243,8 @@ def _build_scheduler(
         wd_incr_steps=steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a resumed run keeps its place in the schedule, and follows the flags of today
+        # A resumed run keeps its place in the schedule, and follows the flags of today.
+        override_opt_param_scheduler=True,
     )
 
 

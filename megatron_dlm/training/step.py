@@ -1,20 +1,22 @@
-"""One optimizer step over the rows of one update, and forward passes without one, under megatron-core's pipeline schedules.
+"""One optimizer step over the rows of one update, and forward passes without one, under megatron-core's pipeline
+schedules.
 
 The caller gives a function for one row:
 
     forward_step(row, model) -> (output, loss_fn)      # on every stage: `output` goes to the next stage
     loss_fn(output) -> (loss, metrics)                 # on the last stage only
 
-`loss` is the row's share of the update's loss, `metrics` a dict of 0-d tensors; both are SUMS with final weights. The update's loss is the plain
-sum over rows and data-parallel ranks; nothing is divided by microbatches, tokens or ranks. (The auxiliary losses of mixture-of-experts routers, which
-megatron-core adds in the backward pass, are averaged over the rows of the update.) A row without targets returns zeros of the same names,
-with a loss that still hangs on the graph (so that its pipeline stages have a gradient to pass back): `(hidden * 0).sum()` will do.
+`loss` is the row's share of the update's loss, `metrics` a dict of 0-d tensors; both are SUMS with final weights. The
+update's loss is the plain sum over rows and data-parallel ranks; nothing is divided by microbatches, tokens or ranks.
+(The auxiliary losses of mixture-of-experts routers, which megatron-core adds in the backward pass, are averaged over
+the rows of the update.) A row without targets returns zeros of the same names, with a loss that still hangs on the
+graph (so that its pipeline stages have a gradient to pass back): `(hidden * 0).sum()` will do.
 
-All ranks give the same number of rows, all of the same length in one update (pipeline stages exchange buffers of one shape); interleaved schedules
-want that number to be a multiple of the pipeline size.
+All ranks give the same number of rows, all of the same length in one update (pipeline stages exchange buffers of one
+shape); interleaved schedules want that number to be a multiple of the pipeline size.
 
-Invariants (tests/training/test_step.py): loss, metrics, gradient norm and new weights do not depend on the layout, on the order of the rows, or on
-which rank got which row.
+Invariants (tests/training/test_step.py): loss, metrics, gradient norm and new weights do not depend on the layout, on
+the order of the rows, or on which rank got which row.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ ForwardStep = Callable[[Any, nn.Module], tuple[Tensor, Callable[..., Any]]]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one update did, the same on every rank. `metrics` are sums over all rows of the update; "loss" is among them."""
+    """What one update did, the same on every rank. `metrics` are sums over all rows of the update; "loss" is among
+    them.
+    """
 
     metrics: dict[str, float]
     grad_norm: float
@@ -50,14 +54,16 @@ class StepResult:
 
 
 def train_step(state: TrainState, rows: Sequence[Any], forward_step: ForwardStep, seq_length: int) -> StepResult:
-    """One update: forward and backward over this rank's rows, then one optimizer step and one step of the schedule. Collective.
+    """One update: forward and backward over this rank's rows, then one optimizer step and one step of the schedule.
+    Collective.
 
     Args:
         rows: this rank's microbatches.
         seq_length: tokens in each row (the length that this rank holds, with context parallelism).
 
     Returns:
-        The sums of the metrics, the gradient norm before clipping, and whether the weights changed (false only after a numerical overflow in fp16).
+        The sums of the metrics, the gradient norm before clipping, and whether the weights changed (false only after a
+        numerical overflow in fp16).
     """
     if state.optimizer is None:
         raise ValueError("this TrainState has no optimizer; accumulate_gradients is for models that are not updated")
@@ -76,7 +82,8 @@ def _refuse_infinite(name: str, value: float, state: TrainState) -> None:
     """Stop before anything is saved that a number like this has touched. All ranks see the same value."""
     if not math.isfinite(value):
         raise TrainingError(
-            f"The {name} of update {state.iteration + 1} is {value}; nothing was saved since. Lower --lr, or look for broken samples."
+            f"The {name} of update {state.iteration + 1} is {value}; nothing was saved since. Lower --lr, or look for "
+            "broken samples."
         )
 
 
@@ -85,8 +92,8 @@ def accumulate_gradients(
 ) -> dict[str, float]:
     """Forward and backward over the rows: afterwards `parameter.main_grad` holds the gradient of the update's loss.
 
-    With the distributed optimizer each rank's `main_grad` is complete only in the shard that it owns. Also for float64 models, which have no
-    optimizer. Returns the sums of the metrics over all rows of all ranks.
+    With the distributed optimizer each rank's `main_grad` is complete only in the shard that it owns. Also for float64
+    models, which have no optimizer. Returns the sums of the metrics over all rows of all ranks.
     """
     for chunk in state.chunks:
         chunk.train()
@@ -115,8 +122,8 @@ def forward_only(
     Here `loss_fn(output)` may return anything; what it returns is collected, one item per row, in the order of `rows`.
 
     Returns:
-        The items on ranks of the last pipeline stage. Elsewhere an empty list, or with collect="all" the items of the rank in the last stage of the
-        same pipeline group, as objects (tensors in them should be on the CPU).
+        The items on ranks of the last pipeline stage. Elsewhere an empty list, or with collect="all" the items of the
+        rank in the last stage of the same pipeline group, as objects (tensors in them should be on the CPU).
     """
     training = [chunk.training for chunk in state.chunks]
     for chunk in state.chunks:
@@ -137,7 +144,9 @@ def forward_only(
 
 @contextlib.contextmanager
 def _router_losses_averaged(count: int) -> Iterator[None]:
-    """Divide the routers' auxiliary losses by the number of rows; megatron-core sets their scale anew in each forward pass."""
+    """Divide the routers' auxiliary losses by the number of rows; megatron-core sets their scale anew in each forward
+    pass.
+    """
     original = MoEAuxLossAutoScaler.set_loss_scale
     MoEAuxLossAutoScaler.set_loss_scale = staticmethod(lambda scale: original(scale / count))
     try:
@@ -158,8 +167,8 @@ def _run_schedule(
         data_iterator=iterators[0] if single else iterators,
         model=state.chunks[0] if single else state.chunks,
         num_microbatches=len(rows),
-        seq_length=seq_length
-        * state.groups.cp_size,  # megatron-core divides by the context-parallel size; ours are one rank's tokens already
+        # megatron-core divides by the context-parallel size; ours are one rank's tokens already.
+        seq_length=seq_length * state.groups.cp_size,
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
@@ -173,7 +182,8 @@ def _loss_for_schedule(
     loss, metrics = loss_fn(output)
     if not loss.requires_grad:
         raise ValueError(
-            "the loss of a row has no graph behind it; a row without targets must return a zero that depends on the model's output"
+            "the loss of a row has no graph behind it; a row without targets must return a zero that depends on the "
+            "model's output"
         )
     sums = {"loss": loss.detach().clone(), **{name: value.detach() for name, value in metrics.items()}}
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), sums

@@ -60,7 +60,11 @@ def test_save_and_load_continue_as_if_uninterrupted(name: str, tmp_path: Path) -
     pool(world).run(begin, setup, tmp_path)
     uninterrupted = pool(world).run(steps, setup, tmp_path, 0, 4)[0]
     pool(world).run(steps, setup, tmp_path, 0, 2, True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000000", "iter_0000002", "latest_checkpointed_iteration.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iter_0000000",
+        "iter_0000002",
+        "latest_checkpointed_iteration.txt",
+    ]
     resumed = pool(world).run(steps, setup, tmp_path, 2, 2, False, {"seen": [1, 2], "name": "x"})[0]
     assert resumed[0] == uninterrupted[0][2:]
     assert resumed[1] == uninterrupted[1][2:]
@@ -75,7 +79,12 @@ CHANGES = {
     "pp2 -> tp2": (2, Setup(pp=2), 2, Setup(tp=2)),
     "distributed dp2 -> dp1": (2, Setup(distributed=True), 1, Setup(distributed=True)),
     "distributed tp2dp2 -> pp2dp2": (4, Setup(tp=2, distributed=True), 4, Setup(pp=2, distributed=True)),
-    "distributed 1 -> bf16-free tp2dp2": (1, Setup(distributed=True), 4, Setup(tp=2, sequence_parallel=True, distributed=True)),
+    "distributed 1 -> bf16-free tp2dp2": (
+        1,
+        Setup(distributed=True),
+        4,
+        Setup(tp=2, sequence_parallel=True, distributed=True),
+    ),
 }
 
 
@@ -85,7 +94,10 @@ def test_another_layout_continues_alike(name: str, tmp_path: Path) -> None:
     pool(world).run(begin, setup, tmp_path)
     pool(world).run(steps, setup, tmp_path, 0, 2, True)
     extra = {"seen": [1, 2], "name": "x"}
-    close(pool(world).run(steps, setup, tmp_path, 2, 2, False, extra)[0], pool(new_world).run(steps, new_setup, tmp_path, 2, 2, False, extra)[0])
+    close(
+        pool(world).run(steps, setup, tmp_path, 2, 2, False, extra)[0],
+        pool(new_world).run(steps, new_setup, tmp_path, 2, 2, False, extra)[0],
+    )
 
 
 def weights_only(folder: Path, bf16: bool) -> None:
@@ -158,7 +170,11 @@ def crash(folder: Path, where: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    owner, name = {"write": (distributed.dist_checkpointing, "save"), "move": (distributed, "_put_in_place"), "name": (distributed, "_name_as_latest")}[where]
+    owner, name = {
+        "write": (distributed.dist_checkpointing, "save"),
+        "move": (distributed, "_put_in_place"),
+        "name": (distributed, "_name_as_latest"),
+    }[where]
     original = getattr(owner, name)
     setattr(owner, name, fail)
     try:

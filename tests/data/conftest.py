@@ -1,4 +1,5 @@
 """Tokenizers for the tests of data: a tiny one, trained here, and a real one where the shared test data are present."""
+
 from __future__ import annotations
 
 import os

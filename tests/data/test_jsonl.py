@@ -1,4 +1,5 @@
 """JSON lines: what is read, and the sentence for each thing that can be wrong."""
+
 from __future__ import annotations
 
 import gzip

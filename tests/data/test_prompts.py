@@ -1,4 +1,5 @@
 """Prompts: what is read, and what is left out."""
+
 from __future__ import annotations
 
 import json

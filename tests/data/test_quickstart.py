@@ -1,4 +1,5 @@
 """The quick-start data: nothing held out is trained on, and every response is right."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """Generated tasks: sources, options, and the sentences for what does not fit."""
+
 from __future__ import annotations
 
 import sys

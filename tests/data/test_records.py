@@ -1,4 +1,5 @@
 """How a record becomes a prompt."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """Supervised samples: three ways to write them, the stop token, and what is left out."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """The tokenizer: text survives it, and mask, stop and pad are where they belong."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """Training a tokenizer: size, digits, whole tokens, and that others can load it."""
+
 from __future__ import annotations
 
 import gzip

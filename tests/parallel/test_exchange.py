@@ -17,13 +17,22 @@ def exchange(tp: int) -> tuple:
     outgoing = {to: [f"{rank}->{to} #{n}" * 10 for n in range((rank + to) % 3)] for to in range(size)}
     received = exchange_objects(outgoing, here)
     nothing = exchange_objects({}, here)
-    return dist.get_process_group_ranks(here), rank, received, nothing, gather_objects(("from", rank), here), broadcast_object(rank, size - 1, here)
+    return (
+        dist.get_process_group_ranks(here),
+        rank,
+        received,
+        nothing,
+        gather_objects(("from", rank), here),
+        broadcast_object(rank, size - 1, here),
+    )
 
 
 @pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 1), (4, 1), (4, 2)])
 def test_objects_reach_whom_they_were_sent_to(world: int, tp: int) -> None:
     for ranks, rank, received, nothing, gathered, broadcast in pool(world).run(exchange, tp):
-        assert received == [f"{sender}->{rank} #{n}" * 10 for sender in range(len(ranks)) for n in range((sender + rank) % 3)]
+        assert received == [
+            f"{sender}->{rank} #{n}" * 10 for sender in range(len(ranks)) for n in range((sender + rank) % 3)
+        ]
         assert nothing == []
         assert gathered == [("from", other) for other in range(len(ranks))]
         assert broadcast == len(ranks) - 1

@@ -27,7 +27,11 @@ def test_install_twice_changes_nothing_more() -> None:
 @cpu_only
 def test_cuda_means_cpu_only_inside() -> None:
     with platform.cuda_calls_on_cpu():
-        for tensor in (torch.zeros(2, device="cuda"), torch.ones(1).to("cuda"), torch.tensor([1.0], device=torch.device("cuda", 0))):
+        for tensor in (
+            torch.zeros(2, device="cuda"),
+            torch.ones(1).to("cuda"),
+            torch.tensor([1.0], device=torch.device("cuda", 0)),
+        ):
             assert tensor.device.type == "cpu"
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
         assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
@@ -55,14 +59,9 @@ def test_random_state_is_that_of_the_cpu() -> None:
     assert torch.equal(first, torch.rand(3))
 
 
-@cpu_only
-def test_memory_grows_with_what_is_held() -> None:
-    before = platform.memory_allocated()
-    held = torch.ones(16 * 2**20)  # 64 MiB
-    assert platform.memory_allocated() - before > 50 * 2**20
-    assert platform.max_memory_allocated() >= held.numel() * 4
-
-
 def test_megatron_core_imports_after_install_in_a_fresh_process() -> None:
-    code = "from megatron_dlm import platform; platform.install(); import megatron.core.models.gpt; import torch; torch.compile"
+    code = (
+        "from megatron_dlm import platform; platform.install(); "
+        "import megatron.core.models.gpt; import torch; torch.compile"
+    )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -147,7 +147,9 @@ def test_truncated_responses_earn_nothing() -> None:
     assert 0 < metrics["rollout/truncated_ratio"] < 1
     assert metrics["rollout/raw_reward"] == 1
     full = 1 - metrics["rollout/reward"]
-    assert full >= metrics["rollout/truncated_ratio"] - 1e-12  # a stop token in the last place is as long as a cut response
+    assert (
+        full >= metrics["rollout/truncated_ratio"] - 1e-12
+    )  # a stop token in the last place is as long as a cut response
 
 
 def test_every_prompt_comes_once_in_a_step_and_all_come() -> None:
@@ -170,9 +172,10 @@ def test_rollout_log_probabilities_give_the_same_update() -> None:
 @pytest.mark.parametrize("settings", [dict(max_tokens_per_row=96), dict(max_tokens_per_row=4096)])
 def test_the_row_budget_changes_nothing(settings: dict) -> None:
     rl = dataclasses.replace(RL, num_steps_per_rollout=1)
-    one, other = make_trainer(rl=rl, lr=1e-5).step(quiet()), make_trainer(
-        rl=dataclasses.replace(rl, **settings), lr=1e-5
-    ).step(quiet())
+    one, other = (
+        make_trainer(rl=rl, lr=1e-5).step(quiet()),
+        make_trainer(rl=dataclasses.replace(rl, **settings), lr=1e-5).step(quiet()),
+    )
     for name in ("train/loss", "train/grad_norm", "train/entropy", "train/targets"):
         assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
 

@@ -13,8 +13,10 @@ from megatron_dlm.config.errors import DataError
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import Load, pack
 from megatron_dlm.diffusion.rows import build_row
+from megatron_dlm.diffusion.sampling import draw
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
 from megatron_dlm.model.policy import label_logprobs, policy_scores
+from megatron_dlm.rollout import engine as engine_module
 from megatron_dlm.rollout.engine import Engine
 from megatron_dlm.rollout.request import Request, rollout_stream
 from tests.diffusion.oracles import MASK_ID, PAD_ID, trace_item
@@ -151,6 +153,52 @@ def test_results_do_not_depend_on_the_batch(model, slots: int) -> None:
     assert reference.keys() == other.keys()
     for key in reference:
         same(other[key], reference[key])
+
+
+@pytest.mark.parametrize("limit", [1, 9, 30, 60, 8192])
+def test_results_do_not_depend_on_the_token_limit_of_a_pass(model, limit: int, monkeypatch) -> None:
+    wanted = requests(26, dataclasses.replace(SAMPLING, ignore_eos=True))
+    reference, passes = run(model, wanted), []
+    engine = Engine(model, vocabulary(), 8, 24, max_tokens_per_pass=limit)
+    forward = model.forward_tokens
+
+    def counting(tokens, params):
+        passes.append((len(tokens), len(params.attention.batch.slot)))
+        return forward(tokens, params)
+
+    monkeypatch.setattr(model, "forward_tokens", counting)
+    found = by_key(engine.run(wanted))
+    assert found.keys() == reference.keys()
+    for key in reference:
+        same(found[key], reference[key])
+    assert all(tokens <= limit or sequences == 1 for tokens, sequences in passes)
+    assert any(sequences > 1 for _, sequences in passes) == (limit > 1)
+    if limit == 1:
+        assert len(passes) == sum(trace.num_forwards for trace in found.values())
+
+
+def test_sequences_that_wait_take_turns(model) -> None:
+    """No sequence takes a second step before all have taken their first."""
+    engine = Engine(model, vocabulary(), 6, 24, max_tokens_per_pass=30)
+    engine.submit(requests(6, dataclasses.replace(SAMPLING, ignore_eos=True)))
+    seen = []
+    for _ in range(9):
+        engine.step()
+        seen.append(engine.batch.forwards.tolist())
+    assert all(max(counts) - min(counts) <= 1 for counts in seen) and min(seen[-1]) > 1
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("way", ["temperature, top-p", "greedy"])
+def test_drawing_in_parts_changes_nothing(model, rows: int, way: str, monkeypatch) -> None:
+    wanted = requests(20, dataclasses.replace(SAMPLING, **WAYS[way]))
+    reference, sizes = run(model, wanted), []
+    monkeypatch.setattr(engine_module, "_TABLE_BYTES", rows * 8 * model.vocab_size)
+    monkeypatch.setattr(engine_module, "draw", lambda policy, *rest: sizes.append(len(policy)) or draw(policy, *rest))
+    found = run(model, wanted)
+    assert max(sizes) == rows
+    for key in reference:
+        same(found[key], reference[key], tolerance=0)
 
 
 def test_submitting_while_running_changes_nothing(model) -> None:

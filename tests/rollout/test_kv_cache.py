@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_dlm.rollout import kv_cache
 from megatron_dlm.rollout.kv_cache import BlockKVCache, CachedAttention, Ragged
 
 SLOTS, LENGTH, BLOCK, HEADS, KV_HEADS, WIDTH = 4, 16, 4, 4, 2, 8
@@ -12,24 +13,16 @@ def new_cache() -> BlockKVCache:
 
 
 def ragged(parts: list[tuple[int, int, int]]) -> Ragged:
-    """A batch from (slot, first position, one past the last)."""
-    sequence, offset, position, last = [], [], [], []
-    for n, (_, start, end) in enumerate(parts):
-        for place in range(start, end):
-            sequence.append(n)
-            offset.append(place - start)
-            position.append(place)
-            last.append((place // BLOCK + 1) * BLOCK)
+    """A batch from (slot, first position, one past the last); the last position ends a block."""
     column = lambda values: torch.tensor(values, dtype=torch.int64)
-    slots = column([slot for slot, _, _ in parts])
+    places = [(n, place) for n, (_, start, end) in enumerate(parts) for place in range(start, end)]
     return Ragged(
-        slots,
-        column(sequence),
-        column(offset),
-        column(position),
-        column(last),
-        max(end - start for _, start, end in parts),
-        max(last),
+        slot=column([slot for slot, _, _ in parts]),
+        count=[end - start for _, start, end in parts],
+        sequence=column([n for n, _ in places]),
+        position=column([place for _, place in places]),
+        last_visible=column([(place // BLOCK + 1) * BLOCK for _, place in places]),
+        key_length=[end for _, _, end in parts],
     )
 
 
@@ -113,11 +106,21 @@ def test_layers_do_not_mix() -> None:
     check(run(cache, last, *other, layer=2), last, *other)
 
 
-def test_size() -> None:
-    cache = new_cache()
-    assert cache.max_length == LENGTH
-    assert (
-        cache.num_bytes
-        == SLOTS * BlockKVCache.bytes_per_slot(LENGTH, 2, KV_HEADS, WIDTH, torch.float64)
-        == SLOTS * 2 * 2 * LENGTH * KV_HEADS * WIDTH * 8
-    )
+def test_a_long_prompt_among_short_queries(monkeypatch) -> None:
+    """However the sequences are cut into calls, each query gets the same."""
+    q, k, v = texts()
+    cache, batch = new_cache(), ragged([(0, 0, 4), (2, 0, 16), (1, 0, 8), (3, 4, 8)])
+    monkeypatch.setattr(kv_cache, "_FEW_QUERIES", 1)
+    monkeypatch.setattr(kv_cache, "_FEW_KEYS", 1)
+    cache.storage[0, 0, 3, :4], cache.storage[0, 1, 3, :4] = k[3, :4], v[3, :4]
+    shapes = [tuple(bucket.mask.shape) for bucket in CachedAttention(cache, batch).buckets]
+    assert shapes == [(1, 1, 16, 16), (1, 1, 8, 8), (1, 1, 4, 8), (1, 1, 4, 4)]
+    check(run(cache, batch, q, k, v), batch, q, k, v)
+
+
+def test_the_work_of_a_pass_is_that_of_its_tokens() -> None:
+    """A prompt of 1000 tokens costs the others nothing."""
+    cache = BlockKVCache(41, 1000, 1, 1, 1, torch.float64, torch.device("cpu"))
+    batch = ragged([(n, 4, 8) for n in range(40)] + [(40, 0, 1000)])
+    masks = [bucket.mask for bucket in CachedAttention(cache, batch).buckets]
+    assert [tuple(mask.shape) for mask in masks] == [(1, 1, 1000, 1000), (40, 1, 4, 8)]

@@ -112,7 +112,11 @@ def test_rows_do_not_change_an_update(budget: int) -> None:
 def masks(chosen: list[Sample], step: int, seed: int = SEED) -> list[list[tuple[int, ...]]]:
     drawn = sft_items(chosen, step, seed, Grid(4), MaskSchedule(), PAD_ID, True)
     return [
-        [tuple(item.views.position[item.views.masked].tolist()) for item in drawn.items if item.group == repr(sample.prompt_ids)]
+        [
+            tuple(item.views.position[item.views.masked].tolist())
+            for item in drawn.items
+            if item.group == repr(sample.prompt_ids)
+        ]
         for sample in chosen
     ]
 

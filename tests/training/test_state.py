@@ -105,7 +105,12 @@ def write_experts(folder) -> None:
 
 @pytest.mark.parametrize(
     ("world", "where"),
-    [(2, {"ep": 2}), (2, {"ep": 2, "distributed": True}), (2, {"pp": 2}), (4, {"ep": 2, "tp": 2, "sequence_parallel": True})],
+    [
+        (2, {"ep": 2}),
+        (2, {"ep": 2, "distributed": True}),
+        (2, {"pp": 2}),
+        (4, {"ep": 2, "tp": 2, "sequence_parallel": True}),
+    ],
     ids=["ep2", "ep2 distributed", "pp2", "ep2 dp2 tp2 sp"],
 )
 def test_mixture_of_experts_in_every_layout(world: int, where: dict, tmp_path) -> None:
@@ -135,4 +140,6 @@ def test_router_losses_are_a_mean_over_rows(world: int, where: dict, repeat: int
     pool(1).run(write_experts, tmp_path)
     plain = pool(1).run(auxiliary_gradients, Setup(experts=4, auxiliary=0.1), tmp_path, 1)[0]
     assert min(plain.values()) > 1e-6
-    assert pool(world).run(auxiliary_gradients, Setup(experts=4, auxiliary=0.1, **where), tmp_path, repeat)[0] == pytest.approx(plain, rel=1e-4)
+    assert pool(world).run(auxiliary_gradients, Setup(experts=4, auxiliary=0.1, **where), tmp_path, repeat)[
+        0
+    ] == pytest.approx(plain, rel=1e-4)

@@ -17,7 +17,9 @@ def write_start(setup: Setup, folder: Path) -> None:
 
 
 def train(setup: Setup, folder: Path, count: int = 2, backwards: bool = False) -> tuple:
-    """Updates from the stored weights: metrics of each, gradient norms, whole gradients of the first update, whole weights after the last."""
+    """Updates from the stored weights: metrics of each, gradient norms, whole gradients of the first update, whole
+    weights after the last.
+    """
     from megatron_dlm.checkpoint.distributed import load
     from megatron_dlm.training.step import accumulate_gradients, train_step
 
@@ -74,14 +76,20 @@ def one_process(tmp_path_factory: pytest.TempPathFactory):
 
 
 SGD = {"optimizer": "sgd", "clip": 0.0}
-CASES = [(layout, {}) for layout in LAYOUTS] + [("tp2 sp pp2", SGD), ("tp2 sp pp2", {"tied": True}), ("pp2 dp2 distributed", {"tied": True})]
+CASES = [(layout, {}) for layout in LAYOUTS] + [
+    ("tp2 sp pp2", SGD),
+    ("tp2 sp pp2", {"tied": True}),
+    ("pp2 dp2 distributed", {"tied": True}),
+]
 
 
 @pytest.mark.parametrize(("layout", "kind"), CASES, ids=[" ".join([layout, *map(str, kind)]) for layout, kind in CASES])
 def test_layout_changes_nothing(layout: str, kind: dict, one_process) -> None:
     world, where = LAYOUTS[layout]
     folder, (metrics, norms, gradients, weights) = one_process(**kind)
-    for rank_metrics, rank_norms, rank_gradients, rank_weights in pool(world).run(train, Setup(**kind, **where), folder):
+    for rank_metrics, rank_norms, rank_gradients, rank_weights in pool(world).run(
+        train, Setup(**kind, **where), folder
+    ):
         for one, other in zip(metrics, rank_metrics, strict=True):
             assert other == pytest.approx(one, rel=1e-5)
         assert rank_norms == pytest.approx(norms, rel=1e-5)
@@ -113,9 +121,13 @@ def plain_gradient(folder: Path, setup: Setup) -> float:
     from megatron_dlm.checkpoint.distributed import load
     from megatron_dlm.training.step import accumulate_gradients
 
-    def in_own_precision(row: torch.Tensor, model: torch.nn.Module):  # megatron-core's cross entropy computes in float32
+    def in_own_precision(
+        row: torch.Tensor, model: torch.nn.Module
+    ):  # megatron-core's cross entropy computes in float32
         def loss(logits: torch.Tensor):
-            return torch.nn.functional.cross_entropy(logits[0, :-1], row[0, :-1], reduction="sum") / (4 * (LENGTH - 1)), {}
+            return torch.nn.functional.cross_entropy(logits[0, :-1], row[0, :-1], reduction="sum") / (
+                4 * (LENGTH - 1)
+            ), {}
 
         return forward_step(row, model)[0], loss
 
@@ -159,7 +171,9 @@ def test_float64_gradients_agree_between_layouts(where: dict, tmp_path: Path) ->
     one = pool(1).run(gradients64, Setup(float64=True), tmp_path)[0]
     other = pool(2).run(gradients64, Setup(float64=True, **where), tmp_path)[0]
     for name, value in one.items():
-        assert (other[name] - value).norm() <= 1e-7 * norm(one), name  # megatron-core's cross entropy computes in float32
+        assert (other[name] - value).norm() <= 1e-7 * norm(one), (
+            name
+        )  # megatron-core's cross entropy computes in float32
 
 
 def learns_in_bf16(setup: Setup) -> tuple[float, float]:
