@@ -11,6 +11,8 @@ from megatron_dlm.data.records import check_messages, content_key, fill_template
 class Letters:
     """Stands in for a tokenizer: one id per character; the chat template writes roles in front of turns."""
 
+    mask_id = 0
+
     def encode(self, text):
         return [ord(letter) for letter in text]
 
@@ -62,3 +64,9 @@ def test_bad_messages(messages):
 def test_no_prompt_at_all():
     with pytest.raises(DataError, match="^f, line 3: no prompt .*answer"):
         prompt_of({"answer": "1"}, "f, line 3", Letters(), "{question}", False)
+
+
+@pytest.mark.parametrize("field", ["question", "prompt"])
+def test_a_prompt_that_spells_the_mask_is_refused(field):
+    with pytest.raises(DataError, match=r"p.jsonl, line 3: the prompt holds the mask token itself \(id 0\)"):
+        prompt_of({field: "1\0+1="}, "p.jsonl, line 3", Letters(), "{question}", False)

@@ -58,11 +58,13 @@ def test_random_updates(seed: int) -> None:
     sizes = [row_tokens(loads, row) for row in rows]
     assert max(sizes) <= budget
     assert plan.length % multiple == 0 and max(sizes) <= plan.length <= math.ceil(budget / multiple) * multiple
+    whole = sum(load.own for load in loads) + sum({load.group: load.shared for load in loads}.values())
     for group in {load.group for load in loads}:
         members = [i for i, load in enumerate(loads) if load.group == group]
-        if row_tokens(loads, tuple(members)) <= budget:
+        # A group is cut where it exceeds the budget, or a rank's share of the update: other ranks would wait for it.
+        if row_tokens(loads, tuple(members)) <= min(budget, whole / num_ranks):
             assert len({n for n, row in enumerate(rows) for i in members if i in row}) == 1, (
-                "a group that fits a row was split"
+                "a group that fits a row and a share was split"
             )
     assert pack(loads, budget, num_ranks, multiple) == plan
 
@@ -144,3 +146,9 @@ def test_rows_can_be_built_as_planned(seed: int, grid: Grid) -> None:
         assert int((row.layout.group >= 0).sum()) == row_tokens(loads, planned)
         seen += zip(row.targets.response.tolist(), row.targets.index.tolist())
     assert sorted(seen) == [(i, j) for i, trace in enumerate(traces) for j in range(len(trace.response_ids))]
+
+
+def test_every_rank_gets_something_of_two_large_groups() -> None:
+    loads = [Load(f"g{index // 16}", 20, 50) for index in range(32)]
+    plan = pack(loads, 2000, num_ranks=8)
+    assert all(any(rows) for rows in plan.ranks) and plan.length < 400
