@@ -30,7 +30,7 @@ def test_sizes_arrive() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value", [("hidden_dropout", 0.1), ("softmax_scale", 0.5), ("recompute_granularity", "full")]
+    "name, value", [("hidden_dropout", 0.1), ("softmax_scale", 0.5), ("recompute_granularity", "selective")]
 )
 def test_an_override_arrives(name: str, value: object) -> None:
     assert getattr(config(**{name: value}), name) == value

@@ -36,17 +36,21 @@ def bound(setup: Setup, meta: bool) -> None:
         with torch.no_grad():
             row = rows(1)[0]
             mask = torch.ones(LENGTH, LENGTH).tril().logical_not()[None, None]
-            assert torch.equal(model(row, torch.arange(LENGTH)[None], mask), state.module(row, torch.arange(LENGTH)[None], mask))
+            position = torch.arange(LENGTH)[None]
+            assert torch.equal(model(row, position, mask), state.module(row, position, mask))
 
 
 @pytest.mark.parametrize("meta", [False, True])
-@pytest.mark.parametrize(("world", "setup"), [(1, Setup()), (1, Setup(tied=True)), (2, Setup(tp=2)), (2, Setup(distributed=True, overlap=True))])
+@pytest.mark.parametrize(
+    ("world", "setup"),
+    [(1, Setup()), (1, Setup(tied=True)), (2, Setup(tp=2)), (2, Setup(distributed=True, overlap=True))],
+)
 def test_bound_models_share_their_storage(world: int, setup: Setup, meta: bool) -> None:
     pool(world).run(bound, setup, meta)
 
 
 def refit(setup: Setup, bucket_bytes: int) -> tuple:
-    """Refit before and after an update; returns the names and values that the rollout model has, and what its stage trains."""
+    """Refit before and after an update; returns what the rollout model has, and what its stage trains."""
     from megatron_dlm.parallel.groups import rollout_groups
     from megatron_dlm.rollout.refit import Refit
     from megatron_dlm.training.step import train_step
@@ -55,7 +59,7 @@ def refit(setup: Setup, bucket_bytes: int) -> tuple:
     groups = rollout_groups(state.groups)
     assert groups.pp_size == 1 and groups.tp_size == setup.tp
     model = rollout_model(setup, groups)
-    for name, buffer in model.named_buffers():
+    for buffer in model.buffers():
         buffer.fill_(7)
     carry = Refit(state, model, bucket_bytes)
     carry.run()
