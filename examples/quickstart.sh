@@ -4,8 +4,8 @@
 #
 #   bash examples/quickstart.sh [--seed N] [--data FILE.jsonl] [--output DIR]
 #
-# Without --data the problems are sums of three numbers, and the demonstrations come from an unreliable teacher, who slips
-# in SLIPS of them: imitation learns the slips too, a reward for right answers does not.
+# Without --data the problems are sums of three numbers, and the demonstrations come from an unreliable teacher, who
+# slips in a share SLIPS of them: imitation learns the slips too, a reward for right answers does not.
 # FILE.jsonl has lines with `question` and `ground_truth_answer` (word problems, say).
 # Every size can be set in the environment, for example RL_STEPS=60 bash examples/quickstart.sh
 set -euo pipefail

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import time
 
 from megatron_dlm.config.errors import ConfigError, UserError
 from megatron_dlm.config.fields import suggest
@@ -13,6 +15,7 @@ COMMANDS = {
     "tracerl": "trajectory-aware reinforcement learning on prompts with verifiable answers",
     "evaluate": "accuracy, length and speed on held-out prompts",
 }
+SECONDS_FOR_RANK_0 = 5.0  # a launcher ends all ranks soon after the first has left
 
 
 def usage() -> str:
@@ -34,13 +37,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError(
-                f"There is no command {argv[0]!r}. {suggest(argv[0], COMMANDS, 'Use one of: ' + ', '.join(COMMANDS) + '.')}"
+                f"There is no command {argv[0]!r}. "
+                f"{suggest(argv[0], COMMANDS, 'Use one of: ' + ', '.join(COMMANDS) + '.')}"
             )
         importlib.import_module(f"megatron_dlm.commands.{argv[0]}").main(argv[1:])
     except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _tell(error)
         return 2
     return 0
+
+
+def _tell(error: UserError) -> None:
+    """One sentence, once per job: rank 0 speaks. What only another rank has found it says itself, unless the launcher
+    ends it first."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(SECONDS_FOR_RANK_0)
+    sys.stdout.flush()
+    print(f"{type(error).__name__}: {error}{f' (rank {rank})' if rank else ''}", file=sys.stderr)
 
 
 if __name__ == "__main__":

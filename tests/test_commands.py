@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dlm.config import yaml_file
 from megatron_dlm.data.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +93,48 @@ def test_sft_learns_logs_and_saves(trained) -> None:
     assert "iteration       20/      60" in result.stdout and "lm loss" in result.stdout
     assert (data / "ckpt" / "latest_checkpointed_iteration.txt").read_text().strip() == "60"
     assert (data / "ckpt" / "iter_0000060").is_dir()
+    assert yaml_file.load(data / "ckpt" / "config.yaml")["sft"]["train_iters"] == 60
+    assert "100 samples (left out: 0 longer than 2048 tokens)" in result.stdout
+
+
+def test_a_finished_run_has_nothing_left_to_do(trained) -> None:
+    data, _ = trained
+    marker = data / "ckpt" / "iter_0000060" / "common.pt"
+    before = marker.stat().st_mtime_ns
+    flags = ["--tokenizer-model", data / "tokenizer", "--data-path", data / "sft.jsonl", "--train-iters", 60]
+    result = command("sft", *MODEL, *flags, "--load", data / "ckpt", "--save", data / "ckpt")
+    assert "Nothing left to do: iteration 60 of 60." in result.stdout and "Saved" not in result.stdout
+    assert marker.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["tracerl", "--load", "{data}/ckpt"], "ckpt was written by sft, and this is tracerl. Add --finetune"),
+        (["tracerl", "--load", "{data}/ckpt", "--finetune", "--rotary-base", "1e6"], "has --rotary-base 10000.0"),
+        (["evaluate", "--load", "{data}/ckpt", "--block-size", "8"], "has --block-size 4"),
+        (["evaluate", "--load", "{data}/ckpt", "--stop-token-ids", "100000"], "--stop-token-ids 100000 is not a token"),
+        (["evaluate", "--load", "{data}/ckpt", "--reward", "reasoning_gym"], "--reward reasoning_gym judges only"),
+        (["evaluate", "--load", "{data}/ckpt", "--max-running-requests", "0"], "--max-running-requests is 0"),
+        (["evaluate", "--load", "{data}/ckpt", "--metrics-jsonl", "/dev/null/x"], "--metrics-jsonl /dev/null/x cannot"),
+        (["sft", "--save", "/dev/null/x"], "--save /dev/null/x cannot be written to"),
+        (["sft", "--wandb-project", "p", "--wandb-save-dir", "/dev/null/x"], "--wandb-save-dir /dev/null/x cannot be"),
+        (["sft", "--wandb-project", "p"], "Run wandb login, or set WANDB_MODE=offline."),
+        (["tracerl", "--save-debug-rollout-data", "/dev/null/x"], "--save-debug-rollout-data /dev/null/x cannot be"),
+    ],
+)
+def test_a_mistake_that_is_found_before_anything_is_trained(trained, words: list[str], sentence: str) -> None:
+    data, _ = trained
+    source = {
+        "sft": ["--data-path", data / "sft.jsonl", "--train-iters", 1],
+        "tracerl": ["--prompt-data", data / "prompts.jsonl", "--num-steps-per-rollout", 1, "--rollout-batch-size", 8],
+        "evaluate": ["--eval-prompt-data", data / "prompts.jsonl"],
+    }[words[0]]
+    words = [word.format(data=data) for word in words]
+    nobody = {"HOME": str(data), "WANDB_API_KEY": "", "NETRC": str(data / "netrc"), "WANDB_CONFIG_DIR": str(data)}
+    result = command(words[0], *MODEL, "--tokenizer-model", data / "tokenizer", *source, *words[1:], expect=2, **nobody)
+    message = result.stderr.strip().splitlines()[-1]
+    assert sentence in message and "Traceback" not in result.stderr, result.stderr
 
 
 def test_evaluate_prints_a_table(trained) -> None:
@@ -205,6 +248,8 @@ def test_tracerl_runs_and_resumes(trained) -> None:
         (["sft"], "--tokenizer-model is not set"),
         (["sft", "--tokenizer-model", "nowhere"], "There is no tokenizer.json in nowhere"),
         (["evaluate"], "--load is not set"),
+        (["evaluate", "--load", "x"], "--eval-prompt-data is not set"),
+        (["evaluate", "--load", "x", "--save", "y"], "evaluate has no flag --save"),
         (["tracerl", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -213,6 +258,26 @@ def test_a_mistake_is_told_in_one_sentence(words: list[str], sentence: str) -> N
     message = result.stderr.strip().splitlines()
     assert len(message) == 1 and sentence in message[0], result.stderr
     assert "Traceback" not in result.stderr and not result.stdout
+
+
+def test_the_ranks_of_a_job_tell_a_mistake_once() -> None:
+    """Each rank exits with 2; only the first speaks at once, the others would say that they found it alone."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_dlm", "sft", "--lr", "fast"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert said == [
+        "ConfigError: --lr needs a number, not 'fast'.\n",
+        "ConfigError: --lr needs a number, not 'fast'. (rank 1)\n",
+    ]
 
 
 def test_a_mistake_in_the_sizes_of_the_model(data) -> None:

@@ -3,12 +3,13 @@
     DIR/iter_0000010/                          model, optimizer, schedule, and the caller's `extra`
     DIR/latest_checkpointed_iteration.txt      "10"
 
-A checkpoint is written beside its place, moved there when it is whole, and named in the text file last. Whatever a crash leaves behind, the text
-file names a whole checkpoint.
+A checkpoint is written beside its place, moved there when it is whole, and named in the text file last. One of the same
+iteration that is already there changes places with it in one system call. So at every moment, and whatever a crash
+leaves behind, the text file names a whole checkpoint.
 
-Tensors are stored by their name and place in the whole model (megatron-core's dist_checkpointing, optimizer state included), so tensor, pipeline
-and data-parallel sizes may change between saving and loading. Whether the optimizer is distributed may not. Generator states are not stored:
-every draw of this package has a key of its own.
+Tensors are stored by their name and place in the whole model (megatron-core's dist_checkpointing, optimizer state
+included), so tensor, pipeline and data-parallel sizes may change between saving and loading. Whether the optimizer is
+distributed may not. Generator states are not stored: every draw of this package has a key of its own.
 
 Invariants (tests/checkpoint/test_distributed.py):
   - training that is saved and loaded goes on exactly as if it had not been, in the same layout or another;
@@ -17,17 +18,24 @@ Invariants (tests/checkpoint/test_distributed.py):
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import pickle
 import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm import platform
 from megatron_dlm.checkpoint import optimizer_state
@@ -36,6 +44,18 @@ from megatron_dlm.parallel.exchange import broadcast_object
 from megatron_dlm.training.state import TrainState
 
 LATEST = "latest_checkpointed_iteration.txt"
+DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    AssertionError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    CheckpointingException,
+    CheckpointException,
+)  # what torch and megatron-core raise over files that are missing, cut short or overwritten
 
 
 def iteration_folder(directory: str | Path, iteration: int) -> Path:
@@ -89,20 +109,31 @@ def save(
 
 
 def load(
-    state: TrainState, directory: str | Path, iteration: int | None = None, with_optimizer: bool = True
+    state: TrainState,
+    directory: str | Path,
+    iteration: int | None = None,
+    with_optimizer: bool = True,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Read a checkpoint into the state: weights, and with the optimizer also its state, its place in the schedule, and `state.iteration`. Collective.
+    """Read a checkpoint into the state: weights, and with the optimizer also its state, its place in the schedule, and
+    `state.iteration`. Collective.
 
     Without the optimizer the weights and `state.iteration` are read; the schedule stays as it is.
+
+    Args:
+        check: called with the `extra` that was saved before anything else is read; it may refuse the checkpoint.
 
     Returns:
         The `extra` that was saved.
 
     Raises:
-        CheckpointError: no such checkpoint, it does not fit the model, or the optimizer state that is asked for is not in it.
+        CheckpointError: no such checkpoint, it is damaged, it does not fit the model, or the optimizer state that is
+            asked for is not in it.
     """
     folder = _find(state, directory, iteration)
-    run = json.loads(dist_checkpointing.load_common_state_dict(str(folder))["run"])
+    run = _read_run(folder)
+    if check is not None:
+        check(run["extra"])
     content = _model_content(state)
     _check_fit(content, folder)
     if with_optimizer and state.optimizer is not None:
@@ -110,7 +141,8 @@ def load(
         with platform.cuda_calls_on_cpu():
             content["optimizer"] = optimizer_state.to_load(state.optimizer, _model_content(state), _metadata(state))
     with torch.no_grad(), platform.cuda_calls_on_cpu():
-        loaded = dist_checkpointing.load(content, str(folder))
+        with _reading(folder):
+            loaded = dist_checkpointing.load(content, str(folder))
         for index, chunk in enumerate(state.unwrapped_chunks()):
             chunk.load_state_dict(loaded[f"model{index}"])
         if "optimizer" in content:
@@ -132,7 +164,8 @@ def _metadata(state: TrainState) -> dict[str, Any]:
 
 
 def _model_content(state: TrainState) -> dict[str, Any]:
-    """Sharded state of each chunk. Names inside are those of the whole model, so that the number of chunks may change."""
+    """Sharded state of each chunk. Names inside are those of the whole model, so that the number of chunks may
+    change."""
     metadata = _metadata(state)
     return {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata)
@@ -163,7 +196,8 @@ def _find_here(directory: Path, iteration: int | None) -> Path:
         iteration = latest_iteration(directory)
     if iteration is None:
         raise CheckpointError(
-            f"{directory} holds no finished checkpoint ({LATEST} is missing). Give --load a folder that a run wrote with --save."
+            f"{directory} holds no finished checkpoint ({LATEST} is missing). Give --load a folder that a run wrote "
+            "with --save."
         )
     folder = iteration_folder(directory, iteration)
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
@@ -173,9 +207,39 @@ def _find_here(directory: Path, iteration: int | None) -> Path:
     return folder
 
 
+def _read_run(folder: Path) -> dict[str, Any]:
+    with _reading(folder):
+        os.stat(folder / "common.pt")  # megatron-core stumbles over its absence
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+    if "run" not in common:
+        raise CheckpointError(
+            f"{folder} was not written by this package (it may be a checkpoint of Megatron-LM). Give --load a folder "
+            "that a run wrote with --save."
+        )
+    return json.loads(common["run"])
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"The checkpoint {folder} is damaged: a file of it is missing or cut short ({_reason(error)}). Choose "
+            "another iteration, or write it again."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the libraries said, short enough for a sentence."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:120]}".rstrip(" :.")
+
+
 def _check_fit(content: dict[str, Any], folder: Path) -> None:
     """Compare the model with what is stored, by name and global shape, before anything is read."""
-    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    with _reading(folder):
+        stored = dist_checkpointing.load_tensors_metadata(str(folder))
     for wanted in nested_values(content):
         tensors = nested_values(wanted.build()) if isinstance(wanted, ShardedTensorFactory) else [wanted]
         for tensor in tensors:
@@ -183,12 +247,14 @@ def _check_fit(content: dict[str, Any], folder: Path) -> None:
                 continue
             if tensor.key not in stored:
                 raise CheckpointError(
-                    f"The checkpoint {folder} has no weight {tensor.key}, which this model needs. It was written by another architecture."
+                    f"The checkpoint {folder} has no weight {tensor.key}, which this model needs. It was written by "
+                    "another architecture."
                 )
             there = tuple(stored[tensor.key].global_shape)
             if there != tuple(tensor.global_shape):
                 raise CheckpointError(
-                    f"The weight {tensor.key} has shape {tuple(tensor.global_shape)} in this model and {there} in the checkpoint {folder}. "
+                    f"The weight {tensor.key} has shape {tuple(tensor.global_shape)} in this model and {there} in the "
+                    f"checkpoint {folder}. "
                     "Use the model configuration that wrote it."
                 )
 
@@ -200,18 +266,30 @@ def _check_optimizer(stored: str | None, wanted: str, folder: Path) -> None:
         )
     if stored != wanted:
         raise CheckpointError(
-            f"The checkpoint {folder} was written by the optimizer '{stored}', and this run uses '{wanted}'. Use the same, or --no-load-optim."
+            f"The checkpoint {folder} was written by the optimizer '{stored}', and this run uses '{wanted}'. Use the "
+            "same, or --no-load-optim."
         )
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
     """Move a whole checkpoint to its name; one of the same iteration that is already there is replaced."""
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if not final.exists():
+        partial.rename(final)
+        return
+    if not _exchange(partial, final):  # a file system that cannot: the old one steps aside for a moment
+        aside = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        partial.rename(final)
+        aside.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step (Linux, renameat2); False where that is not possible."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _name_as_latest(directory: Path, iteration: int) -> None:

@@ -1,11 +1,12 @@
 """What a checkpoint stores of an optimizer, and how it gets back.
 
-megatron-core's own routines do the work. With torch's optimizers (no Transformer Engine, no Apex) megatron-core 0.16.1 gets three things wrong,
-which are set right here, around its calls and without changing it:
+megatron-core's own routines do the work. With torch's optimizers (no Transformer Engine, no Apex) megatron-core 0.16.1
+gets three things wrong, which are set right here, around its calls and without changing it:
   - it cannot describe an optimizer that has not stepped yet: its state is made first, as zeros at step 0;
-  - loading the distributed optimizer asks for a stored `step` per parameter, which is not stored: the present one is passed through
-    (the other optimizers do not store a step of 0: it is put back);
-  - one `step` tensor is then shared by all parameters, and Adam, which counts in place, would count once per parameter: each gets its own.
+  - loading the distributed optimizer asks for a stored `step` per parameter, which is not stored: the present one is
+    passed through (the other optimizers do not store a step of 0: it is put back);
+  - one `step` tensor is then shared by all parameters, and Adam, which counts in place, would count once per parameter:
+    each gets its own.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def kind(optimizer: MegatronOptimizer) -> str:
-    """A name that says which optimizers can read each other's state: the update rule, "distributed" or not, "mixed" if it has fp32 masters
-    apart, "expert-parallel" if experts have an optimizer of their own."""
+    """A name that says which optimizers can read each other's state: the update rule, "distributed" or not, "mixed" if
+    it has fp32 masters apart, "expert-parallel" if experts have an optimizer of their own."""
     first = _parts(optimizer)[0]
     distributed = isinstance(first, DistributedOptimizer)
     mixed = not distributed and first.config.bf16

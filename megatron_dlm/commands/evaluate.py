@@ -2,58 +2,72 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from megatron_dlm.commands.common import (
     longest_prompt,
     longest_response,
+    open_outputs,
+    open_report,
     prepare_process,
+    read_prompts,
     restore,
     running,
-    settings_of,
 )
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
-from megatron_dlm.config.sections import pick
-from megatron_dlm.config.validate_training import check_eval, check_logging, check_reward, check_tokenizer
+from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.config.rollout import RolloutConfig
+from megatron_dlm.config.sections import pick_parts
+from megatron_dlm.config.validate import check_rollout_layout
+from megatron_dlm.config.validate_training import (
+    check_eval,
+    check_logging,
+    check_reward,
+    check_stop_tokens,
+    check_tokenizer,
+)
 
 SECTIONS = ("model", "parallel", "tokenizer", "eval", "rollout", "reward", "checkpoint", "logging", "run")
 
 
 def main(argv: list[str]) -> None:
-    config = parse("evaluate", pick(*SECTIONS), argv)
-    evaluation, rollout, words = config["eval"], config["rollout"], config["tokenizer"]
+    config = parse("evaluate", pick_parts(*SECTIONS), argv)
+    evaluation, reward, words = (config[name] for name in ("eval", "reward", "tokenizer"))
+    # What training would need besides stays at its default, which nothing reads here
+    parallel = ParallelConfig(**dataclasses.asdict(config["parallel"]))
+    rollout = RolloutConfig(**dataclasses.asdict(config["rollout"]))
     if config["checkpoint"].load is None:
         raise ConfigError("--load is not set. Give the folder of the checkpoint to evaluate.")
+    if evaluation.eval_prompt_data is None:
+        raise ConfigError("--eval-prompt-data is not set. Give the prompts to evaluate on.")
     check_logging(config["logging"])
     check_tokenizer(words)
-    check_reward(config["reward"])
+    check_reward(reward)
     prepare_process()
-    from megatron_dlm.data.prompts import load_prompts
     from megatron_dlm.evaluation.evaluate import Evaluator, table
-    from megatron_dlm.rewards.scorers import make_scorer
+    from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
     from megatron_dlm.rollout.rig import RolloutRig
-    from megatron_dlm.training.report import Report
     from megatron_dlm.training.setup import Session
 
     with running():
-        session = Session.open(config["model"], config["parallel"], words, config["run"].seed)
+        session = Session.open(config["model"], parallel, words, config["run"].seed)
+        check_rollout_layout(parallel, session.model)
         check_eval(evaluation, rollout, session.model)
-        prompts, _ = load_prompts(
-            evaluation.eval_prompt_data,
-            session.tokenizer,
-            words.prompt_template,
-            words.apply_chat_template,
-            rollout.rollout_max_prompt_len,
-        )
-        state = session.train_state(None, 1)
-        restore(state, config["checkpoint"])
-        rig = RolloutRig.open(session, state, rollout, longest_prompt(prompts), longest_response(rollout, evaluation))
-        with make_scorer(
-            config["reward"].reward, config["reward"].reward_workers, config["reward"].reward_timeout
-        ) as scorer:
-            with Report(config["logging"], session.groups.is_main, settings_of(config)) as report:
+        check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
+        prompts, found = read_prompts(evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len)
+        check_verifiers(reward.reward, prompts)
+        open_outputs(config, session.groups.is_main)
+        with open_report(config["logging"], session.groups.is_main, config) as report:
+            state = session.train_state(None, 1)
+            report.say(f"{found}; {session.describe(state)}")
+            restore(state, config["checkpoint"], session.model, None)
+            rig = RolloutRig.open(
+                session, state, rollout, longest_prompt(prompts), longest_response(rollout, evaluation)
+            )
+            with make_scorer(reward.reward, reward.reward_workers, reward.reward_timeout) as scorer:
                 evaluator = Evaluator(rig, scorer, session.tokenizer, prompts, evaluation, rollout, config["run"].seed)
                 metrics = evaluator(report)
-                report.record(state.iteration, metrics)
-                report.say(
-                    table([(config["checkpoint"].load.rstrip("/").split("/")[-1], metrics)], evaluation.eval_remasking)
-                )
+            report.record(state.iteration, metrics)
+            name = config["checkpoint"].load.rstrip("/").split("/")[-1]
+            report.say(table([(name, metrics)], evaluation.eval_remasking))

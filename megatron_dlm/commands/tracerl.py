@@ -6,14 +6,18 @@ from megatron_dlm.commands.common import (
     checkpointer,
     longest_prompt,
     longest_response,
+    nothing_left,
+    open_outputs,
+    open_report,
     prepare_process,
+    read_prompts,
     restore,
     running,
-    settings_of,
 )
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick
+from megatron_dlm.config.validate import check_rollout_layout
 from megatron_dlm.config.validate_training import (
     check_checkpoint,
     check_eval,
@@ -22,6 +26,7 @@ from megatron_dlm.config.validate_training import (
     check_reward,
     check_rl,
     check_rollout,
+    check_stop_tokens,
     check_tokenizer,
 )
 
@@ -43,63 +48,56 @@ SECTIONS = (
 def main(argv: list[str]) -> None:
     config = parse("tracerl", pick(*SECTIONS), argv)
     rl, rollout, evaluation, words, run = (config[name] for name in ("rl", "rollout", "eval", "tokenizer", "run"))
+    reward = config["reward"]
     check_optimizer(config["optimizer"])
     check_checkpoint(config["checkpoint"])
     check_logging(config["logging"])
     check_tokenizer(words)
-    check_reward(config["reward"])
+    check_reward(reward)
     prepare_process()
-    from megatron_dlm.data.prompts import load_prompts
     from megatron_dlm.evaluation.evaluate import Evaluator
-    from megatron_dlm.rewards.scorers import make_scorer
+    from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
     from megatron_dlm.rl.trainer import TraceRLTrainer
     from megatron_dlm.rollout.rig import RolloutRig
-    from megatron_dlm.training.report import Report
     from megatron_dlm.training.setup import Session
 
     with running():
         session = Session.open(config["model"], config["parallel"], words, run.seed)
+        check_rollout_layout(config["parallel"], session.model)
         check_rollout(rollout, session.model)
+        check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
         check_rl(rl, rollout, session.model)
-        prompts, dropped = load_prompts(
-            rl.prompt_data,
-            session.tokenizer,
-            words.prompt_template,
-            words.apply_chat_template,
-            rollout.rollout_max_prompt_len,
-        )
+        check_eval(evaluation, rollout, session.model)
+        prompts, found = read_prompts(rl.prompt_data, session, words, rollout.rollout_max_prompt_len)
         if len(prompts) < rollout.rollout_batch_size:
             raise ConfigError(
-                f"--rollout-batch-size {rollout.rollout_batch_size} is more than the {len(prompts)} prompts there are. Lower it, or give more prompts."
+                f"--rollout-batch-size {rollout.rollout_batch_size} is more than the {len(prompts)} prompts there are. "
+                "Lower it, or give more prompts."
             )
         held_out = []
         if evaluation.eval_interval is not None:
-            check_eval(evaluation, rollout, session.model)
-            held_out, _ = load_prompts(
-                evaluation.eval_prompt_data,
-                session.tokenizer,
-                words.prompt_template,
-                words.apply_chat_template,
-                rollout.rollout_max_prompt_len,
+            held_out, others = read_prompts(
+                evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len
             )
+            found += f"; for evaluation {others}"
+        check_verifiers(reward.reward, prompts + held_out)
         updates = rl.num_rollout * (
             rl.num_steps_per_rollout
             or -(-rollout.rollout_batch_size * rollout.n_samples_per_prompt // rl.global_batch_size)
         )
-        state = session.train_state(config["optimizer"], updates)
-        restored = restore(state, config["checkpoint"])
-        rig = RolloutRig.open(
-            session, state, rollout, longest_prompt(prompts, held_out), longest_response(rollout, evaluation)
-        )
-        with make_scorer(
-            config["reward"].reward, config["reward"].reward_workers, config["reward"].reward_timeout
-        ) as scorer:
-            with Report(config["logging"], session.groups.is_main, settings_of(config)) as report:
+        open_outputs(config, session.groups.is_main)
+        with open_report(config["logging"], session.groups.is_main, config) as report:
+            state = session.train_state(config["optimizer"], updates)
+            report.say(f"{found}; {session.describe(state)}")
+            restored = restore(state, config["checkpoint"], session.model, "tracerl")
+            if nothing_left(report, restored.get("rl_step", 0), rl.num_rollout):
+                return
+            rig = RolloutRig.open(
+                session, state, rollout, longest_prompt(prompts, held_out), longest_response(rollout, evaluation)
+            )
+            with make_scorer(reward.reward, reward.reward_workers, reward.reward_timeout) as scorer:
                 trainer = TraceRLTrainer(
                     session, state, rig, scorer, prompts, rl, rollout, run.seed, restored.get("rl_step", 0)
-                )
-                report.say(
-                    f"{len(prompts)} prompts ({dropped.too_long} too long, {dropped.duplicate} duplicate left out); {session.describe(state)}"
                 )
                 evaluator = (
                     Evaluator(rig, scorer, session.tokenizer, held_out, evaluation, rollout, run.seed)
@@ -111,6 +109,11 @@ def main(argv: list[str]) -> None:
                     return evaluator(report) if step % evaluation.eval_interval == 0 else {}
 
                 save = checkpointer(
-                    state, config["checkpoint"], lambda: {"stage": "tracerl", "rl_step": trainer.step_index}, report.say
+                    state,
+                    config["checkpoint"],
+                    session.model,
+                    "tracerl",
+                    lambda: {"rl_step": trainer.step_index},
+                    report.say,
                 )
                 trainer.run(report, save, evaluate if evaluator else None, config["logging"].log_interval)

@@ -8,12 +8,10 @@ from typing import Literal
 
 @dataclass(slots=True)
 class EvalConfig:
-    """Evaluation."""
+    """Evaluation: on which prompts, and with which sampling."""
 
     eval_prompt_data: list[str] | None = None
     """Prompt sources to evaluate on: JSONL files, or reasoning_gym:NAME."""
-    eval_interval: int | None = None
-    """Evaluate every so many training steps; never during training when it is not given."""
     eval_num_prompts: int | None = None
     """Evaluate on the first so many prompts; all of them when it is not given."""
     n_samples_per_eval_prompt: int = 1
@@ -32,3 +30,11 @@ class EvalConfig:
     """Confidence above which dynamic remasking unmasks a token."""
     eval_denoising_steps: int | None = None
     """Denoising steps per block; the block size when it is not given."""
+
+
+@dataclass(slots=True)
+class TrainingEvalConfig(EvalConfig):
+    """Evaluation during training."""
+
+    eval_interval: int | None = None
+    """Evaluate every so many training steps; never during training when it is not given."""

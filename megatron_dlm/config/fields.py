@@ -88,9 +88,11 @@ def read_fields(section: str, config: type) -> list[Field]:
 
 
 def field_docs(config: type) -> dict[str, str]:
-    """The string literal below each field of a class, from its source, with white space folded."""
+    """The string literal below each field of a class and of those it extends, from their source, with white space
+    folded."""
+    docs = field_docs(config.__base__) if config.__base__ is not object else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body
-    return {
+    return docs | {
         node.target.id: " ".join(below.value.value.split())
         for node, below in zip(body, body[1:])
         if isinstance(node, ast.AnnAssign)

@@ -63,8 +63,8 @@ def build_parser(command: str, sections: dict[str, type]) -> tuple[argparse.Argu
         ValueError: two fields of these sections would have the same flag, or a field has no docstring.
     """
     parser = _Parser(
-        prog=command,
-        usage=f"{command} [--config FILE.yaml] [flags]",
+        prog=f"megatron-dlm {command}",
+        usage=f"megatron-dlm {command} [--config FILE.yaml] [flags]",
         add_help=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -142,7 +142,7 @@ def _take_flag(field: Field, text: Any, values: dict[str, Any]) -> None:
             key, equals, value = item.partition("=")
             if not (key.isidentifier() and equals and value):
                 raise ConfigError(
-                    f"{field.flag} {item} is not KEY=VALUE. Write for example {field.flag} attention_dropout=0.1."
+                    f"{field.flag} {item} is not KEY=VALUE. Write for example {field.flag} add_qkv_bias=true."
                 )
             merged[key] = yaml_file.parse_value(value, f"{field.flag} {item}")
         values[field.name] = merged

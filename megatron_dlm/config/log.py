@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class LoggingConfig:
-    """What a run reports, and where to."""
+class ReportConfig:
+    """Where a run reports to."""
 
-    log_interval: int = 10
-    """Print a line of metrics every so many steps."""
     wandb_project: str | None = None
     """Weights & Biases project; metrics are sent only when it is given."""
     wandb_exp_name: str | None = None
@@ -21,3 +19,11 @@ class LoggingConfig:
     """Show a progress bar when the output is a terminal."""
     metrics_jsonl: str | None = None
     """File to which every logged metric is appended as a JSON line."""
+
+
+@dataclass(slots=True)
+class LoggingConfig(ReportConfig):
+    """What a training run reports, and where to."""
+
+    log_interval: int = 10
+    """Print a line of metrics every so many steps."""

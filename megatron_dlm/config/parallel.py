@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class ParallelConfig:
+class LayoutConfig:
     """How the model is spread over processes."""
 
     tensor_model_parallel_size: int = 1
@@ -19,11 +19,17 @@ class ParallelConfig:
     """Number of processes that share each expert; the tensor-parallel size when it is not given."""
     sequence_parallel: bool = False
     """Split the activations between layers over the tensor-parallel processes, along the sequence."""
+    distributed_timeout_minutes: int = 10
+    """Give up on a collective operation after this many minutes."""
+
+
+@dataclass(slots=True)
+class ParallelConfig(LayoutConfig):
+    """How a model that is trained is spread over processes."""
+
     use_distributed_optimizer: bool = False
     """Split the optimizer state over the data-parallel processes."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass already runs."""
-    distributed_timeout_minutes: int = 10
-    """Give up on a collective operation after this many minutes."""

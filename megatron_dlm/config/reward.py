@@ -10,8 +10,9 @@ from typing import Literal
 class RewardConfig:
     """How responses are judged."""
 
-    reward: Literal["math", "reasoning_gym"] = "math"
-    """Judge: compare mathematical answers, or ask the reasoning_gym task."""
+    reward: Literal["auto", "math", "reasoning_gym"] = "auto"
+    """Judge: each prompt's own (auto: reasoning_gym prompts ask their generator, those of files compare mathematical
+    answers); math for all prompts; or reasoning_gym, which refuses prompts of files."""
     reward_workers: int = 2
     """Processes that judge responses."""
     reward_timeout: float = 5.0

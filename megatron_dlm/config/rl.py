@@ -33,7 +33,7 @@ class RLConfig:
     grid_anchor: Literal["absolute", "response"] = "absolute"
     """Where training counts its blocks from: the start of the sequence, as generation does, or of the response."""
     use_rollout_logprobs: bool = False
-    """Take the log-probabilities of the rollout as the old policy instead of computing them again."""
+    """Take the log-probabilities of the rollout as the old policy instead of computing them again (not with --bf16)."""
     normalize_advantages_by_std: bool = True
     """Divide advantages by the standard deviation of the rewards in their group."""
     min_group_accuracy: float = 0.2

@@ -7,19 +7,31 @@ from typing import Literal
 
 
 @dataclass(slots=True)
-class RolloutConfig:
-    """How responses are generated."""
+class EngineConfig:
+    """What every generation needs: the room for texts, and the block in which they grow."""
+
+    rollout_max_prompt_len: int = 1024
+    """Longest prompt, in tokens."""
+    rollout_max_response_len: int = 256
+    """Longest response, in tokens."""
+    rollout_block_size: int | None = None
+    """Block in which tokens are generated; the attention block size when it is not given."""
+    max_running_requests: int = 256
+    """Responses that one engine works on at the same time."""
+    stop_token_ids: list[int] | None = None
+    """Token ids that end a response; the tokenizer's end token when they are not given."""
+
+
+@dataclass(slots=True)
+class RolloutConfig(EngineConfig):
+    """How responses are generated in training."""
 
     rollout_batch_size: int = 64
     """Prompts per RL step."""
     n_samples_per_prompt: int = 16
     """Responses per prompt."""
-    rollout_max_prompt_len: int = 1024
-    """Longest prompt, in tokens."""
-    rollout_max_response_len: int = 256
-    """Longest response, in tokens."""
     rollout_temperature: float = 1.0
-    """Sampling temperature; 0 takes the likeliest token."""
+    """Sampling temperature, above 0."""
     rollout_top_k: int = 0
     """Sample among this many likeliest tokens; 0 is all of them."""
     rollout_top_p: float = 1.0
@@ -30,9 +42,3 @@ class RolloutConfig:
     """Denoising steps per block; the block size (one token per step) when it is not given."""
     threshold: float = 0.9
     """Confidence above which dynamic remasking unmasks a token."""
-    rollout_block_size: int | None = None
-    """Block in which tokens are generated; the attention block size when it is not given."""
-    max_running_requests: int = 256
-    """Responses that one engine works on at the same time."""
-    stop_token_ids: list[int] | None = None
-    """Token ids that end a response; the tokenizer's end token when they are not given."""

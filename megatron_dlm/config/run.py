@@ -1,4 +1,4 @@
-"""What every run has: a seed and a place for its results."""
+"""What every run has: a seed."""
 
 from __future__ import annotations
 
@@ -11,5 +11,3 @@ class RunConfig:
 
     seed: int = 1234
     """Seed from which every random draw of the run follows."""
-    output_dir: str | None = None
-    """Folder for what the run writes."""

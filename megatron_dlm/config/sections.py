@@ -1,20 +1,20 @@
 """All sections of the settings: the name that a section has in a YAML file, and its dataclass.
 
-A command names the sections that it reads (`pick`). Two sections may share a field name only if no command reads both
-(`sft` and `rl` do).
+A command names the sections that it reads (`pick`), or, where it would leave fields of one unread, the part of it that
+it does read (`PARTS`). Two sections may share a field name only if no command reads both (`sft` and `rl` do).
 """
 
 from __future__ import annotations
 
-from megatron_dlm.config.checkpoint import CheckpointConfig
-from megatron_dlm.config.eval import EvalConfig
-from megatron_dlm.config.log import LoggingConfig
+from megatron_dlm.config.checkpoint import CheckpointConfig, LoadConfig
+from megatron_dlm.config.eval import EvalConfig, TrainingEvalConfig
+from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
-from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
-from megatron_dlm.config.rollout import RolloutConfig
+from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import RunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
@@ -30,11 +30,25 @@ SECTIONS: dict[str, type] = {
     "rollout": RolloutConfig,
     "rl": RLConfig,
     "reward": RewardConfig,
-    "eval": EvalConfig,
+    "eval": TrainingEvalConfig,
     "run": RunConfig,
 }
+
+PARTS: dict[str, type] = {
+    "parallel": LayoutConfig,
+    "checkpoint": LoadConfig,
+    "logging": ReportConfig,
+    "rollout": EngineConfig,
+    "eval": EvalConfig,
+}
+"""What a command reads that does not train."""
 
 
 def pick(*names: str) -> dict[str, type]:
     """The sections that a command reads, in the order of its --help."""
     return {name: SECTIONS[name] for name in names}
+
+
+def pick_parts(*names: str) -> dict[str, type]:
+    """The same for a command that does not train."""
+    return {name: PARTS.get(name, SECTIONS[name]) for name in names}

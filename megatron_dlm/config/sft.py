@@ -19,7 +19,8 @@ class SFTConfig:
     max_tokens_per_row: int = 4096
     """Token budget of a packed row, noisy copies included."""
     seq_length: int | None = None
-    """Longest sample in tokens, prompt and response together; longer ones are left out and counted. The model's positions when it is not given."""
+    """Longest sample in tokens, prompt and response together; longer ones are left out and counted. The model's
+    positions when it is not given."""
     mask_ratio_per: Literal["block", "sample"] = "block"
     """Draw the noise level once per block, or once per sample."""
     min_mask_ratio: float = 1e-3

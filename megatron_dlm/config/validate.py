@@ -7,22 +7,14 @@ merged) first. The checks of training and generation are in `validate_training`.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name, one_of
 from megatron_dlm.config.model import ModelConfig
-from megatron_dlm.config.parallel import ParallelConfig
-
-# TransformerConfig's names for what has a flag of its own under another name
-_OTHER_NAMES = {
-    "num_moe_experts": "num_experts",
-    "layernorm_epsilon": "norm_epsilon",
-    "params_dtype": "bf16",
-    "pipeline_dtype": "bf16",
-}
+from megatron_dlm.config.overrides import check_overrides
+from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
 
 
 def check_model(model: ModelConfig) -> None:
@@ -61,7 +53,7 @@ def check_model(model: ModelConfig) -> None:
             "Give the width of a head with --kv-channels."
         )
     _check_experts(model)
-    _check_overrides(model)
+    check_overrides(model)
 
 
 def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> None:
@@ -91,6 +83,22 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int
             )
 
 
+def check_rollout_layout(parallel: LayoutConfig, model: ModelConfig) -> None:
+    """Refuse a split that the rollout engine cannot have. `model` is resolved, `parallel` has been checked."""
+    size, groups = parallel.tensor_model_parallel_size, model.num_query_groups
+    if groups % size:  # training may keep a group on several processes, the engine's cache may not
+        fitting = [n for n in range(1, groups + 1) if groups % n == 0]
+        raise ConfigError(
+            f"--tensor-model-parallel-size {size} does not divide the {groups} query groups of this model, "
+            f"which generation needs. Use {one_of(fitting)}."
+        )
+    if parallel.expert_model_parallel_size > 1:
+        raise ConfigError(
+            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} does not work with generation yet. "
+            "Use 1, and split experts with --tensor-model-parallel-size."
+        )
+
+
 def _check_experts(model: ModelConfig) -> None:
     if model.num_experts is None:
         for name in ("moe_router_topk", "moe_ffn_hidden_size"):
@@ -109,14 +117,6 @@ def _check_experts(model: ModelConfig) -> None:
             f"--moe-router-topk {model.moe_router_topk} is more than the {model.num_experts} experts of "
             f"this model. Use at most {model.num_experts}."
         )
-
-
-def _check_overrides(model: ModelConfig) -> None:
-    own = {field.name for config in (ModelConfig, ParallelConfig) for field in dataclasses.fields(config)}
-    for name in model.transformer_overrides:
-        ours = _OTHER_NAMES.get(name, name)
-        if ours in own:
-            raise ConfigError(f"--transformer-override {name} would contradict a flag. Use {flag_name(ours)}.")
 
 
 def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
@@ -237,7 +237,8 @@ def within(config: Any, low: float, high: float, *names: str, low_open: bool = F
 
 def needs(config: Any, name: str, other: str, why: str) -> None:
     """Refuse `name` being given (not None, not False) while `other` is not."""
-    if getattr(config, name) not in (None, False) and getattr(config, other) in (None, False):
+    given, missing = getattr(config, name), getattr(config, other)
+    if not (given is None or given is False) and (missing is None or missing is False):  # 0 is given
         raise ConfigError(f"{flag_name(name)} needs {flag_name(other)}, {why}. Give both or neither.")
 
 

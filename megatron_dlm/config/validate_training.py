@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from megatron_dlm.config.checkpoint import CheckpointConfig
 from megatron_dlm.config.errors import ConfigError
-from megatron_dlm.config.eval import EvalConfig
-from megatron_dlm.config.log import LoggingConfig
+from megatron_dlm.config.eval import EvalConfig, TrainingEvalConfig
+from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
-from megatron_dlm.config.rollout import RolloutConfig
+from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate import above, at_least, needs, within
@@ -49,9 +49,10 @@ def check_checkpoint(checkpoint: CheckpointConfig) -> None:
     needs(checkpoint, "finetune", "load", "the folder to take the weights from")
 
 
-def check_logging(logging: LoggingConfig) -> None:
+def check_logging(logging: ReportConfig) -> None:
     """Refuse logging settings that would be ignored."""
-    at_least(logging, 1, "log_interval")
+    if isinstance(logging, LoggingConfig):
+        at_least(logging, 1, "log_interval")
     needs(logging, "wandb_exp_name", "wandb_project", "without which nothing is sent")
     needs(logging, "wandb_save_dir", "wandb_project", "without which nothing is sent")
 
@@ -77,33 +78,44 @@ def check_sft(sft: SFTConfig, model: ModelConfig) -> None:
 
 
 def check_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
-    """Refuse generation settings that cannot work with this model."""
+    """Refuse settings of training rollouts that cannot work with this model."""
     at_least(
         rollout,
         1,
         "rollout_batch_size",
         "n_samples_per_prompt",
-        "rollout_max_prompt_len",
-        "rollout_max_response_len",
-        "rollout_block_size",
-        "max_running_requests",
         "denoising_steps",
     )
+    check_engine(rollout, model)
     at_least(rollout, 0, "rollout_temperature", "rollout_top_k")
     within(rollout, 0, 1, "rollout_top_p", "threshold", low_open=True)
     _check_steps(rollout.denoising_steps, "--denoising-steps", rollout, model)
-    for token in rollout.stop_token_ids or []:
-        if token < 0 or (model.vocab_size is not None and token >= model.vocab_size):
-            raise ConfigError(
-                f"--stop-token-ids {token} is not a token of this vocabulary. "
-                "Use ids from 0 to below the vocabulary's size."
-            )
     _fits_positions(
         rollout.rollout_max_prompt_len + rollout.rollout_max_response_len,
         f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and --rollout-max-response-len "
         f"{rollout.rollout_max_response_len} together",
         model,
     )
+
+
+def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
+    """Refuse what no generation can work with."""
+    at_least(
+        engine, 1, "rollout_max_prompt_len", "rollout_max_response_len", "rollout_block_size", "max_running_requests"
+    )
+    if engine.rollout_block_size is None and model.block_size is None:
+        raise ConfigError("Generation does not know its block size. Give --block-size or --rollout-block-size.")
+
+
+def check_stop_tokens(engine: EngineConfig, vocab_size: int, mask_id: int) -> None:
+    """Refuse stop tokens that are never generated. `vocab_size`: number of ids of the tokenizer."""
+    for token in engine.stop_token_ids or []:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(
+                f"--stop-token-ids {token} is not a token of this vocabulary. Use ids from 0 to {vocab_size - 1}."
+            )
+        if token == mask_id:
+            raise ConfigError(f"--stop-token-ids {token} is the mask, which is never generated. Use another id.")
 
 
 def check_rl(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
@@ -124,6 +136,11 @@ def check_rl(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
             "--n-samples-per-prompt 1 gives RL nothing to learn from, for advantages compare the "
             "responses to one prompt. Use 2 or more."
         )
+    if rollout.rollout_temperature == 0:
+        raise ConfigError(
+            "--rollout-temperature 0 gives RL nothing to learn from, for all responses to a prompt are then the same. "
+            "Use a temperature above 0."
+        )
     if rl.overlong_margin >= rollout.rollout_max_response_len:
         raise ConfigError(
             f"--overlong-margin {rl.overlong_margin} would count every response as too long. "
@@ -140,15 +157,21 @@ def check_reward(reward: RewardConfig) -> None:
     above(reward, 0, "reward_timeout")
 
 
-def check_eval(evaluation: EvalConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
-    """Refuse evaluation settings that cannot work with this rollout and this model."""
+def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig) -> None:
+    """Refuse evaluation settings that cannot work with this rollout and this model; during training, prompts go with an
+    interval."""
     if evaluation.eval_prompt_data is not None:
         _needs_data(evaluation.eval_prompt_data, "--eval-prompt-data", "prompt source")
-    needs(evaluation, "eval_interval", "eval_prompt_data", "the prompts to evaluate on")
+    if isinstance(evaluation, TrainingEvalConfig):
+        needs(evaluation, "eval_interval", "eval_prompt_data", "the prompts to evaluate on")
+        needs(evaluation, "eval_prompt_data", "eval_interval", "how often to evaluate on them")
+        at_least(evaluation, 1, "eval_interval")
+    elif evaluation.eval_prompt_data is None:
+        raise ConfigError("--eval-prompt-data is not set. Give the prompts to evaluate on.")
+    check_engine(rollout, model)
     at_least(
         evaluation,
         1,
-        "eval_interval",
         "eval_num_prompts",
         "n_samples_per_eval_prompt",
         "eval_max_response_len",
@@ -162,13 +185,15 @@ def check_eval(evaluation: EvalConfig, rollout: RolloutConfig, model: ModelConfi
             "once. Use one or more of static, dynamic and sequential."
         )
     _check_steps(evaluation.eval_denoising_steps, "--eval-denoising-steps", rollout, model)
-    if evaluation.eval_max_response_len is not None:
-        _fits_positions(
-            rollout.rollout_max_prompt_len + evaluation.eval_max_response_len,
-            f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and --eval-max-response-len "
-            f"{evaluation.eval_max_response_len} together",
-            model,
-        )
+    own = evaluation.eval_max_response_len
+    length = rollout.rollout_max_response_len if own is None else own
+    _fits_positions(
+        rollout.rollout_max_prompt_len + length,
+        f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and "
+        f"--{'rollout' if own is None else 'eval'}-max-response-len "
+        f"{length} together",
+        model,
+    )
 
 
 def _needs_data(sources: list[str], flag: str, noun: str) -> None:
@@ -185,10 +210,8 @@ def _fits_positions(tokens: int, what: str, model: ModelConfig) -> None:
         )
 
 
-def _check_steps(steps: int | None, flag: str, rollout: RolloutConfig, model: ModelConfig) -> None:
+def _check_steps(steps: int | None, flag: str, rollout: EngineConfig, model: ModelConfig) -> None:
     block = rollout.rollout_block_size if rollout.rollout_block_size is not None else model.block_size
-    if block is None:
-        raise ConfigError("Generation does not know its block size. Give --block-size or --rollout-block-size.")
     if steps is not None and steps > block:
         raise ConfigError(
             f"{flag} {steps} is more than the {block} tokens of a block, and a step unmasks at least "
@@ -232,8 +255,9 @@ def _check_rollout_logprobs(rl: RLConfig, rollout: RolloutConfig, model: ModelCo
             f"{rollout.rollout_block_size} differs from "
             f"--block-size {model.block_size}. Make them equal, or leave {flag} out."
         )
-    if rollout.rollout_temperature == 0:
+    if model.bf16:
         raise ConfigError(
-            f"{flag} needs a sampled rollout, not --rollout-temperature 0. "
-            f"Use a temperature above 0, or leave {flag} out."
+            f"{flag} does not work with --bf16, in whose rounding the rollout's log-probabilities differ from those of "
+            "training. "
+            f"Leave one of the two out."
         )

@@ -61,7 +61,8 @@ def load(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(
-            f"--config {path} holds a {type(content).__name__}, not sections with keys. See the examples in configs/."
+            f"--config {path} holds a {type(content).__name__}, not sections with keys, such as optimizer: "
+            f"{{lr: 1e-5}}."
         )
     return content
 

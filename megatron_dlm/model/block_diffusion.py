@@ -1,7 +1,8 @@
 """The model: megatron-core's GPTModel, read at target slots.
 
-Three things differ from a causal GPT, and all of them come with the row: the positions, who sees whom, and where the head is evaluated. Layers, tensor,
-sequence and pipeline parallelism, checkpoint names and gradient hooks are megatron-core's own.
+Three things differ from a causal GPT, and all of them come with the row: the positions, who sees whom, and where the
+head is evaluated. Layers, tensor, sequence and pipeline parallelism, checkpoint names and gradient hooks are
+megatron-core's own.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class BlockDiffusionModel(GPTModel):
     def hidden_at_slots(self, hidden: Tensor, slots: Tensor) -> Tensor:
         """Final hidden states [T or T / TP, 1, h] -> [N, h] at the slots, equal on all tensor-parallel ranks."""
         if self.config.sequence_parallel:
-            # The selected states are the same on every rank, and so are their gradients: backward takes this rank's part, it must not sum.
+            # The selected states are the same on every rank, and so are their gradients: backward takes this rank's
+            # part, it must not sum.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )

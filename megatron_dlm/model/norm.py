@@ -1,7 +1,8 @@
 """RMSNorm that works with sequence parallelism and without Transformer Engine or Apex.
 
-megatron-core's fallback norm refuses sequence parallelism because nobody would reduce its weight's gradient over the tensor-parallel group.
-Marking the weight with `sequence_parallel` is what megatron-core's gradient finalisation looks for.
+megatron-core's fallback norm refuses sequence parallelism because nobody would reduce its weight's gradient over the
+tensor-parallel group. Marking the weight with `sequence_parallel` is what megatron-core's gradient finalisation looks
+for.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * weight, with the backward written out: half the passes over memory of what autograd would do, and only x is kept."""
+    """y = x / rms(x) * weight, with the backward written out.
+
+    It takes half the passes over memory of what autograd would do, and keeps x and one number per line only.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,7 +1,8 @@
 """The policy: what a token's probability means, everywhere.
 
-policy = log-softmax(logits / temperature) over the vocabulary without the mask token and the padding of the vocabulary, in fp32 (or better, if the
-logits are). The rollout engine, the trainers and `score` all call `policy_scores`; nobody takes a softmax of raw logits.
+policy = log-softmax(logits / temperature) over the vocabulary without the mask token and the padding of the vocabulary,
+in fp32 (or better, if the logits are). The rollout engine and the trainers call `policy_scores`; nobody takes a softmax
+of raw logits.
 
 Under tensor parallelism the logits are sharded over the vocabulary; the group is an argument, None means unsharded.
 """
@@ -18,7 +19,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Attributes: size: real tokens; the rest, up to the padded size, is never predicted. mask_id: nor is the mask token."""
+    """What may be predicted.
+
+    Attributes:
+        size: real tokens; the rest, up to the padded size, is never predicted.
+        mask_id: nor is the mask token.
+    """
 
     size: int
     mask_id: int

@@ -1,7 +1,7 @@
 """Rotary frequencies by position, one row per token.
 
-megatron-core computes them by sequence index. In our rows a noisy copy keeps the position of the token that it copies, so the frequencies are
-looked up from the positions that travel in `RowParams`.
+megatron-core computes them by sequence index. In our rows a noisy copy keeps the position of the token that it copies,
+so the frequencies are computed from the positions that travel in `RowParams`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RotaryByPosition(nn.Module):
         return packed_seq_params.position
 
     def forward(self, position: Tensor, **_: object) -> Tensor:
-        """Angles [T, 1, 1, head_dim] in fp32, the two halves alike (rotate-half convention of Qwen and megatron-core)."""
+        """Angles [T, 1, 1, head_dim] in fp32, the two halves alike (Qwen's and megatron-core's rotate-half)."""
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position.device) / self.head_dim
         angles = position.float()[:, None] / self.base**exponent
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]

@@ -1,7 +1,7 @@
 """What travels with a row through megatron-core's layers.
 
-The carrier is `PackedSeqParams`, because megatron-core hands it to every attention layer unchanged, under pipeline stages and under activation
-recomputation too (an `attention_mask` would be saved for backward by the latter).
+The carrier is `PackedSeqParams`, because megatron-core hands it to every attention layer unchanged, under pipeline
+stages and under activation recomputation too (an `attention_mask` would be saved for backward by the latter).
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from torch import Tensor
 class Attention(Protocol):
     """Turns queries, keys and values of one layer into the attention output; knows who sees whom.
 
-    Args: layer: 1-based index of the layer on this rank. q: [T, 1, heads, d]. k, v: [T, 1, kv heads, d]. scale: of the scores.
+    Args:
+        layer: 1-based index of the layer.
+        q: [T, 1, heads, d].
+        k, v: [T, 1, kv heads, d].
+        scale: of the scores.
+
     Returns: [T, 1, heads * d].
     """
 

@@ -174,11 +174,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     for name, value in model.transformer_overrides.items():
         if name not in defaults:
             raise ConfigError(
-                f"--transformer-override {name}: megatron-core's TransformerConfig has no such field. Check its spelling."
+                f"--transformer-override {name}: megatron-core's TransformerConfig has no such field. "
+                "Check its spelling."
             )
         if name in _NOT_FOLLOWED and value != values.get(name, defaults[name]):
             raise ConfigError(
-                f"--transformer-override {name}={value}: the layers of this model do not follow that field. Leave it out."
+                f"--transformer-override {name}={value}: the layers of this model do not follow that field. "
+                "Leave it out."
             )
     # Fields come and go between megatron-core releases; those that this one lacks are at the value that we want.
     values = {name: value for name, value in values.items() if name in defaults} | model.transformer_overrides

@@ -86,7 +86,10 @@ def _to_cpu(value: Any) -> Any:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Rewrites CUDA devices in the arguments of torch calls to the CPU; lets `tensor.type()` answer as a CUDA tensor would."""
+    """Rewrites CUDA devices in the arguments of torch calls to the CPU.
+
+    And lets `tensor.type()` answer as a CUDA tensor would: megatron-core's optimizers ask it.
+    """
 
     def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -191,7 +194,7 @@ def _patch_megatron() -> None:
     logging.getLogger(random_state.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-    # Tensors made with device="cuda" amid forward and backward: the schedules' token counters, the router's loss tracker.
+    # Tensors made with device="cuda" amid forward and backward: the schedules' token counters, the router's losses.
     schedules.torch = moe_utils.torch = _torch_on_cpu()
     # Imported only where Transformer Engine is, used everywhere.
     if not hasattr(moe_utils, "te_general_gemm"):

@@ -8,7 +8,7 @@ counts per process.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """A judge and the package it cannot work without."""
+    """A judge, the package it cannot work without, and whether it knows only the prompts that this package
+    generated."""
 
     module: str
     package: str
     distribution: str
+    own_prompts: bool = False
 
 
 VERIFIERS = {
     "math": Verifier("megatron_dlm.rewards.math", "math_verify", "math-verify[antlr4_13_2]"),
-    "reasoning_gym": Verifier("megatron_dlm.rewards.reasoning_gym", "reasoning_gym", "reasoning-gym"),
+    "reasoning_gym": Verifier("megatron_dlm.rewards.reasoning_gym", "reasoning_gym", "reasoning-gym", True),
 }
 AUTO = "auto"  # each prompt names its own verifier
 
@@ -99,6 +101,23 @@ def make_scorer(name: str, workers: int, timeout: float) -> PooledScorer:
             f"Rewards need at least 1 worker and a positive time limit, not {workers} workers and {timeout} seconds."
         )
     return PooledScorer(name, workers, timeout)
+
+
+def check_verifiers(name: str, prompts: Iterable[Prompt]) -> None:
+    """Refuse, before anything is generated, prompts that the scorer `name` could not judge.
+
+    Raises:
+        ConfigError: prompts of files for a verifier that needs what only its generator knows.
+        DependencyError: the package of a verifier is absent.
+    """
+    needed = {prompt.verifier for prompt in prompts}
+    for verifier in sorted(needed if name == AUTO else {name}):
+        _verifier(verifier)
+    if name != AUTO and VERIFIERS[name].own_prompts and needed - {name}:
+        raise ConfigError(
+            f"--reward {name} judges only prompts that its generator made, and there are others. Use --reward auto, or "
+            f"only {name}:NAME sources."
+        )
 
 
 def _verifier(name: str) -> Verifier:

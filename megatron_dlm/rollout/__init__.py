@@ -1,1 +1,1 @@
-"""Rollout: an engine for block diffusion inside the training processes, its block KV cache, and the refit that carries weights to it."""
+"""Rollout: an engine for block diffusion inside the training processes, its KV cache, and its weights' way there."""

@@ -37,7 +37,7 @@ from megatron_dlm.model.block_diffusion import BlockDiffusionModel
 from megatron_dlm.model.policy import Vocabulary, log_normaliser, policy_scores
 from megatron_dlm.model.row_params import RowParams
 from megatron_dlm.rollout.batch import RunningBatch
-from megatron_dlm.rollout.kv_cache import BlockKVCache, CachedAttention
+from megatron_dlm.rollout.kv_cache import BlockKVCache, CachedAttention, Ragged
 from megatron_dlm.rollout.request import Request, check
 
 _TABLE_BYTES = 2**28  # of one [rows, V] table in float64
@@ -47,7 +47,8 @@ class Engine:
     """Generates responses with a model that holds all layers on this rank (tensor-parallel at most).
 
     All ranks of the tensor-parallel group make the same calls with the same requests, and hold the same state: each
-    draws from the same gathered policy with the same keys, and takes every decision from that.
+    draws from the same gathered policy with the same keys, and takes every decision from that. Replicas that share
+    experts make their passes together: each calls `step` until `idle`, which is then the same for all of them.
 
     Args:
         model: a chunk with both ends of the pipeline. Its weights are read at each pass, so an update is seen at once;
@@ -80,6 +81,8 @@ class Engine:
         self.vocabulary = vocabulary
         self.tp_group = model.pg_collection.tp if dist.get_world_size(model.pg_collection.tp) > 1 else None
         config, weight = model.config, model.embedding.word_embeddings.weight
+        experts = model.pg_collection.tp_ep if config.num_moe_experts is not None else None
+        self.expert_group = experts if experts is not None and dist.get_world_size(experts) > 1 else None
         self.device = weight.device
         kv_heads = config.num_query_groups // config.tensor_model_parallel_size
         if kv_heads * config.tensor_model_parallel_size != config.num_query_groups:
@@ -98,7 +101,13 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.turns
+        """Whether nothing is left to do, here and on the ranks that share experts. Collective over these."""
+        busy = bool(self.waiting or self.turns)
+        if self.expert_group is not None:
+            anywhere = torch.tensor(int(busy), device=self.device)
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.expert_group)
+            busy = bool(anywhere)
+        return not busy
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests.
@@ -133,12 +142,21 @@ class Engine:
         while self.waiting and self.batch.free:
             self.turns.append(self.batch.admit(self.waiting.popleft()))
         if not self.turns:
+            self._lend_experts()
             return []
         slot = self._next_in_turn()
         self._denoise(slot)
         traces = self._advance(slot)
         self.turns.extend(one for one in slot.tolist() if self.batch.request[one] is not None)
         return traces
+
+    def _lend_experts(self) -> None:
+        """Take part in a pass of the replicas that use this rank's experts, with one token of no sequence."""
+        if self.expert_group is None:
+            return
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        alone = CachedAttention(self.cache, Ragged(zero, [1], zero, zero, zero + 1, [1]))  # writes to a free slot
+        self.model.forward_tokens(zero, RowParams(position=zero, slots=zero, attention=alone))
 
     def _next_in_turn(self) -> Tensor:
         """Take from `turns` the slots of this pass, int64 [n]: as many as the token limit allows, and at least one."""

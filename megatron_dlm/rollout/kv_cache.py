@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_dlm.model.attention import masked_attention
 from megatron_dlm.model.buckets import by_length
 
-_FEW_QUERIES, _FEW_KEYS = 16, 256  # sequences with up to so many share a call whatever their lengths
+_FEW_QUERIES, _FEW_KEYS = 32, 256  # sequences with up to so many share a call whatever their lengths
 
 
 class BlockKVCache:

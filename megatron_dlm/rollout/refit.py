@@ -51,8 +51,8 @@ def bind(train_model: nn.Module, rollout_model: nn.Module) -> None:
     """Make the rollout model use the parameters and buffers of the training model: the same objects, not copies.
 
     Both must be built alike (same layer spec, same shards, no pipeline). Buffers that only the rollout model has, such
-    as a cache, are left alone. Call it again if the training model's parameters are ever replaced; moving their data is
-    followed by itself.
+    as a cache, are left alone. Call it again if the training model's parameters are ever replaced; when only their data
+    moves, the rollout model follows by itself.
 
     Raises:
         ValueError: names or shapes of the parameters differ.

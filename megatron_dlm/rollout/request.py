@@ -46,6 +46,7 @@ def check(request: Request, max_length: int) -> None:
         raise DataError(f"Prompt {request.prompt_key} has no tokens. Give every prompt at least one token.")
     if request.max_length > max_length:
         raise DataError(
-            f"Prompt {request.prompt_key} has {len(request.prompt_ids)} tokens; with {request.sampling.max_new_tokens} new ones it needs "
-            f"{request.max_length}, more than the {max_length} of the cache. Shorten the prompt or the response."
+            f"Prompt {request.prompt_key} has {len(request.prompt_ids)} tokens; with "
+            f"{request.sampling.max_new_tokens} new ones it needs {request.max_length}, more than the {max_length} "
+            "of the cache. Shorten the prompt or the response."
         )

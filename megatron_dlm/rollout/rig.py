@@ -104,7 +104,8 @@ def _rollout_model(session: Session, state: TrainState, groups: Groups) -> tuple
     """A model in the rollout layout, and what carries weights to it (None: it has the training parameters)."""
     parallel = dataclasses.replace(session.parallel, pipeline_model_parallel_size=1, sequence_parallel=False)
     shared = session.groups.pp_size == 1
-    # Bound to the training parameters it needs no memory of its own; a refitted model has memory, but nothing is drawn for it.
+    # Bound to the training parameters it needs no memory of its own; a refitted model has memory, but nothing is drawn
+    # for it.
     config = transformer_config(session.model, parallel, use_cpu_initialization=shared, perform_initialization=False)
     with platform.cuda_calls_on_cpu(), torch.device("meta" if shared else platform.device()):
         model = BlockDiffusionModel(config, model_shape(session.model), groups.pg_collection)

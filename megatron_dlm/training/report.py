@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_dlm.config.errors import DependencyError
+from megatron_dlm.config.errors import ConfigError, DependencyError
 from megatron_dlm.config.log import LoggingConfig
 
 
@@ -109,6 +109,16 @@ def _open_wandb(logging: LoggingConfig, settings: Mapping[str, Any]):
         ) from None
     if logging.wandb_save_dir:
         Path(logging.wandb_save_dir).mkdir(parents=True, exist_ok=True)
-    return wandb.init(
-        project=logging.wandb_project, name=logging.wandb_exp_name, dir=logging.wandb_save_dir, config=dict(settings)
-    )
+    try:
+        return wandb.init(
+            project=logging.wandb_project,
+            name=logging.wandb_exp_name,
+            dir=logging.wandb_save_dir,
+            config=dict(settings),
+        )
+    except wandb.Error as error:
+        reason = (str(error).strip() or "it gives no reason").splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"--wandb-project {logging.wandb_project}: Weights & Biases refuses the run ({reason}). "
+            "Run wandb login, or set WANDB_MODE=offline."
+        ) from None

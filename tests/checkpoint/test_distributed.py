@@ -158,6 +158,114 @@ def test_expert_parallel_optimizer_state_stays_expert_parallel(tmp_path: Path) -
     pool(2).run(misfits, tmp_path, Setup(experts=4, ep=2), "this run uses 'expert-parallel adam'")
 
 
+def refused_by_check(folder: Path) -> None:
+    from megatron_dlm.checkpoint.distributed import load, save
+
+    state = make(Setup())
+    save(state, folder, 3, {"stage": "x"})
+    before = {name: value.detach().clone() for name, value in state.named_parameters()}
+    with torch.no_grad():
+        for value in state.chunks[0].parameters():
+            value.zero_()
+
+    def check(extra: dict) -> None:
+        raise CheckpointError(f"stage {extra['stage']} is not ours")
+
+    with pytest.raises(CheckpointError, match="stage x is not ours"):
+        load(state, folder, check=check)
+    assert all(not value.any() for _, value in state.named_parameters())
+    load(state, folder, check=lambda extra: None)
+    assert all(torch.equal(value, before[name]) for name, value in state.named_parameters())
+
+
+def test_a_caller_can_refuse_before_anything_is_read(tmp_path: Path) -> None:
+    pool(1).run(refused_by_check, tmp_path)
+
+
+def damaged(folder: Path, what: str, message: str) -> None:
+    from megatron_dlm.checkpoint.distributed import load, save
+
+    state = make(Setup())
+    save(state, folder, 1, {})
+    inside = folder / "iter_0000001"
+    shards = sorted(inside.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    if what == "missing shard":
+        shards[-1].unlink()
+    elif what == "short shard":
+        shards[-1].write_bytes(shards[-1].read_bytes()[: shards[-1].stat().st_size // 2])
+    elif what == "short common.pt":
+        (inside / "common.pt").write_bytes((inside / "common.pt").read_bytes()[:100])
+    elif what == "empty common.pt":
+        (inside / "common.pt").write_bytes(b"")
+    elif what == "missing common.pt":
+        (inside / "common.pt").unlink()
+    elif what == "short .metadata":
+        (inside / ".metadata").write_bytes((inside / ".metadata").read_bytes()[:100])
+    elif what == "missing .metadata":
+        (inside / ".metadata").unlink()
+    elif what == "of Megatron-LM":
+        torch.save({"args": None, "iteration": 1}, inside / "common.pt")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(state, folder)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("what", [
+    "missing shard", "short shard", "short common.pt", "empty common.pt", "missing common.pt", "short .metadata",
+    "missing .metadata",
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_told_in_a_sentence(what: str, tmp_path: Path) -> None:
+    pool(1).run(damaged, tmp_path, what, "iter_0000001 is damaged")
+
+
+def test_a_checkpoint_of_another_package_is_told_in_a_sentence(tmp_path: Path) -> None:
+    pool(1).run(damaged, tmp_path, "of Megatron-LM", "not written by this package")
+
+
+def same_again(folder: Path) -> None:
+    from megatron_dlm.checkpoint import distributed
+
+    state = make(Setup())
+    distributed.save(state, folder, 4, {"n": 1})
+    original, seen = distributed.shutil.rmtree, []
+
+    def watch(path: Path, **options: object) -> None:
+        seen.append(distributed.latest_iteration(folder) == 4 and (folder / "iter_0000004" / "common.pt").exists())
+        original(path, **options)
+
+    distributed.shutil.rmtree = watch
+    try:
+        distributed.save(state, folder, 4, {"n": 2})
+    finally:
+        distributed.shutil.rmtree = original
+    assert seen == [True, True]  # before writing, and after the exchange
+    assert distributed.load(state, folder) == {"n": 2}
+    exchange, distributed._exchange = distributed._exchange, lambda one, other: False  # a file system that cannot
+    try:
+        distributed.save(state, folder, 4, {"n": 3})
+    finally:
+        distributed._exchange = exchange
+    assert distributed.load(state, folder) == {"n": 3}
+    assert sorted(path.name for path in folder.iterdir()) == ["iter_0000004", "latest_checkpointed_iteration.txt"]
+
+
+def test_the_same_iteration_can_be_saved_again(tmp_path: Path) -> None:
+    pool(1).run(same_again, tmp_path)
+
+
+def test_two_folders_change_names_in_one_step(tmp_path: Path) -> None:
+    from megatron_dlm.checkpoint.distributed import _exchange
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not _exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange names")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["a"]
+    assert not _exchange(tmp_path / "a", tmp_path / "missing")
+
+
 def crash(folder: Path, where: str) -> None:
     from megatron_dlm.checkpoint import distributed
     from megatron_dlm.training.step import train_step

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import Kind, field_docs, from_text, from_yaml, one_of, read_fields, suggest
-from megatron_dlm.config.sections import SECTIONS
+from megatron_dlm.config.sections import PARTS, SECTIONS
 
 
 @dataclass(slots=True)
@@ -59,9 +59,8 @@ def test_a_field_becomes_a_flag():
     assert (extra.flag, extra.default, extra.kind) == ("--set", {}, Kind(dict))
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_every_field_of_every_section_has_a_docstring(section):
-    config = SECTIONS[section]
+@pytest.mark.parametrize("config", [*SECTIONS.values(), *PARTS.values()], ids=lambda config: config.__name__)
+def test_every_field_of_every_section_has_a_docstring(config):
     docs = field_docs(config)
     assert [field.name for field in dataclasses.fields(config)] == list(docs)
     assert all(doc.endswith(".") for doc in docs.values())

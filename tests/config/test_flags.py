@@ -8,7 +8,7 @@ import pytest
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import read_fields
 from megatron_dlm.config.flags import build_parser, parse
-from megatron_dlm.config.sections import SECTIONS, pick
+from megatron_dlm.config.sections import PARTS, SECTIONS, pick, pick_parts
 
 SFT = pick("model", "optimizer", "checkpoint", "logging", "sft", "run")
 RL = pick(*(name for name in SECTIONS if name != "sft"))
@@ -96,7 +96,8 @@ def test_null_in_the_file_is_none(tmp_path):
     (["--lr", "fast"], ["--lr needs a number, not 'fast'"]),
     (["--seed", "1.5"], ["--seed needs a whole number, not '1.5'"]),
     (["--optimizer", "adma"], ["--optimizer needs adam or sgd, not 'adma'", "Did you mean adam?"]),
-    (["--transformer-override", "gelu"], ["--transformer-override gelu is not KEY=VALUE"]),
+    (["--output-dir", "out"], ["no flag --output-dir."]),
+    (["--transformer-override", "gelu"], ["--transformer-override gelu is not KEY=VALUE", "add_qkv_bias=true"]),
     (["--transformer-override", "a="], ["a= is not KEY=VALUE"]),
     (["--transformer-override", "=1"], ["=1 is not KEY=VALUE"]),
     (["--transformer-override", "a=[1"], ["--transformer-override a=[1", "not YAML"]),
@@ -119,7 +120,7 @@ def test_a_faulty_command_line_is_one_sentence(flags, words, capsys):
     ("optimizer: {learn_rate: 1}", ["The section optimizer", "has no key learn_rate"]),
     ("optimizer: {weight-decay: 1}", ["has no key weight-decay", "Did you mean weight_decay?"]),
     ("optimizer: {num_layers: 1}", ["has no key num_layers", "Did you mean model.num_layers?"]),
-    ("run: {zzzzzz: 1}", ["has no key zzzzzz", "The section has seed, output_dir."]),
+    ("run: {zzzzzz: 1}", ["has no key zzzzzz", "The section has seed."]),
     ("run: {1: 1}", ["has no key 1"]),
     ("optimizer: fast", ["optimizer in", "needs keys below it, not 'fast'"]),
     ("optimizer: {lr: fast}", ["optimizer.lr in", "needs a number, not 'fast'"]),
@@ -149,7 +150,30 @@ def test_help_shows_every_docstring_default_and_section(sections, capsys):
             assert field.help in text
     assert "Highest learning rate. (default: 0.0001)" in text
     assert "--optimizer {adam,sgd}" in text
-    assert text.startswith("usage: train [--config FILE.yaml] [flags]")
+    assert text.startswith("usage: megatron-dlm train [--config FILE.yaml] [flags]")
+
+
+def test_the_part_of_a_section_is_the_beginning_of_the_whole():
+    whole, part = pick("model", *PARTS), pick_parts("model", *PARTS)
+    assert part["model"] is whole["model"]
+    for name in PARTS:
+        known, all_of_them = ([field.name for field in read_fields(name, one[name])] for one in (part, whole))
+        assert known == all_of_them[: len(known)] and len(known) < len(all_of_them)
+
+
+@pytest.mark.parametrize("flag", [
+    "--save", "--eval-interval", "--rollout-temperature", "--log-interval", "--overlap-grad-reduce",
+])  # fmt: skip
+def test_a_command_that_does_not_train_has_no_flag_that_it_would_ignore(flag):
+    with pytest.raises(ConfigError, match=f"evaluate has no flag {flag}."):
+        parse("evaluate", pick_parts(*PARTS), [flag, "1"])
+
+
+def test_help_names_every_preset():
+    from megatron_dlm.model.presets import PRESETS
+
+    (text,) = [field.help for field in read_fields("model", SECTIONS["model"]) if field.name == "model_preset"]
+    assert all(name in text for name in PRESETS)
 
 
 def test_help_takes_a_percent_sign(capsys):
@@ -160,7 +184,7 @@ def test_help_takes_a_percent_sign(capsys):
 
 def test_whatever_else_argparse_says_is_not_an_exit():
     parser, _ = build_parser("sft", SFT)
-    with pytest.raises(ConfigError, match="sft: something odd."):
+    with pytest.raises(ConfigError, match="megatron-dlm sft: something odd."):
         parser.error("something odd")
 
 

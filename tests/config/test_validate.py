@@ -6,7 +6,7 @@ import pytest
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
-from megatron_dlm.config.validate import check_model, check_parallel
+from megatron_dlm.config.validate import check_model, check_parallel, check_rollout_layout
 
 DENSE = dict(num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=2, kv_channels=8,
              max_position_embeddings=512, vocab_size=1000, block_size=4)
@@ -22,7 +22,7 @@ def refused(check, *arguments) -> str:
 
 
 @pytest.mark.parametrize("values", [DENSE, MOE, dict(DENSE, moe_ffn_hidden_size=96), dict(DENSE, kv_channels=None),
-                                    dict(DENSE, transformer_overrides={"attention_dropout": 0.1})])
+                                    dict(DENSE, transformer_overrides={"add_qkv_bias": True})])
 def test_a_possible_model_passes(values):
     check_model(ModelConfig(**values))
 
@@ -113,3 +113,21 @@ def test_a_possible_split_passes(model, values, world_size):
 def test_an_impossible_split_is_refused(model, values, world_size, words):
     message = refused(check_parallel, ParallelConfig(**values), ModelConfig(**model), world_size)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("model", "values", "words"), [
+    (DENSE, {}, None),
+    (DENSE, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), None),
+    (DENSE, dict(tensor_model_parallel_size=4),
+     ["--tensor-model-parallel-size 4", "2 query groups", "generation", "Use 1 or 2."]),
+    (dict(DENSE, num_query_groups=8), dict(tensor_model_parallel_size=4), None),
+    (MOE, TP2_SP, None),
+    (MOE, dict(expert_model_parallel_size=2), ["--expert-model-parallel-size 2", "generation", "Use 1"]),
+])
+def test_what_the_engine_cannot_have_is_refused(model, values, words):
+    arguments = ParallelConfig(**values), ModelConfig(**model)
+    if words is None:
+        check_rollout_layout(*arguments)
+    else:
+        message = refused(check_rollout_layout, *arguments)
+        assert all(word in message for word in words), message

@@ -1,21 +1,24 @@
 """Every refusal of training, generation and evaluation settings, and the combinations that must pass."""
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from megatron_dlm.config.checkpoint import CheckpointConfig
 from megatron_dlm.config.errors import ConfigError
-from megatron_dlm.config.eval import EvalConfig
-from megatron_dlm.config.log import LoggingConfig
+from megatron_dlm.config.eval import EvalConfig, TrainingEvalConfig
+from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
-from megatron_dlm.config.rollout import RolloutConfig
+from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate_training import (
     check_checkpoint,
+    check_engine,
     check_eval,
     check_logging,
     check_optimizer,
@@ -23,6 +26,7 @@ from megatron_dlm.config.validate_training import (
     check_rl,
     check_rollout,
     check_sft,
+    check_stop_tokens,
     check_tokenizer,
 )
 
@@ -40,7 +44,11 @@ def test_the_defaults_pass_once_data_and_update_size_are_given():
     check_rollout(RolloutConfig(), MODEL)
     check_rl(RLConfig(prompt_data=["a.jsonl"], num_steps_per_rollout=1), RolloutConfig(), MODEL)
     check_reward(RewardConfig())
-    check_eval(EvalConfig(), RolloutConfig(), MODEL)
+    check_eval(TrainingEvalConfig(), RolloutConfig(), MODEL)
+    check_logging(ReportConfig())
+    check_engine(EngineConfig(), MODEL)
+    check_stop_tokens(EngineConfig(), 1000, 999)
+    check_eval(EvalConfig(eval_prompt_data=["a"]), EngineConfig(), MODEL)
 
 
 def run(check, *arguments):
@@ -158,15 +166,24 @@ def test_sft(values, words):
     (dict(denoising_steps=5), ["--denoising-steps 5", "4 tokens of a block", "1 to 4"]),
     (dict(denoising_steps=5, rollout_block_size=8), None),
     (dict(rollout_block_size=0), ["--rollout-block-size is 0"]),
-    (dict(stop_token_ids=[0, 999]), None),
-    (dict(stop_token_ids=[-1]), ["--stop-token-ids -1"]),
-    (dict(stop_token_ids=[1000]), ["--stop-token-ids 1000"]),
+    (dict(rollout_block_size=-4), ["--rollout-block-size is -4"]),
     (dict(rollout_max_response_len=3072), None),
     (dict(rollout_max_response_len=3073),
      ["--rollout-max-prompt-len 1024", "--rollout-max-response-len 3073", "4097", "4096"]),
 ])
 def test_rollout(values, words):
     expect(run(check_rollout, RolloutConfig(**values), MODEL), words)
+
+
+@pytest.mark.parametrize(("tokens", "words"), [
+    ([0, 998], None),
+    ([], None),
+    ([-1], ["--stop-token-ids -1", "from 0 to 999"]),
+    ([3, 1000], ["--stop-token-ids 1000", "from 0 to 999"]),
+    ([999], ["--stop-token-ids 999", "mask"]),
+])
+def test_stop_tokens(tokens, words):
+    expect(run(check_stop_tokens, EngineConfig(stop_token_ids=tokens), 1000, 999), words)
 
 
 def test_generation_needs_some_block_size():
@@ -211,11 +228,16 @@ SAMPLED = dict(use_rollout_logprobs=True)
     (dict(grid_anchor="response"), {}, None),
     (SAMPLED, dict(rollout_block_size=8), ["--use-rollout-logprobs", "--rollout-block-size 8", "--block-size 4"]),
     ({}, dict(rollout_block_size=8), None),
-    (SAMPLED, dict(rollout_temperature=0.0), ["--use-rollout-logprobs", "--rollout-temperature 0"]),
+    ({}, dict(rollout_temperature=0.0), ["--rollout-temperature 0", "above 0"]),
 ])
 def test_rl(values, rollout, words):
     rl = RLConfig(**{"prompt_data": ["a.jsonl"], "num_steps_per_rollout": 1, **values})
     expect(run(check_rl, rl, RolloutConfig(**rollout), MODEL), words)
+
+
+def test_rollout_log_probabilities_of_a_bfloat16_model():
+    rl = RLConfig(prompt_data=["a.jsonl"], num_steps_per_rollout=1, use_rollout_logprobs=True)
+    expect(run(check_rl, rl, RolloutConfig(), dataclasses.replace(MODEL, bf16=True)), ["--bf16"])
 
 
 @pytest.mark.parametrize(("values", "words"), [
@@ -229,6 +251,7 @@ def test_reward(values, words):
 @pytest.mark.parametrize(("values", "words"), [
     (dict(eval_interval=5), ["--eval-interval needs --eval-prompt-data"]),
     (dict(eval_interval=5, eval_prompt_data=["a"]), None),
+    (dict(eval_prompt_data=["a"]), ["--eval-prompt-data needs --eval-interval"]),
     (dict(eval_prompt_data=[]), ["--eval-prompt-data names no prompt source"]),
     (dict(eval_interval=0, eval_prompt_data=["a"]), ["--eval-interval is 0"]),
     (dict(eval_num_prompts=0), ["--eval-num-prompts is 0"]),
@@ -241,9 +264,23 @@ def test_reward(values, words):
     (dict(eval_threshold=1.1), ["--eval-threshold is 1.1"]),
     (dict(eval_remasking=[]), ["--eval-remasking (empty)"]),
     (dict(eval_remasking=["static", "static"]), ["--eval-remasking static static", "once"]),
-    (dict(eval_remasking=["static", "dynamic"]), None),
+    (dict(eval_remasking=["static", "dynamic"], eval_interval=5, eval_prompt_data=["a"]), None),
     (dict(eval_denoising_steps=0), ["--eval-denoising-steps is 0"]),
     (dict(eval_denoising_steps=5), ["--eval-denoising-steps 5", "4 tokens of a block"]),
 ])
 def test_eval(values, words):
-    expect(run(check_eval, EvalConfig(**values), RolloutConfig(), MODEL), words)
+    expect(run(check_eval, TrainingEvalConfig(**values), RolloutConfig(), MODEL), words)
+
+
+@pytest.mark.parametrize(("values", "engine", "words"), [
+    (dict(eval_prompt_data=None), {}, ["--eval-prompt-data is not set"]),
+    (dict(eval_prompt_data=[]), {}, ["--eval-prompt-data names no prompt source"]),
+    ({}, dict(max_running_requests=0), ["--max-running-requests is 0"]),
+    ({}, dict(rollout_block_size=-1), ["--rollout-block-size is -1"]),
+    ({}, dict(rollout_max_response_len=4000), ["--rollout-max-response-len 4000", "5024", "4096"]),
+    (dict(eval_max_response_len=16), dict(rollout_max_response_len=4000), None),
+    (dict(eval_denoising_steps=5), {}, ["--eval-denoising-steps 5"]),
+    (dict(eval_denoising_steps=5), dict(rollout_block_size=8), None),
+])
+def test_evaluation_alone(values, engine, words):
+    expect(run(check_eval, EvalConfig(**{"eval_prompt_data": ["a"], **values}), EngineConfig(**engine), MODEL), words)

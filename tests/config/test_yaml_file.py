@@ -25,7 +25,7 @@ def test_a_value_is_what_yaml_1_2_says(text, value):
 @pytest.mark.parametrize("flags", [
     [],
     ["--lr", "1e-05", "--weight-decay", "0", "--no-progress-bar", "--no-load-optim", "--bf16"],
-    ["--wandb-project", "1e-4", "--wandb-exp-name", "yes", "--output-dir", "null"],
+    ["--wandb-project", "1e-4", "--wandb-exp-name", "yes", "--wandb-save-dir", "null"],
     ["--prompt-template", "Frage: {question}\nGrüße, \\boxed{}: # no comment", "--stop-token-ids", "3", "1"],
     ["--eval-remasking", "static", "dynamic", "--eval-prompt-data", "a.jsonl", "reasoning_gym:chain_sum?size=4&seed=1"],
     ["--transformer-override", "layernorm_zero_centered_gamma=true", "--transformer-override", "x={a: [1, 2e-3]}"],

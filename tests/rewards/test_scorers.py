@@ -9,7 +9,7 @@ from megatron_dlm.config.errors import ConfigError, DependencyError
 from megatron_dlm.data.prompts import Prompt
 from megatron_dlm.data.reasoning_gym import generate
 from megatron_dlm.rewards.reasoning_gym import judge
-from megatron_dlm.rewards.scorers import VERIFIERS, make_scorer
+from megatron_dlm.rewards.scorers import VERIFIERS, check_verifiers, make_scorer
 
 
 def _generated(name, n=5):
@@ -58,6 +58,22 @@ def test_a_mixture_keeps_its_order():
     assert [verdict.correct for verdict in verdicts] == [float(k % 2 == 0 or k // 2 % 2 == 0) for k in range(40)]
 
 
+FILE, MADE = Prompt("f", (), "", "1", "math"), Prompt("g", (), "", "1", "reasoning_gym")
+
+
+@pytest.mark.parametrize(("name", "prompts"), [
+    ("auto", [FILE, MADE]), ("math", [FILE, MADE]), ("reasoning_gym", [MADE]), ("auto", []), ("math", [])
+])  # fmt: skip
+def test_verifiers_that_can_judge_their_prompts(name, prompts):
+    check_verifiers(name, prompts)
+
+
+@pytest.mark.parametrize("prompts", [[FILE], [MADE, FILE]])
+def test_a_generator_judges_only_its_own_prompts(prompts):
+    with pytest.raises(ConfigError, match="--reward reasoning_gym judges only prompts that its generator made"):
+        check_verifiers("reasoning_gym", prompts)
+
+
 def test_sentences(monkeypatch):
     with pytest.raises(ConfigError, match="no verifier 'maths'. Use one of auto, math, reasoning_gym"):
         make_scorer("maths", 1, 1.0)
@@ -69,3 +85,5 @@ def test_sentences(monkeypatch):
     for name in VERIFIERS:
         with pytest.raises(DependencyError, match="pip install"):
             make_scorer(name, 1, 1.0)
+        with pytest.raises(DependencyError, match="pip install"):
+            check_verifiers("auto", [Prompt("p", (), "", "1", name)])

@@ -1,0 +1,59 @@
+"""Whether a checkpoint belongs to this run: its stage, and the model that wrote it. Asked before any tensor is read.
+
+Shapes alone do not tell: a model with another rotary base or norm epsilon has the same shapes and computes something
+else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_dlm.config.errors import CheckpointError, ConfigError
+from megatron_dlm.config.fields import flag_name
+from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.config.overrides import FLAG, of_the_function
+
+# how the weights were first drawn, kept or padded does not matter once they are there; a preset stands for the sizes
+# that are compared
+_MAY_DIFFER = ("model_preset", "init_method_std", "bf16", "make_vocab_size_divisible_by", "transformer_overrides")
+
+
+def check_stage(saved: dict[str, Any], stage: str, directory: str) -> None:
+    """Refuse to resume a run of another stage. `saved`: what was stored beside the weights."""
+    there = saved.get("stage")
+    if there not in (None, stage):
+        raise ConfigError(
+            f"--load {directory} was written by {there}, and this is {stage}. Add --finetune to start {stage} from its "
+            "weights."
+        )
+
+
+def check_same_model(saved: dict[str, Any], model: ModelConfig, directory: str, finetune: bool = False) -> None:
+    """Refuse weights of a model that computes something else.
+
+    Args:
+        saved: what was stored beside the weights; without "model" there is nothing to compare.
+        model: resolved.
+        finetune: whether a run starts from these weights; its block size may then be another (diffusion models grow
+            their blocks this way).
+    """
+    stored = saved.get("model")
+    if stored is None:
+        return
+    for field in dataclasses.fields(ModelConfig):
+        name = field.name
+        if name in _MAY_DIFFER or name not in stored or (name == "block_size" and finetune):
+            continue
+        if stored[name] != getattr(model, name):
+            raise CheckpointError(_sentence(flag_name(name), stored[name], getattr(model, name), directory))
+    one, other = of_the_function(stored.get("transformer_overrides", {})), of_the_function(model.transformer_overrides)
+    for name in sorted({*one, *other}):
+        if one.get(name) != other.get(name):
+            raise CheckpointError(_sentence(f"{FLAG} {name}", one.get(name), other.get(name), directory))
+
+
+def _sentence(flag: str, stored: object, wanted: object, directory: str) -> str:
+    grow = ", or --finetune to go on with another block size" if flag == "--block-size" else ""
+    shown = [("unset" if value is None else str(value)) for value in (stored, wanted)]
+    return f"The model in --load {directory} has {flag} {shown[0]}, and this one {shown[1]}. Use {shown[0]}{grow}."
