@@ -16,7 +16,8 @@ EXTRAS = {
     "transformer-engine": ["transformer-engine[pytorch]"],
     "flashinfer": ["flashinfer-python"],
     "dali": ["nvidia-dali-cuda120"],
-    # Not here: NVIDIA Apex (the apex on PyPI is another package; build NVIDIA's from source) and SGLang (it pins its own torch: own environment).
+    # Not here: NVIDIA Apex (the apex on PyPI is another package; build NVIDIA's from source) and SGLang (it pins its
+    # own torch: own environment).
 }
 EXTRAS["test"] = ["pytest", *EXTRAS["wandb"], *EXTRAS["reasoning-gym"], *EXTRAS["plot"]]
 

@@ -13,8 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from megatron_dlm.config.errors import UserError
-from megatron_dlm.evaluation.evaluate import table
-from megatron_dlm.evaluation.report import minutes_of, read_metrics, reward_curve
+from megatron_dlm.evaluation.report import minutes_of, read_metrics, reward_curve, table
 
 STAGES = {"sft": "SFT", "sft-continued": "SFT, as long as TraceRL", "tracerl": "SFT, then TraceRL"}
 

@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
     check_tokenizer(words)
     check_reward(reward)
     prepare_process()
-    from megatron_dlm.evaluation.evaluate import Evaluator, table
+    from megatron_dlm.evaluation.evaluate import Evaluator
+    from megatron_dlm.evaluation.report import table
     from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
     from megatron_dlm.rollout.rig import RolloutRig
     from megatron_dlm.training.setup import Session

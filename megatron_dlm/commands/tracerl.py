@@ -76,9 +76,7 @@ def main(argv: list[str]) -> None:
             )
         held_out = []
         if evaluation.eval_interval is not None:
-            held_out, others = read_prompts(
-                evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len
-            )
+            held_out, others = read_prompts(evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len)
             found += f"; for evaluation {others}"
         check_verifiers(reward.reward, prompts + held_out)
         updates = rl.num_rollout * (

@@ -62,7 +62,7 @@ class Trace:
         sampling: the parameters of the draw.
         prompt_key, sample: which prompt, and which of its responses.
         finish_reason: 'stop', 'length' or 'abort'.
-        num_forwards: model passes spent on it, prefill not counted.
+        num_forwards: denoising passes, plus passes that only commit a block; prefill not counted.
         routed_experts: int [R, layers, top-k] of a mixture of experts, where recorded.
     """
 

@@ -1,7 +1,8 @@
-"""Curves from the metrics that runs leave behind (--metrics-jsonl)."""
+"""Tables and curves from the metrics that runs leave behind (--metrics-jsonl). Imports no model code."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dlm.config.errors import DataError, DependencyError
@@ -16,6 +17,23 @@ def read_metrics(path: Path) -> list[dict]:
 def minutes_of(path: Path) -> float:
     """How long a run's steps took together, in minutes."""
     return sum(record.get("perf/step_time", 0.0) for record in read_metrics(path)) / 60
+
+
+def table(rows: Sequence[tuple[str, dict[str, float]]], ways: Sequence[str]) -> str:
+    """A table of evaluations: one line per (name, way of unmasking)."""
+    head = (
+        f"{'model':24} {'unmasking':11} {'accuracy':>9} {'length':>8} "
+        f"{'tokens/step':>12} {'tokens/forward':>15} {'cut':>6}"
+    )
+    lines = [head, "-" * len(head)]
+    for name, metrics in rows:
+        for way in ways:
+            get = lambda key: metrics[f"eval/{way}/{key}"]  # noqa: B023
+            lines.append(
+                f"{name:24} {way:11} {100 * get('accuracy'):8.1f}% {get('response_len'):8.1f} "
+                f"{get('tokens_per_step'):12.2f} {get('tokens_per_forward'):15.2f} {100 * get('truncated_ratio'):5.1f}%"
+            )
+    return "\n".join(lines)
 
 
 def reward_curve(metrics: Path, picture: Path) -> Path:

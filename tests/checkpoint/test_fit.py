@@ -1,4 +1,5 @@
 """Which checkpoints belong to a run."""
+
 from __future__ import annotations
 
 import dataclasses

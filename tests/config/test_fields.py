@@ -1,4 +1,5 @@
 """What a field accepts, from text and from YAML."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -83,15 +84,18 @@ def test_faulty_sections_are_our_mistake():
         read_fields("sample", Inexpressible)
 
 
-@pytest.mark.parametrize(("kind", "text", "value"), [
-    (Kind(int), "12", 12),
-    (Kind(float), "1e-4", 1e-4),
-    (Kind(float), "3", 3.0),
-    (Kind(str), "3", "3"),
-    (Kind(str, ("a", "b")), "b", "b"),
-    (Kind(int, many=True), ["1", "2"], [1, 2]),
-    (Kind(str, ("a", "b"), many=True, optional=True), ["b", "a"], ["b", "a"]),
-])
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (Kind(int), "12", 12),
+        (Kind(float), "1e-4", 1e-4),
+        (Kind(float), "3", 3.0),
+        (Kind(str), "3", "3"),
+        (Kind(str, ("a", "b")), "b", "b"),
+        (Kind(int, many=True), ["1", "2"], [1, 2]),
+        (Kind(str, ("a", "b"), many=True, optional=True), ["b", "a"], ["b", "a"]),
+    ],
+)
 def test_text_and_yaml_give_the_same_value(kind, text, value):
     parsed = from_text(kind, text, "--x")
     assert parsed == value and type(parsed) is type(value)
@@ -99,37 +103,47 @@ def test_text_and_yaml_give_the_same_value(kind, text, value):
     assert again == value and type(again) is type(value)
 
 
-@pytest.mark.parametrize(("kind", "text", "words"), [
-    (Kind(int), "2.5", "--x needs a whole number, not '2.5'"),
-    (Kind(int, optional=True), "None", "--x needs a whole number"),
-    (Kind(float), "fast", "--x needs a number, not 'fast'"),
-    (Kind(float), "nan", "--x needs a finite number"),
-    (Kind(float), "inf", "--x needs a finite number"),
-    (Kind(str, ("static", "dynamic")), "dinamic", "--x needs static or dynamic, not 'dinamic'. Did you mean dynamic?"),
-    (Kind(int, many=True), ["1", "two"], "--x needs a whole number, not 'two'"),
-])
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        (Kind(int), "2.5", "--x needs a whole number, not '2.5'"),
+        (Kind(int, optional=True), "None", "--x needs a whole number"),
+        (Kind(float), "fast", "--x needs a number, not 'fast'"),
+        (Kind(float), "nan", "--x needs a finite number"),
+        (Kind(float), "inf", "--x needs a finite number"),
+        (
+            Kind(str, ("static", "dynamic")),
+            "dinamic",
+            "--x needs static or dynamic, not 'dinamic'. Did you mean dynamic?",
+        ),
+        (Kind(int, many=True), ["1", "two"], "--x needs a whole number, not 'two'"),
+    ],
+)
 def test_text_of_the_wrong_type_is_refused(kind, text, words):
     with pytest.raises(ConfigError) as caught:
         from_text(kind, text, "--x")
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "value", "words"), [
-    (Kind(int), True, "needs a whole number, not True"),
-    (Kind(int), 2.0, "needs a whole number, not 2.0"),
-    (Kind(int), None, "needs a whole number, not None"),
-    (Kind(float), "1,5", "needs a number, not '1,5'"),
-    (Kind(float), True, "needs a number, not True"),
-    (Kind(float), float("inf"), "needs a finite number"),
-    (Kind(bool), "false", "needs true or false, not 'false'"),
-    (Kind(bool), 1, "needs true or false, not 1"),
-    (Kind(str), 7, "needs text, not 7. Put it in quotes."),
-    (Kind(str, ("a", "b")), "c", "needs a or b, not 'c'"),
-    (Kind(str, many=True), "a.jsonl", "needs a list, not 'a.jsonl'"),
-    (Kind(str, many=True), ["a", 1], "needs text, not 1"),
-    (Kind(dict), [1], "needs a mapping of names to values, not [1]"),
-    (Kind(dict), {1: 2}, "needs names as its keys, not 1"),
-])
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [
+        (Kind(int), True, "needs a whole number, not True"),
+        (Kind(int), 2.0, "needs a whole number, not 2.0"),
+        (Kind(int), None, "needs a whole number, not None"),
+        (Kind(float), "1,5", "needs a number, not '1,5'"),
+        (Kind(float), True, "needs a number, not True"),
+        (Kind(float), float("inf"), "needs a finite number"),
+        (Kind(bool), "false", "needs true or false, not 'false'"),
+        (Kind(bool), 1, "needs true or false, not 1"),
+        (Kind(str), 7, "needs text, not 7. Put it in quotes."),
+        (Kind(str, ("a", "b")), "c", "needs a or b, not 'c'"),
+        (Kind(str, many=True), "a.jsonl", "needs a list, not 'a.jsonl'"),
+        (Kind(str, many=True), ["a", 1], "needs text, not 1"),
+        (Kind(dict), [1], "needs a mapping of names to values, not [1]"),
+        (Kind(dict), {1: 2}, "needs names as its keys, not 1"),
+    ],
+)
 def test_yaml_of_the_wrong_type_is_refused(kind, value, words):
     with pytest.raises(ConfigError) as caught:
         from_yaml(kind, value, "s.x in f")

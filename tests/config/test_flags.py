@@ -1,4 +1,5 @@
 """Flags, the YAML file and defaults: who beats whom, and what is refused."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -29,24 +30,31 @@ def test_defaults_are_not_shared_between_calls():
     assert parse("rl", RL, [])["eval"].eval_remasking == ["dynamic"]
 
 
-@pytest.mark.parametrize(("flags", "section", "name", "value"), [
-    (["--num-layers", "3"], "model", "num_layers", 3),
-    (["--num-layers=3"], "model", "num_layers", 3),
-    (["--num-layers", "3", "--num-layers", "5"], "model", "num_layers", 5),
-    (["--lr", "1e-6"], "optimizer", "lr", 1e-6),
-    (["--optimizer", "sgd"], "optimizer", "optimizer", "sgd"),
-    (["--bf16"], "model", "bf16", True),
-    (["--bf16", "--no-bf16"], "model", "bf16", False),
-    (["--no-qk-layernorm"], "model", "qk_layernorm", False),
-    (["--no-progress-bar"], "logging", "progress_bar", False),
-    (["--no-load-optim"], "checkpoint", "no_load_optim", True),
-    (["--no-load-optim", "--load-optim"], "checkpoint", "no_load_optim", False),
-    (["--load", "a b"], "checkpoint", "load", "a b"),
-    (["--data-path", "a.jsonl", "b.jsonl", "--seed", "7"], "sft", "data_path", ["a.jsonl", "b.jsonl"]),
-    (["--exit-duration-in-mins", "2"], "sft", "exit_duration_in_mins", 2.0),
-    (["--transformer-override", "a=1e-3", "--transformer-override", "b=x=y"], "model", "transformer_overrides",
-     {"a": 1e-3, "b": "x=y"}),
-])
+@pytest.mark.parametrize(
+    ("flags", "section", "name", "value"),
+    [
+        (["--num-layers", "3"], "model", "num_layers", 3),
+        (["--num-layers=3"], "model", "num_layers", 3),
+        (["--num-layers", "3", "--num-layers", "5"], "model", "num_layers", 5),
+        (["--lr", "1e-6"], "optimizer", "lr", 1e-6),
+        (["--optimizer", "sgd"], "optimizer", "optimizer", "sgd"),
+        (["--bf16"], "model", "bf16", True),
+        (["--bf16", "--no-bf16"], "model", "bf16", False),
+        (["--no-qk-layernorm"], "model", "qk_layernorm", False),
+        (["--no-progress-bar"], "logging", "progress_bar", False),
+        (["--no-load-optim"], "checkpoint", "no_load_optim", True),
+        (["--no-load-optim", "--load-optim"], "checkpoint", "no_load_optim", False),
+        (["--load", "a b"], "checkpoint", "load", "a b"),
+        (["--data-path", "a.jsonl", "b.jsonl", "--seed", "7"], "sft", "data_path", ["a.jsonl", "b.jsonl"]),
+        (["--exit-duration-in-mins", "2"], "sft", "exit_duration_in_mins", 2.0),
+        (
+            ["--transformer-override", "a=1e-3", "--transformer-override", "b=x=y"],
+            "model",
+            "transformer_overrides",
+            {"a": 1e-3, "b": "x=y"},
+        ),
+    ],
+)
 def test_a_flag_sets_its_field_and_no_other(flags, section, name, value):
     config = parse("sft", SFT, flags)
     assert getattr(config[section], name) == value and type(getattr(config[section], name)) is type(value)
@@ -56,13 +64,21 @@ def test_a_flag_sets_its_field_and_no_other(flags, section, name, value):
                 assert getattr(config[other], field.name) == field.default
 
 
-@pytest.mark.parametrize(("yaml", "flags", "lr", "bf16"), [
-    ("", [], 1e-4, False),
-    ("optimizer: {lr: 1e-5}\nmodel: {bf16: true}", [], 1e-5, True),
-    ("optimizer: {lr: 1e-5}\nmodel: {bf16: true}", ["--lr", "1e-6", "--no-bf16"], 1e-6, False),
-    ("optimizer: {lr: 1e-5}", ["--lr", "1e-4"], 1e-4, False),  # a flag that repeats the default still beats the file
-    ("optimizer: {lr: 1}\nmodel:\n", [], 1.0, False),
-])
+@pytest.mark.parametrize(
+    ("yaml", "flags", "lr", "bf16"),
+    [
+        ("", [], 1e-4, False),
+        ("optimizer: {lr: 1e-5}\nmodel: {bf16: true}", [], 1e-5, True),
+        ("optimizer: {lr: 1e-5}\nmodel: {bf16: true}", ["--lr", "1e-6", "--no-bf16"], 1e-6, False),
+        (
+            "optimizer: {lr: 1e-5}",
+            ["--lr", "1e-4"],
+            1e-4,
+            False,
+        ),  # a flag that repeats the default still beats the file
+        ("optimizer: {lr: 1}\nmodel:\n", [], 1.0, False),
+    ],
+)
 def test_a_flag_beats_the_file_and_the_file_beats_the_default(yaml, flags, lr, bf16, tmp_path):
     path = write(tmp_path, yaml)
     for argv in (["--config", path, *flags], [*flags, "--config", path]):
@@ -81,29 +97,35 @@ def test_null_in_the_file_is_none(tmp_path):
     assert config["rollout"].stop_token_ids is None and config["checkpoint"].load is None
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--num-layer", "3"], ["sft has no flag --num-layer.", "Did you mean --num-layers?"]),
-    (["--num_layers", "3"], ["no flag --num_layers.", "Did you mean --num-layers?"]),
-    (["-lr", "3"], ["no flag -lr.", "Did you mean --lr?"]),
-    (["--nolr=3"], ["no flag --nolr."]),
-    (["--zzzzzz"], ["no flag --zzzzzz.", "See sft --help"]),
-    (["--rollout-batch-size", "3"], ["no flag --rollout-batch-size."]),  # of a section that this command does not read
-    (["train.jsonl"], ["cannot place 'train.jsonl'", "--help"]),
-    (["--lr"], ["--lr needs a value"]),
-    (["--data-path"], ["--data-path needs a value"]),
-    (["--lr", "--bf16"], ["--lr needs a value"]),
-    (["--bf16=true"], ["--bf16 takes no value"]),
-    (["--lr", "fast"], ["--lr needs a number, not 'fast'"]),
-    (["--seed", "1.5"], ["--seed needs a whole number, not '1.5'"]),
-    (["--optimizer", "adma"], ["--optimizer needs adam or sgd, not 'adma'", "Did you mean adam?"]),
-    (["--output-dir", "out"], ["no flag --output-dir."]),
-    (["--transformer-override", "gelu"], ["--transformer-override gelu is not KEY=VALUE", "add_qkv_bias=true"]),
-    (["--transformer-override", "a="], ["a= is not KEY=VALUE"]),
-    (["--transformer-override", "=1"], ["=1 is not KEY=VALUE"]),
-    (["--transformer-override", "a=[1"], ["--transformer-override a=[1", "not YAML"]),
-    (["--config"], ["--config needs a value"]),
-    (["--config", "/nowhere/c.yaml"], ["--config /nowhere/c.yaml cannot be read"]),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-layer", "3"], ["sft has no flag --num-layer.", "Did you mean --num-layers?"]),
+        (["--num_layers", "3"], ["no flag --num_layers.", "Did you mean --num-layers?"]),
+        (["-lr", "3"], ["no flag -lr.", "Did you mean --lr?"]),
+        (["--nolr=3"], ["no flag --nolr."]),
+        (["--zzzzzz"], ["no flag --zzzzzz.", "See sft --help"]),
+        (
+            ["--rollout-batch-size", "3"],
+            ["no flag --rollout-batch-size."],
+        ),  # of a section that this command does not read
+        (["train.jsonl"], ["cannot place 'train.jsonl'", "--help"]),
+        (["--lr"], ["--lr needs a value"]),
+        (["--data-path"], ["--data-path needs a value"]),
+        (["--lr", "--bf16"], ["--lr needs a value"]),
+        (["--bf16=true"], ["--bf16 takes no value"]),
+        (["--lr", "fast"], ["--lr needs a number, not 'fast'"]),
+        (["--seed", "1.5"], ["--seed needs a whole number, not '1.5'"]),
+        (["--optimizer", "adma"], ["--optimizer needs adam or sgd, not 'adma'", "Did you mean adam?"]),
+        (["--output-dir", "out"], ["no flag --output-dir."]),
+        (["--transformer-override", "gelu"], ["--transformer-override gelu is not KEY=VALUE", "add_qkv_bias=true"]),
+        (["--transformer-override", "a="], ["a= is not KEY=VALUE"]),
+        (["--transformer-override", "=1"], ["=1 is not KEY=VALUE"]),
+        (["--transformer-override", "a=[1"], ["--transformer-override a=[1", "not YAML"]),
+        (["--config"], ["--config needs a value"]),
+        (["--config", "/nowhere/c.yaml"], ["--config /nowhere/c.yaml cannot be read"]),
+    ],
+)
 def test_a_faulty_command_line_is_one_sentence(flags, words, capsys):
     with pytest.raises(ConfigError) as caught:
         parse("sft", SFT, flags)
@@ -111,25 +133,28 @@ def test_a_faulty_command_line_is_one_sentence(flags, words, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("yaml", "words"), [
-    ("optimiser: {lr: 1}", ["sft does not read a section optimiser", "Did you mean optimizer?"]),
-    ("zzzzzz: {lr: 1}", ["section zzzzzz", "It reads model, optimizer, checkpoint, logging, sft or run."]),
-    ("rollout: {threshold: 1}", ["does not read a section rollout"]),
-    ("lr: 1", ["lr stands at the top level", "below its section, optimizer"]),
-    ("1: 2", ["section 1"]),
-    ("optimizer: {learn_rate: 1}", ["The section optimizer", "has no key learn_rate"]),
-    ("optimizer: {weight-decay: 1}", ["has no key weight-decay", "Did you mean weight_decay?"]),
-    ("optimizer: {num_layers: 1}", ["has no key num_layers", "Did you mean model.num_layers?"]),
-    ("run: {zzzzzz: 1}", ["has no key zzzzzz", "The section has seed."]),
-    ("run: {1: 1}", ["has no key 1"]),
-    ("optimizer: fast", ["optimizer in", "needs keys below it, not 'fast'"]),
-    ("optimizer: {lr: fast}", ["optimizer.lr in", "needs a number, not 'fast'"]),
-    ("optimizer: {lr: null}", ["optimizer.lr in", "needs a number, not None"]),
-    ("optimizer: {optimizer: lion}", ["optimizer.optimizer in", "needs adam or sgd"]),
-    ("sft: {data_path: a.jsonl}", ["sft.data_path in", "needs a list"]),
-    ("model: {transformer_overrides: [1]}", ["model.transformer_overrides in", "needs a mapping"]),
-    ("run: {seed: 1, seed: 2}", ["the key seed stands twice"]),
-])
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("optimiser: {lr: 1}", ["sft does not read a section optimiser", "Did you mean optimizer?"]),
+        ("zzzzzz: {lr: 1}", ["section zzzzzz", "It reads model, optimizer, checkpoint, logging, sft or run."]),
+        ("rollout: {threshold: 1}", ["does not read a section rollout"]),
+        ("lr: 1", ["lr stands at the top level", "below its section, optimizer"]),
+        ("1: 2", ["section 1"]),
+        ("optimizer: {learn_rate: 1}", ["The section optimizer", "has no key learn_rate"]),
+        ("optimizer: {weight-decay: 1}", ["has no key weight-decay", "Did you mean weight_decay?"]),
+        ("optimizer: {num_layers: 1}", ["has no key num_layers", "Did you mean model.num_layers?"]),
+        ("run: {zzzzzz: 1}", ["has no key zzzzzz", "The section has seed."]),
+        ("run: {1: 1}", ["has no key 1"]),
+        ("optimizer: fast", ["optimizer in", "needs keys below it, not 'fast'"]),
+        ("optimizer: {lr: fast}", ["optimizer.lr in", "needs a number, not 'fast'"]),
+        ("optimizer: {lr: null}", ["optimizer.lr in", "needs a number, not None"]),
+        ("optimizer: {optimizer: lion}", ["optimizer.optimizer in", "needs adam or sgd"]),
+        ("sft: {data_path: a.jsonl}", ["sft.data_path in", "needs a list"]),
+        ("model: {transformer_overrides: [1]}", ["model.transformer_overrides in", "needs a mapping"]),
+        ("run: {seed: 1, seed: 2}", ["the key seed stands twice"]),
+    ],
+)
 def test_a_faulty_file_is_one_sentence_that_names_it(yaml, words, tmp_path):
     path = write(tmp_path, yaml)
     with pytest.raises(ConfigError) as caught:
@@ -212,11 +237,14 @@ class Shadow:
     """Collides with --config."""
 
 
-@pytest.mark.parametrize(("sections", "flag"), [
-    (pick("sft", "rl"), "--global-batch-size"),
-    (pick("checkpoint") | {"bare": Bare}, "--load-optim"),
-    ({"shadow": Shadow}, "--config"),
-])
+@pytest.mark.parametrize(
+    ("sections", "flag"),
+    [
+        (pick("sft", "rl"), "--global-batch-size"),
+        (pick("checkpoint") | {"bare": Bare}, "--load-optim"),
+        ({"shadow": Shadow}, "--config"),
+    ],
+)
 def test_one_flag_for_two_fields_cannot_be_defined(sections, flag):
     with pytest.raises(ValueError, match=f"{flag} would belong to"):
         build_parser("both", sections)

@@ -1,4 +1,5 @@
 """Which fields of TransformerConfig pass, and which are refused."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,41 +9,47 @@ from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.overrides import _REFUSED, _hints, check_overrides, of_the_function
 
 
-@pytest.mark.parametrize("overrides", [
-    {},
-    {"add_qkv_bias": True},
-    {"softmax_scale": 1},  # a whole number is a number
-    {"softmax_scale": None},
-    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    {"recompute_modules": ["mlp"]},
-    {"moe_layer_freq": 2},
-    {"moe_layer_freq": [1, 0]},
-    {"moe_router_load_balancing_type": "aux_loss"},
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"add_qkv_bias": True},
+        {"softmax_scale": 1},  # a whole number is a number
+        {"softmax_scale": None},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_modules": ["mlp"]},
+        {"moe_layer_freq": 2},
+        {"moe_layer_freq": [1, 0]},
+        {"moe_router_load_balancing_type": "aux_loss"},
+    ],
+)
 def test_what_passes(overrides):
     check_overrides(ModelConfig(transformer_overrides=overrides))
 
 
-@pytest.mark.parametrize(("name", "value", "words"), [
-    ("num_layers", 3, ["Use --num-layers."]),
-    ("num_moe_experts", 3, ["Use --num-experts."]),
-    ("add_qkv_bais", True, ["no such field", "Did you mean add_qkv_bias?"]),
-    ("add_qkv_bias", "yes", ["needs true or false, not 'yes'"]),
-    ("add_qkv_bias", 1, ["needs true or false, not 1"]),
-    ("softmax_scale", "high", ["needs a number or null, not 'high'"]),
-    ("softmax_scale", True, ["needs a number or null, not True"]),
-    ("recompute_granularity", "ful", ["needs full, selective or null, not 'ful'"]),
-    ("recompute_num_layers", 1.5, ["needs a whole number or null, not 1.5"]),
-    ("recompute_modules", [1], ["needs a list or null, not [1]"]),
-    ("activation_func", "gelu", ["cannot be given as text"]),
-    ("attention_dropout", 0.1, ["dropout"]),
-    ("normalization", "LayerNorm", ["norm of their own"]),
-    ("window_size", [4, 4], ["attention of their own"]),
-    ("context_parallel_size", 2, ["context parallelism"]),
-    ("virtual_pipeline_model_parallel_size", 2, ["interleaved"]),
-    ("multi_latent_attention", True, ["attention of their own"]),
-    ("fp8_recipe", "delayed", ["low precision"]),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_layers", 3, ["Use --num-layers."]),
+        ("num_moe_experts", 3, ["Use --num-experts."]),
+        ("add_qkv_bais", True, ["no such field", "Did you mean add_qkv_bias?"]),
+        ("add_qkv_bias", "yes", ["needs true or false, not 'yes'"]),
+        ("add_qkv_bias", 1, ["needs true or false, not 1"]),
+        ("softmax_scale", "high", ["needs a number or null, not 'high'"]),
+        ("softmax_scale", True, ["needs a number or null, not True"]),
+        ("recompute_granularity", "ful", ["needs full, selective or null, not 'ful'"]),
+        ("recompute_num_layers", 1.5, ["needs a whole number or null, not 1.5"]),
+        ("recompute_modules", [1], ["needs a list or null, not [1]"]),
+        ("activation_func", "gelu", ["cannot be given as text"]),
+        ("attention_dropout", 0.1, ["dropout"]),
+        ("normalization", "LayerNorm", ["norm of their own"]),
+        ("window_size", [4, 4], ["attention of their own"]),
+        ("context_parallel_size", 2, ["context parallelism"]),
+        ("virtual_pipeline_model_parallel_size", 2, ["interleaved"]),
+        ("multi_latent_attention", True, ["attention of their own"]),
+        ("fp8_recipe", "delayed", ["low precision"]),
+    ],
+)
 def test_what_is_refused(name, value, words):
     with pytest.raises(ConfigError) as caught:
         check_overrides(ModelConfig(transformer_overrides={name: value}))

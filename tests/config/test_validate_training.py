@@ -1,4 +1,5 @@
 """Every refusal of training, generation and evaluation settings, and the combinations that must pass."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -30,8 +31,9 @@ from megatron_dlm.config.validate_training import (
     check_tokenizer,
 )
 
-MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=4096, vocab_size=1000,
-                    block_size=4)
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=4096, vocab_size=1000, block_size=4
+)
 NO_BLOCK = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
 
 
@@ -69,28 +71,31 @@ def expect(message, words):
         assert message is not None and all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    (dict(lr=0.0), ["--lr is 0.0", "above 0"]),
-    (dict(lr=-1.0), ["--lr is -1.0"]),
-    (dict(adam_eps=0.0), ["--adam-eps is 0.0"]),
-    (dict(adam_beta1=1.0), ["--adam-beta1 is 1.0", "from 0 to below 1"]),
-    (dict(adam_beta1=0.0), None),
-    (dict(adam_beta2=-0.1), ["--adam-beta2 is -0.1"]),
-    (dict(weight_decay=-0.1), ["--weight-decay is -0.1"]),
-    (dict(clip_grad=-1.0), ["--clip-grad is -1.0"]),
-    (dict(clip_grad=0.0), None),
-    (dict(min_lr=-1e-6), ["--min-lr is -1e-06"]),
-    (dict(min_lr=1e-3), ["--min-lr 0.001", "--lr 0.0001"]),
-    (dict(min_lr=1e-4), None),
-    (dict(sgd_momentum=1.0, optimizer="sgd"), ["--sgd-momentum is 1.0"]),
-    (dict(sgd_momentum=0.9), ["--sgd-momentum 0.9", "--optimizer sgd"]),
-    (dict(sgd_momentum=0.9, optimizer="sgd"), None),
-    (dict(lr_warmup_iters=-1), ["--lr-warmup-iters is -1"]),
-    (dict(lr_warmup_iters=100), ["--lr-warmup-iters 100", "the run, 100 steps"]),
-    (dict(lr_warmup_iters=99), None),
-    (dict(lr_warmup_iters=5, lr_decay_iters=5), ["--lr-warmup-iters 5", "--lr-decay-iters"]),
-    (dict(lr_decay_iters=0), ["--lr-decay-iters is 0"]),
-])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(lr=0.0), ["--lr is 0.0", "above 0"]),
+        (dict(lr=-1.0), ["--lr is -1.0"]),
+        (dict(adam_eps=0.0), ["--adam-eps is 0.0"]),
+        (dict(adam_beta1=1.0), ["--adam-beta1 is 1.0", "from 0 to below 1"]),
+        (dict(adam_beta1=0.0), None),
+        (dict(adam_beta2=-0.1), ["--adam-beta2 is -0.1"]),
+        (dict(weight_decay=-0.1), ["--weight-decay is -0.1"]),
+        (dict(clip_grad=-1.0), ["--clip-grad is -1.0"]),
+        (dict(clip_grad=0.0), None),
+        (dict(min_lr=-1e-6), ["--min-lr is -1e-06"]),
+        (dict(min_lr=1e-3), ["--min-lr 0.001", "--lr 0.0001"]),
+        (dict(min_lr=1e-4), None),
+        (dict(sgd_momentum=1.0, optimizer="sgd"), ["--sgd-momentum is 1.0"]),
+        (dict(sgd_momentum=0.9), ["--sgd-momentum 0.9", "--optimizer sgd"]),
+        (dict(sgd_momentum=0.9, optimizer="sgd"), None),
+        (dict(lr_warmup_iters=-1), ["--lr-warmup-iters is -1"]),
+        (dict(lr_warmup_iters=100), ["--lr-warmup-iters 100", "the run, 100 steps"]),
+        (dict(lr_warmup_iters=99), None),
+        (dict(lr_warmup_iters=5, lr_decay_iters=5), ["--lr-warmup-iters 5", "--lr-decay-iters"]),
+        (dict(lr_decay_iters=0), ["--lr-decay-iters is 0"]),
+    ],
+)
 def test_optimizer(values, words):
     expect(run(check_optimizer, OptimizerConfig(**values), 100), words)
 
@@ -99,89 +104,109 @@ def test_an_unknown_length_allows_any_warmup():
     check_optimizer(OptimizerConfig(lr_warmup_iters=10**6))
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    (dict(save_interval=5), ["--save-interval needs --save"]),
-    (dict(save_interval=5, save="out"), None),
-    (dict(save_interval=0, save="out"), ["--save-interval is 0"]),
-    (dict(finetune=True), ["--finetune needs --load"]),
-    (dict(finetune=True, load="in"), None),
-])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(save_interval=5), ["--save-interval needs --save"]),
+        (dict(save_interval=5, save="out"), None),
+        (dict(save_interval=0, save="out"), ["--save-interval is 0"]),
+        (dict(finetune=True), ["--finetune needs --load"]),
+        (dict(finetune=True, load="in"), None),
+    ],
+)
 def test_checkpoint(values, words):
     expect(run(check_checkpoint, CheckpointConfig(**values)), words)
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    (dict(log_interval=0), ["--log-interval is 0"]),
-    (dict(wandb_exp_name="a"), ["--wandb-exp-name needs --wandb-project"]),
-    (dict(wandb_save_dir="a"), ["--wandb-save-dir needs --wandb-project"]),
-    (dict(wandb_save_dir="a", wandb_exp_name="b", wandb_project="c"), None),
-])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(log_interval=0), ["--log-interval is 0"]),
+        (dict(wandb_exp_name="a"), ["--wandb-exp-name needs --wandb-project"]),
+        (dict(wandb_save_dir="a"), ["--wandb-save-dir needs --wandb-project"]),
+        (dict(wandb_save_dir="a", wandb_exp_name="b", wandb_project="c"), None),
+    ],
+)
 def test_logging(values, words):
     expect(run(check_logging, LoggingConfig(**values)), words)
 
 
-@pytest.mark.parametrize(("template", "words"), [
-    ("Q: {question}\nA: \\boxed{}", None),
-    ("Solve it.", ["--prompt-template 'Solve it.'", "{question}"]),
-    ("{problem}", ["{question}"]),
-])
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("Q: {question}\nA: \\boxed{}", None),
+        ("Solve it.", ["--prompt-template 'Solve it.'", "{question}"]),
+        ("{problem}", ["{question}"]),
+    ],
+)
 def test_tokenizer(template, words):
     expect(run(check_tokenizer, TokenizerConfig(prompt_template=template)), words)
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    (dict(data_path=[]), ["--data-path names no training file"]),
-    (dict(train_iters=0), ["--train-iters is 0"]),
-    (dict(global_batch_size=0), ["--global-batch-size is 0"]),
-    (dict(max_tokens_per_row=0), ["--max-tokens-per-row is 0"]),
-    (dict(seq_length=0), ["--seq-length is 0"]),
-    (dict(seq_length=4096), None),
-    (dict(seq_length=4097), ["--seq-length 4097", "4096 (--max-position-embeddings)"]),
-    (dict(min_mask_ratio=0.0), ["--min-mask-ratio is 0.0", "above 0 to 1"]),
-    (dict(min_mask_ratio=1.0), None),
-    (dict(min_mask_ratio=1.1), ["--min-mask-ratio is 1.1"]),
-    (dict(max_loss_weight=0.5), ["--max-loss-weight is 0.5"]),
-    (dict(exit_duration_in_mins=0.0), ["--exit-duration-in-mins is 0.0"]),
-])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(data_path=[]), ["--data-path names no training file"]),
+        (dict(train_iters=0), ["--train-iters is 0"]),
+        (dict(global_batch_size=0), ["--global-batch-size is 0"]),
+        (dict(max_tokens_per_row=0), ["--max-tokens-per-row is 0"]),
+        (dict(seq_length=0), ["--seq-length is 0"]),
+        (dict(seq_length=4096), None),
+        (dict(seq_length=4097), ["--seq-length 4097", "4096 (--max-position-embeddings)"]),
+        (dict(min_mask_ratio=0.0), ["--min-mask-ratio is 0.0", "above 0 to 1"]),
+        (dict(min_mask_ratio=1.0), None),
+        (dict(min_mask_ratio=1.1), ["--min-mask-ratio is 1.1"]),
+        (dict(max_loss_weight=0.5), ["--max-loss-weight is 0.5"]),
+        (dict(exit_duration_in_mins=0.0), ["--exit-duration-in-mins is 0.0"]),
+    ],
+)
 def test_sft(values, words):
     expect(run(check_sft, SFTConfig(**{"data_path": ["a.jsonl"], **values}), MODEL), words)
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    (dict(rollout_batch_size=0), ["--rollout-batch-size is 0"]),
-    (dict(n_samples_per_prompt=0), ["--n-samples-per-prompt is 0"]),
-    (dict(rollout_max_prompt_len=0), ["--rollout-max-prompt-len is 0"]),
-    (dict(rollout_max_response_len=0), ["--rollout-max-response-len is 0"]),
-    (dict(max_running_requests=0), ["--max-running-requests is 0"]),
-    (dict(rollout_temperature=-0.1), ["--rollout-temperature is -0.1"]),
-    (dict(rollout_temperature=0.0), None),
-    (dict(rollout_top_k=-1), ["--rollout-top-k is -1"]),
-    (dict(rollout_top_p=0.0), ["--rollout-top-p is 0.0", "above 0 to 1"]),
-    (dict(rollout_top_p=1.1), ["--rollout-top-p is 1.1"]),
-    (dict(threshold=0.0), ["--threshold is 0.0"]),
-    (dict(threshold=1.0), None),
-    (dict(threshold=1.5), ["--threshold is 1.5"]),
-    (dict(denoising_steps=0), ["--denoising-steps is 0"]),
-    (dict(denoising_steps=4), None),
-    (dict(denoising_steps=5), ["--denoising-steps 5", "4 tokens of a block", "1 to 4"]),
-    (dict(denoising_steps=5, rollout_block_size=8), None),
-    (dict(rollout_block_size=0), ["--rollout-block-size is 0"]),
-    (dict(rollout_block_size=-4), ["--rollout-block-size is -4"]),
-    (dict(rollout_max_response_len=3072), None),
-    (dict(rollout_max_response_len=3073),
-     ["--rollout-max-prompt-len 1024", "--rollout-max-response-len 3073", "4097", "4096"]),
-])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(rollout_batch_size=0), ["--rollout-batch-size is 0"]),
+        (dict(n_samples_per_prompt=0), ["--n-samples-per-prompt is 0"]),
+        (dict(rollout_max_prompt_len=0), ["--rollout-max-prompt-len is 0"]),
+        (dict(rollout_max_response_len=0), ["--rollout-max-response-len is 0"]),
+        (dict(max_running_requests=0), ["--max-running-requests is 0"]),
+        (dict(rollout_temperature=-0.1), ["--rollout-temperature is -0.1"]),
+        (dict(rollout_temperature=0.0), None),
+        (dict(rollout_top_k=-1), ["--rollout-top-k is -1"]),
+        (dict(rollout_top_p=0.0), ["--rollout-top-p is 0.0", "above 0 to 1"]),
+        (dict(rollout_top_p=1.1), ["--rollout-top-p is 1.1"]),
+        (dict(threshold=0.0), ["--threshold is 0.0"]),
+        (dict(threshold=1.0), None),
+        (dict(threshold=1.5), ["--threshold is 1.5"]),
+        (dict(denoising_steps=0), ["--denoising-steps is 0"]),
+        (dict(denoising_steps=4), None),
+        (dict(denoising_steps=5), ["--denoising-steps 5", "4 tokens of a block", "1 to 4"]),
+        (dict(denoising_steps=5, rollout_block_size=8), None),
+        (dict(rollout_block_size=0), ["--rollout-block-size is 0"]),
+        (dict(rollout_block_size=-4), ["--rollout-block-size is -4"]),
+        (dict(rollout_max_response_len=3072), None),
+        (
+            dict(rollout_max_response_len=3073),
+            ["--rollout-max-prompt-len 1024", "--rollout-max-response-len 3073", "4097", "4096"],
+        ),
+    ],
+)
 def test_rollout(values, words):
     expect(run(check_rollout, RolloutConfig(**values), MODEL), words)
 
 
-@pytest.mark.parametrize(("tokens", "words"), [
-    ([0, 998], None),
-    ([], None),
-    ([-1], ["--stop-token-ids -1", "from 0 to 999"]),
-    ([3, 1000], ["--stop-token-ids 1000", "from 0 to 999"]),
-    ([999], ["--stop-token-ids 999", "mask"]),
-])
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ([0, 998], None),
+        ([], None),
+        ([-1], ["--stop-token-ids -1", "from 0 to 999"]),
+        ([3, 1000], ["--stop-token-ids 1000", "from 0 to 999"]),
+        ([999], ["--stop-token-ids 999", "mask"]),
+    ],
+)
 def test_stop_tokens(tokens, words):
     expect(run(check_stop_tokens, EngineConfig(stop_token_ids=tokens), 1000, 999), words)
 
@@ -194,42 +219,48 @@ def test_generation_needs_some_block_size():
 SAMPLED = dict(use_rollout_logprobs=True)
 
 
-@pytest.mark.parametrize(("values", "rollout", "words"), [
-    (dict(prompt_data=[]), {}, ["--prompt-data names no prompt source"]),
-    (dict(num_rollout=0), {}, ["--num-rollout is 0"]),
-    (dict(max_tokens_per_row=0), {}, ["--max-tokens-per-row is 0"]),
-    (dict(shrinkage=0), {}, ["--shrinkage is 0"]),
-    (dict(eps_clip=0.0), {}, ["--eps-clip is 0.0"]),
-    (dict(eps_clip=1.0), {}, ["--eps-clip is 1.0"]),
-    (dict(eps_clip_high=0.0), {}, ["--eps-clip-high is 0.0"]),
-    (dict(eps_clip_high=2.0), {}, None),
-    (dict(kl_loss_coef=-0.1), {}, ["--kl-loss-coef is -0.1"]),
-    (dict(exit_duration_in_mins=-1.0), {}, ["--exit-duration-in-mins is -1.0"]),
-    (dict(min_group_accuracy=-0.1), {}, ["--min-group-accuracy is -0.1"]),
-    (dict(max_group_accuracy=1.1), {}, ["--max-group-accuracy is 1.1"]),
-    (dict(min_group_accuracy=0.0, max_group_accuracy=1.0), {}, None),
-    (dict(min_group_accuracy=0.9), {}, ["--min-group-accuracy 0.9", "--max-group-accuracy 0.8", "Swap"]),
-    (dict(overlong_margin=-1), {}, ["--overlong-margin is -1"]),
-    (dict(overlong_margin=256), {}, ["--overlong-margin 256", "--rollout-max-response-len 256"]),
-    ({}, dict(n_samples_per_prompt=1), ["--n-samples-per-prompt 1", "2 or more"]),
-    (dict(num_steps_per_rollout=None), {}, ["--global-batch-size", "--num-steps-per-rollout", "neither is given"]),
-    (dict(global_batch_size=16), {}, ["--global-batch-size", "--num-steps-per-rollout", "both are given"]),
-    (dict(global_batch_size=1024, num_steps_per_rollout=None), {}, None),
-    (dict(global_batch_size=1025, num_steps_per_rollout=None), {}, ["--global-batch-size 1025", "1024 responses"]),
-    (dict(global_batch_size=0, num_steps_per_rollout=None), {}, ["--global-batch-size is 0"]),
-    (dict(num_steps_per_rollout=0), {}, ["--num-steps-per-rollout is 0"]),
-    (dict(num_steps_per_rollout=9), dict(rollout_batch_size=2, n_samples_per_prompt=4),
-     ["--num-steps-per-rollout 9", "8 responses"]),
-    (SAMPLED, {}, None),
-    (SAMPLED, dict(rollout_block_size=4), None),
-    (dict(SAMPLED, shrinkage=2), {}, ["--use-rollout-logprobs", "--shrinkage 1"]),
-    (dict(shrinkage=2), {}, None),
-    (dict(SAMPLED, grid_anchor="response"), {}, ["--use-rollout-logprobs", "--grid-anchor absolute"]),
-    (dict(grid_anchor="response"), {}, None),
-    (SAMPLED, dict(rollout_block_size=8), ["--use-rollout-logprobs", "--rollout-block-size 8", "--block-size 4"]),
-    ({}, dict(rollout_block_size=8), None),
-    ({}, dict(rollout_temperature=0.0), ["--rollout-temperature 0", "above 0"]),
-])
+@pytest.mark.parametrize(
+    ("values", "rollout", "words"),
+    [
+        (dict(prompt_data=[]), {}, ["--prompt-data names no prompt source"]),
+        (dict(num_rollout=0), {}, ["--num-rollout is 0"]),
+        (dict(max_tokens_per_row=0), {}, ["--max-tokens-per-row is 0"]),
+        (dict(shrinkage=0), {}, ["--shrinkage is 0"]),
+        (dict(eps_clip=0.0), {}, ["--eps-clip is 0.0"]),
+        (dict(eps_clip=1.0), {}, ["--eps-clip is 1.0"]),
+        (dict(eps_clip_high=0.0), {}, ["--eps-clip-high is 0.0"]),
+        (dict(eps_clip_high=2.0), {}, None),
+        (dict(kl_loss_coef=-0.1), {}, ["--kl-loss-coef is -0.1"]),
+        (dict(exit_duration_in_mins=-1.0), {}, ["--exit-duration-in-mins is -1.0"]),
+        (dict(min_group_accuracy=-0.1), {}, ["--min-group-accuracy is -0.1"]),
+        (dict(max_group_accuracy=1.1), {}, ["--max-group-accuracy is 1.1"]),
+        (dict(min_group_accuracy=0.0, max_group_accuracy=1.0), {}, None),
+        (dict(min_group_accuracy=0.9), {}, ["--min-group-accuracy 0.9", "--max-group-accuracy 0.8", "Swap"]),
+        (dict(overlong_margin=-1), {}, ["--overlong-margin is -1"]),
+        (dict(overlong_margin=256), {}, ["--overlong-margin 256", "--rollout-max-response-len 256"]),
+        ({}, dict(n_samples_per_prompt=1), ["--n-samples-per-prompt 1", "2 or more"]),
+        (dict(num_steps_per_rollout=None), {}, ["--global-batch-size", "--num-steps-per-rollout", "neither is given"]),
+        (dict(global_batch_size=16), {}, ["--global-batch-size", "--num-steps-per-rollout", "both are given"]),
+        (dict(global_batch_size=1024, num_steps_per_rollout=None), {}, None),
+        (dict(global_batch_size=1025, num_steps_per_rollout=None), {}, ["--global-batch-size 1025", "1024 responses"]),
+        (dict(global_batch_size=0, num_steps_per_rollout=None), {}, ["--global-batch-size is 0"]),
+        (dict(num_steps_per_rollout=0), {}, ["--num-steps-per-rollout is 0"]),
+        (
+            dict(num_steps_per_rollout=9),
+            dict(rollout_batch_size=2, n_samples_per_prompt=4),
+            ["--num-steps-per-rollout 9", "8 responses"],
+        ),
+        (SAMPLED, {}, None),
+        (SAMPLED, dict(rollout_block_size=4), None),
+        (dict(SAMPLED, shrinkage=2), {}, ["--use-rollout-logprobs", "--shrinkage 1"]),
+        (dict(shrinkage=2), {}, None),
+        (dict(SAMPLED, grid_anchor="response"), {}, ["--use-rollout-logprobs", "--grid-anchor absolute"]),
+        (dict(grid_anchor="response"), {}, None),
+        (SAMPLED, dict(rollout_block_size=8), ["--use-rollout-logprobs", "--rollout-block-size 8", "--block-size 4"]),
+        ({}, dict(rollout_block_size=8), None),
+        ({}, dict(rollout_temperature=0.0), ["--rollout-temperature 0", "above 0"]),
+    ],
+)
 def test_rl(values, rollout, words):
     rl = RLConfig(**{"prompt_data": ["a.jsonl"], "num_steps_per_rollout": 1, **values})
     expect(run(check_rl, rl, RolloutConfig(**rollout), MODEL), words)
@@ -240,47 +271,56 @@ def test_rollout_log_probabilities_of_a_bfloat16_model():
     expect(run(check_rl, rl, RolloutConfig(), dataclasses.replace(MODEL, bf16=True)), ["--bf16"])
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    (dict(reward_workers=0), ["--reward-workers is 0"]),
-    (dict(reward_timeout=0.0), ["--reward-timeout is 0.0"]),
-])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(reward_workers=0), ["--reward-workers is 0"]),
+        (dict(reward_timeout=0.0), ["--reward-timeout is 0.0"]),
+    ],
+)
 def test_reward(values, words):
     expect(run(check_reward, RewardConfig(**values)), words)
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    (dict(eval_interval=5), ["--eval-interval needs --eval-prompt-data"]),
-    (dict(eval_interval=5, eval_prompt_data=["a"]), None),
-    (dict(eval_prompt_data=["a"]), ["--eval-prompt-data needs --eval-interval"]),
-    (dict(eval_prompt_data=[]), ["--eval-prompt-data names no prompt source"]),
-    (dict(eval_interval=0, eval_prompt_data=["a"]), ["--eval-interval is 0"]),
-    (dict(eval_num_prompts=0), ["--eval-num-prompts is 0"]),
-    (dict(n_samples_per_eval_prompt=0), ["--n-samples-per-eval-prompt is 0"]),
-    (dict(eval_max_response_len=0), ["--eval-max-response-len is 0"]),
-    (dict(eval_max_response_len=4000), ["--eval-max-response-len 4000", "5024", "4096"]),
-    (dict(eval_temperature=-1.0), ["--eval-temperature is -1.0"]),
-    (dict(eval_top_k=-1), ["--eval-top-k is -1"]),
-    (dict(eval_top_p=0.0), ["--eval-top-p is 0.0"]),
-    (dict(eval_threshold=1.1), ["--eval-threshold is 1.1"]),
-    (dict(eval_remasking=[]), ["--eval-remasking (empty)"]),
-    (dict(eval_remasking=["static", "static"]), ["--eval-remasking static static", "once"]),
-    (dict(eval_remasking=["static", "dynamic"], eval_interval=5, eval_prompt_data=["a"]), None),
-    (dict(eval_denoising_steps=0), ["--eval-denoising-steps is 0"]),
-    (dict(eval_denoising_steps=5), ["--eval-denoising-steps 5", "4 tokens of a block"]),
-])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(eval_interval=5), ["--eval-interval needs --eval-prompt-data"]),
+        (dict(eval_interval=5, eval_prompt_data=["a"]), None),
+        (dict(eval_prompt_data=["a"]), ["--eval-prompt-data needs --eval-interval"]),
+        (dict(eval_prompt_data=[]), ["--eval-prompt-data names no prompt source"]),
+        (dict(eval_interval=0, eval_prompt_data=["a"]), ["--eval-interval is 0"]),
+        (dict(eval_num_prompts=0), ["--eval-num-prompts is 0"]),
+        (dict(n_samples_per_eval_prompt=0), ["--n-samples-per-eval-prompt is 0"]),
+        (dict(eval_max_response_len=0), ["--eval-max-response-len is 0"]),
+        (dict(eval_max_response_len=4000), ["--eval-max-response-len 4000", "5024", "4096"]),
+        (dict(eval_temperature=-1.0), ["--eval-temperature is -1.0"]),
+        (dict(eval_top_k=-1), ["--eval-top-k is -1"]),
+        (dict(eval_top_p=0.0), ["--eval-top-p is 0.0"]),
+        (dict(eval_threshold=1.1), ["--eval-threshold is 1.1"]),
+        (dict(eval_remasking=[]), ["--eval-remasking (empty)"]),
+        (dict(eval_remasking=["static", "static"]), ["--eval-remasking static static", "once"]),
+        (dict(eval_remasking=["static", "dynamic"], eval_interval=5, eval_prompt_data=["a"]), None),
+        (dict(eval_denoising_steps=0), ["--eval-denoising-steps is 0"]),
+        (dict(eval_denoising_steps=5), ["--eval-denoising-steps 5", "4 tokens of a block"]),
+    ],
+)
 def test_eval(values, words):
     expect(run(check_eval, TrainingEvalConfig(**values), RolloutConfig(), MODEL), words)
 
 
-@pytest.mark.parametrize(("values", "engine", "words"), [
-    (dict(eval_prompt_data=None), {}, ["--eval-prompt-data is not set"]),
-    (dict(eval_prompt_data=[]), {}, ["--eval-prompt-data names no prompt source"]),
-    ({}, dict(max_running_requests=0), ["--max-running-requests is 0"]),
-    ({}, dict(rollout_block_size=-1), ["--rollout-block-size is -1"]),
-    ({}, dict(rollout_max_response_len=4000), ["--rollout-max-response-len 4000", "5024", "4096"]),
-    (dict(eval_max_response_len=16), dict(rollout_max_response_len=4000), None),
-    (dict(eval_denoising_steps=5), {}, ["--eval-denoising-steps 5"]),
-    (dict(eval_denoising_steps=5), dict(rollout_block_size=8), None),
-])
+@pytest.mark.parametrize(
+    ("values", "engine", "words"),
+    [
+        (dict(eval_prompt_data=None), {}, ["--eval-prompt-data is not set"]),
+        (dict(eval_prompt_data=[]), {}, ["--eval-prompt-data names no prompt source"]),
+        ({}, dict(max_running_requests=0), ["--max-running-requests is 0"]),
+        ({}, dict(rollout_block_size=-1), ["--rollout-block-size is -1"]),
+        ({}, dict(rollout_max_response_len=4000), ["--rollout-max-response-len 4000", "5024", "4096"]),
+        (dict(eval_max_response_len=16), dict(rollout_max_response_len=4000), None),
+        (dict(eval_denoising_steps=5), {}, ["--eval-denoising-steps 5"]),
+        (dict(eval_denoising_steps=5), dict(rollout_block_size=8), None),
+    ],
+)
 def test_evaluation_alone(values, engine, words):
     expect(run(check_eval, EvalConfig(**{"eval_prompt_data": ["a"], **values}), EngineConfig(**engine), MODEL), words)

@@ -8,7 +8,8 @@ import pytest
 from megatron_dlm.config.eval import EvalConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt
-from megatron_dlm.evaluation.evaluate import Evaluator, Outcome, summarize, table
+from megatron_dlm.evaluation.evaluate import Evaluator, Outcome, summarize
+from megatron_dlm.evaluation.report import table
 from megatron_dlm.rewards.base import Verdict
 from tests.tiny import Words, disturb, make_session, quiet
 

@@ -1,4 +1,5 @@
 """A judge that does to its worker what the response says. Imported by worker processes."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """Where the answer stands."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """The math judge: right answers in other words are right, and nothing else is."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """Scorers by name, and prompts that name their own verifier."""
+
 from __future__ import annotations
 
 import importlib.util

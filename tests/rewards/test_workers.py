@@ -1,4 +1,5 @@
 """The pool: every item gets a verdict in its place, whatever the others do."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """The two data tools as a user runs them: what they write, and how they end."""
+
 from __future__ import annotations
 
 import subprocess
