@@ -18,6 +18,8 @@ class EngineConfig:
     """Block in which tokens are generated; the attention block size when it is not given."""
     max_running_requests: int = 256
     """Responses that one engine works on at the same time."""
+    max_tokens_per_pass: int = 8192
+    """Most tokens in one pass of the engine; when its responses need more, they take turns."""
     stop_token_ids: list[int] | None = None
     """Token ids that end a response; the tokenizer's end token when they are not given."""
 

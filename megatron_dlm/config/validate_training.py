@@ -100,9 +100,8 @@ def check_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
 
 def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
     """Refuse what no generation can work with."""
-    at_least(
-        engine, 1, "rollout_max_prompt_len", "rollout_max_response_len", "rollout_block_size", "max_running_requests"
-    )
+    at_least(engine, 1, "rollout_max_prompt_len", "rollout_max_response_len", "rollout_block_size")
+    at_least(engine, 1, "max_running_requests", "max_tokens_per_pass")
     if engine.rollout_block_size is None and model.block_size is None:
         raise ConfigError("Generation does not know its block size. Give --block-size or --rollout-block-size.")
 

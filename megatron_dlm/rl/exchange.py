@@ -25,6 +25,7 @@ class Graded:
         correct: the verdict. reward: after the over-long rule.
         length: response tokens. steps: denoising steps. forwards: model passes.
         truncated: it was cut at the limit. overlong: it ended so near the limit that it counts as wrong.
+        judge_failed: its judge crashed or ran out of time, and so it counts as wrong.
         load: its size in a row. num_targets: tokens that would be learned.
     """
 
@@ -39,6 +40,7 @@ class Graded:
     forwards: int
     truncated: bool
     overlong: bool
+    judge_failed: bool
     load: Load
     num_targets: int
 

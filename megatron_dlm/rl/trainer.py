@@ -20,7 +20,7 @@ from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import Load, check_budget
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.parallel.exchange import agreed
-from megatron_dlm.rewards.base import Scorer, Verdict
+from megatron_dlm.rewards.base import CRASH, TIMEOUT, Scorer, Verdict
 from megatron_dlm.rl.advantages import group_advantages, in_band, overlong
 from megatron_dlm.rl.exchange import Graded, gather_graded
 from megatron_dlm.rl.objective import PolicyObjective
@@ -178,6 +178,7 @@ class TraceRLTrainer:
             forwards=trace.num_forwards,
             truncated=trace.finish_reason == "length",
             overlong=too_long,
+            judge_failed=verdict.reason in (CRASH, TIMEOUT),
             load=Load(item.group, item.shared_length, item.own_length),
             num_targets=item.views.num_targets,
         )
@@ -290,6 +291,7 @@ def rollout_metrics(graded: list[Graded]) -> dict[str, float]:
         "rollout/response_len/mean": mean(record.length for record in graded),
         "rollout/truncated_ratio": mean(record.truncated for record in graded),
         "rollout/overlong_ratio": mean(record.overlong for record in graded),
+        "rollout/judge_failed_ratio": mean(record.judge_failed for record in graded),
         "rollout/tokens_per_step": tokens / sum(record.steps for record in graded),
         "rollout/tokens_per_forward": tokens / sum(record.forwards for record in graded),
     }

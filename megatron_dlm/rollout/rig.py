@@ -55,7 +55,9 @@ class RolloutRig:
         model, transfer = _rollout_model(session, state, groups)
         block = rollout.rollout_block_size or session.model.block_size
         longest = -(-(longest_prompt + longest_response) // block) * block
-        engine = Engine(model, session.vocabulary, rollout.max_running_requests, longest)
+        engine = Engine(
+            model, session.vocabulary, rollout.max_running_requests, longest, rollout.max_tokens_per_pass
+        )
         rig = cls(state, engine, groups, transfer, session.model.block_size, (session.tokenizer.eos_id,))
         rig.refit()
         return rig

@@ -172,6 +172,7 @@ def test_sft(values, words):
         (dict(rollout_max_prompt_len=0), ["--rollout-max-prompt-len is 0"]),
         (dict(rollout_max_response_len=0), ["--rollout-max-response-len is 0"]),
         (dict(max_running_requests=0), ["--max-running-requests is 0"]),
+        (dict(max_tokens_per_pass=0), ["--max-tokens-per-pass is 0"]),
         (dict(rollout_temperature=-0.1), ["--rollout-temperature is -0.1"]),
         (dict(rollout_temperature=0.0), None),
         (dict(rollout_top_k=-1), ["--rollout-top-k is -1"]),

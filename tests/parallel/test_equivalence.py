@@ -128,6 +128,8 @@ def rl_rows(state):
                 steps=1,
                 forwards=1,
                 truncated=False,
+                overlong=False,
+                judge_failed=False,
                 load=Load(item.group, item.shared_length, item.own_length),
                 num_targets=item.views.num_targets,
             )

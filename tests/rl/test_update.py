@@ -78,6 +78,7 @@ def graded(traces: list[Trace], settings: UpdateSettings) -> list[Graded]:
                 forwards=1,
                 truncated=False,
                 overlong=False,
+                judge_failed=False,
                 load=Load(item.group, item.shared_length, item.own_length),
                 num_targets=item.views.num_targets,
             )
