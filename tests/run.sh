@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . tools/environment.sh
 use_environment test
+# Small tensors and several processes: more threads would only wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec python -m pytest "$@"
