@@ -37,6 +37,10 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 _pools: dict[int, Pool] = {}
 
+# gloo keeps the polling threads of destroyed groups, some twenty for each case, and thousands of them would stop the
+# machine: workers are replaced before that.
+CASES_PER_POOL = 8
+
 
 class WorkerError(AssertionError):
     """A case failed in a worker; the message holds the worker's traceback."""
@@ -47,6 +51,7 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
+        self.cases_left = CASES_PER_POOL
         key = os.urandom(16)
         with Listener(("127.0.0.1", 0), backlog=world_size, authkey=key) as listener:
             _nursery().fork(
@@ -79,8 +84,10 @@ class Pool:
                 results.append(value)
             else:
                 failures.append(f"rank {rank}: {value}")
-        if failures:
+        self.cases_left -= 1
+        if failures or not self.cases_left:
             self.close()
+        if failures:
             raise WorkerError("\n".join([f"{case.__qualname__} on {self.world_size} processes", *failures]))
         return results
 
