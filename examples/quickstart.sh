@@ -31,7 +31,7 @@ use_environment plot
 # Threads that wait for each other sleep instead of spinning: a busy laptop would otherwise slow down many times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
-SFT_STEPS=${SFT_STEPS:-500} RL_STEPS=${RL_STEPS:-40} SLIPS=${SLIPS:-0.35}
+SFT_STEPS=${SFT_STEPS:-500} RL_STEPS=${RL_STEPS:-30} SLIPS=${SLIPS:-0.35}
 MODEL=(--model-preset tiny --init-method-std 0.08 --tokenizer-model "$OUTPUT/data/tokenizer" --seed "$SEED")
 SFT=(--data-path "$OUTPUT/data/sft.jsonl" --global-batch-size 128 --lr 2e-3 --adam-beta2 0.99 --max-tokens-per-row 4608)
 RESPONSE=(--rollout-max-response-len "${MAX_RESPONSE:-20}")
