@@ -12,14 +12,14 @@ EXTRAS = {
     "wandb": ["wandb"],
     "reasoning-gym": ["reasoning-gym"],
     "sentencepiece": ["sentencepiece"],
-    "plot": ["matplotlib"],
+    "tensorboard": ["tensorboard"],
     "transformer-engine": ["transformer-engine[pytorch]"],
     "flashinfer": ["flashinfer-python"],
     "dali": ["nvidia-dali-cuda120"],
     # Not here: NVIDIA Apex (the apex on PyPI is another package; build NVIDIA's from source) and SGLang (it pins its
     # own torch: own environment).
 }
-EXTRAS["test"] = ["pytest", *EXTRAS["wandb"], *EXTRAS["reasoning-gym"], *EXTRAS["plot"]]
+EXTRAS["test"] = ["pytest", *EXTRAS["wandb"], *EXTRAS["tensorboard"], *EXTRAS["reasoning-gym"]]
 
 setup(
     name="megatron-dlm",
@@ -37,6 +37,7 @@ setup(
         "numpy",
         "pyyaml",
         "tqdm",
+        "matplotlib",  # every training run draws its curves
         "transformers>=4.51",
         "math-verify",
     ],

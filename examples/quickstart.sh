@@ -27,13 +27,13 @@ fi
 mkdir -p "$OUTPUT" && touch "$OUTPUT/.quickstart"
 
 . tools/environment.sh
-use_environment plot
+use_environment
 # Threads that wait for each other sleep instead of spinning: a busy laptop would otherwise slow down many times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 SFT_STEPS=${SFT_STEPS:-500} RL_STEPS=${RL_STEPS:-30} SLIPS=${SLIPS:-0.35}
-MODEL=(--model-preset tiny --init-method-std 0.08 --tokenizer-model "$OUTPUT/data/tokenizer" --seed "$SEED")
-SFT=(--data-path "$OUTPUT/data/sft.jsonl" --global-batch-size 128 --lr 2e-3 --adam-beta2 0.99 --max-tokens-per-row 4608)
+MODEL=(--model-preset tiny --init-method-std 0.08 --tokenizer-model "$OUTPUT/data/tokenizer") # kept in the checkpoint
+SFT=(--seed "$SEED" --data-path "$OUTPUT/data/sft.jsonl" --global-batch-size 128 --lr 2e-3 --adam-beta2 0.99 --max-tokens-per-row 4608)
 RESPONSE=(--rollout-max-response-len "${MAX_RESPONSE:-20}")
 EVAL=(--eval-prompt-data "$OUTPUT/data/heldout.jsonl" --eval-temperature 1.0 --eval-remasking dynamic static)
 
@@ -44,19 +44,19 @@ python -m megatron_dlm sft "${MODEL[@]}" "${SFT[@]}" --train-iters "$SFT_STEPS" 
     --save "$OUTPUT/sft" --metrics-jsonl "$OUTPUT/sft.jsonl"
 
 echo; echo "== 2. TraceRL from there, $RL_STEPS steps"
-python -m megatron_dlm tracerl "${MODEL[@]}" "${RESPONSE[@]}" --load "$OUTPUT/sft" --finetune \
+python -m megatron_dlm tracerl --seed "$SEED" "${RESPONSE[@]}" --load "$OUTPUT/sft" --finetune \
     --prompt-data "$OUTPUT/data/prompts.jsonl" --num-rollout "$RL_STEPS" --rollout-batch-size 64 --n-samples-per-prompt 16 \
     --num-steps-per-rollout 4 --use-rollout-logprobs --max-tokens-per-row 4608 --lr 1e-4 --log-interval 1 \
     --save "$OUTPUT/tracerl" --metrics-jsonl "$OUTPUT/tracerl.jsonl"
 
 echo; echo "== 3. For comparison: more supervised fine-tuning, for the seconds that TraceRL took"
 MINUTES=$(python tools/quickstart_report.py minutes "$OUTPUT")
-python -m megatron_dlm sft "${MODEL[@]}" "${SFT[@]}" --train-iters 1000000 --exit-duration-in-mins "$MINUTES" --log-interval 100 \
+python -m megatron_dlm sft "${SFT[@]}" --train-iters 1000000 --exit-duration-in-mins "$MINUTES" --log-interval 100 \
     --load "$OUTPUT/sft" --save "$OUTPUT/sft-continued"
 
 echo; echo "== 4. Before and after, on held-out problems"
 for stage in sft sft-continued tracerl; do
-    python -m megatron_dlm evaluate "${MODEL[@]}" "${RESPONSE[@]}" "${EVAL[@]}" --load "$OUTPUT/$stage" \
+    python -m megatron_dlm evaluate --seed "$SEED" "${RESPONSE[@]}" "${EVAL[@]}" --load "$OUTPUT/$stage" \
         --metrics-jsonl "$OUTPUT/eval-$stage.jsonl" >/dev/null
 done
 python tools/quickstart_report.py report "$OUTPUT"

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import signal
 import sys
 import time
 
-from megatron_dlm.config.errors import ConfigError, UserError
+from megatron_dlm.config.errors import ConfigError, Interrupted, ResourceError, UserError
 from megatron_dlm.config.fields import suggest
 
 COMMANDS = {
     "sft": "supervised fine-tuning on prompts and responses",
     "tracerl": "trajectory-aware reinforcement learning on prompts with verifiable answers",
     "evaluate": "accuracy, length and speed on held-out prompts",
+    "generate": "responses to the prompts of a file, with token ids, step maps and log-probabilities",
+    "score": "log-probabilities of given responses under the training model",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_MEMORY = ("OutOfMemoryError", "can't allocate memory")  # torch's, on a device and on the host
 SECONDS_FOR_RANK_0 = 5.0  # a launcher ends all ranks soon after the first has left
 
 
@@ -44,17 +50,57 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         _tell(error)
         return 2
+    except Interrupted as stop:
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            print("\nInterrupted. What was saved can be resumed with --load.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        shortage = _shortage(error)
+        if shortage is None:
+            raise
+        _tell(shortage)
+        return 2
     return 0
+
+
+def _shortage(error: BaseException) -> ResourceError | None:
+    """What an error says about the machine, when that has run out of something; the libraries wrap it in others."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        error = pending.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in FULL:
+            what = f" to write {error.filename}" if error.filename else ""
+            return ResourceError(f"No room is left{what} ({error.strerror}). Make room, and go on from what was saved.")
+        if isinstance(error, MemoryError) or any(words in f"{type(error).__name__} {error}" for words in NO_MEMORY):
+            reason = " ".join(str(error).split())[-200:] or "no more is known"
+            return ResourceError(
+                f"There is not enough memory (...{reason}). Use a smaller model or shorter rows, or more processes."
+            )
+        pending += [error.__cause__, error.__context__]
+        pending += [failure[0] for failure in getattr(error, "failures", {}).values()]  # of torch's checkpoints
+    return None
+
+
+def _rank() -> int:
+    given = os.environ.get("RANK", "")
+    return int(given) if given.isdecimal() else 0
 
 
 def _tell(error: UserError) -> None:
     """One sentence, once per job: rank 0 speaks. What only another rank has found it says itself, unless the launcher
     ends it first."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     if rank:
         time.sleep(SECONDS_FOR_RANK_0)
     sys.stdout.flush()
-    print(f"{type(error).__name__}: {error}{f' (rank {rank})' if rank else ''}", file=sys.stderr)
+    message = " ".join(str(error).split("\n"))  # a value may hold a line break
+    print(f"{type(error).__name__}: {message}{f' (rank {rank})' if rank else ''}", file=sys.stderr)
 
 
 if __name__ == "__main__":

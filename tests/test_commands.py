@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from megatron_dlm.config import yaml_file
 from megatron_dlm.data.train_tokenizer import train_tokenizer
+from tests.training.test_sinks import events
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = (
@@ -93,6 +95,7 @@ def test_sft_learns_logs_and_saves(trained) -> None:
     assert "iteration       20/      60" in result.stdout and "lm loss" in result.stdout
     assert (data / "ckpt" / "latest_checkpointed_iteration.txt").read_text().strip() == "60"
     assert (data / "ckpt" / "iter_0000060").is_dir()
+    assert imread(data / "ckpt" / "curves.png").std() > 0 and f"Curves: {data / 'ckpt' / 'curves.png'}" in result.stdout
     assert yaml_file.load(data / "ckpt" / "config.yaml")["sft"]["train_iters"] == 60
     assert "100 samples (left out: 0 longer than 2048 tokens)" in result.stdout
 
@@ -120,6 +123,8 @@ def test_a_finished_run_has_nothing_left_to_do(trained) -> None:
         (["sft", "--save", "/dev/null/x"], "--save /dev/null/x cannot be written to"),
         (["sft", "--wandb-project", "p", "--wandb-save-dir", "/dev/null/x"], "--wandb-save-dir /dev/null/x cannot be"),
         (["sft", "--wandb-project", "p"], "Run wandb login, or set WANDB_MODE=offline."),
+        (["sft", "--tensorboard-dir", "/dev/null/x"], "--tensorboard-dir /dev/null/x cannot be written to"),
+        (["evaluate", "--load", "{data}/ckpt", "--save-eval-samples", "/dev/null/x"], "--save-eval-samples /dev/null/x"),
         (["tracerl", "--save-debug-rollout-data", "/dev/null/x"], "--save-debug-rollout-data /dev/null/x cannot be"),
     ],
 )
@@ -159,6 +164,8 @@ def test_evaluate_prints_a_table(trained) -> None:
         32,
         "--metrics-jsonl",
         data / "eval.jsonl",
+        "--save-eval-samples",
+        data / "eval-samples.jsonl",
         "--reward-workers",
         1,
     )
@@ -168,6 +175,11 @@ def test_evaluate_prints_a_table(trained) -> None:
         assert record[f"eval/{way}/responses"] == 20 and 0 <= record[f"eval/{way}/accuracy"] <= 1
     shown = [line.split() for line in result.stdout.splitlines() if line.startswith("ckpt")]
     assert [row[1] for row in shown] == ["dynamic", "static"]
+    samples = lines(data / "eval-samples.jsonl")
+    assert [line["unmasking"] for line in samples] == ["dynamic"] * 20 + ["static"] * 20
+    assert {line["step"] for line in samples} == {60} and samples[0]["question"] == "0+0="
+    assert sum(line["correct"] for line in samples[:20]) == pytest.approx(20 * record["eval/dynamic/accuracy"])
+    assert not (data / "eval.png").exists()
     assert float(shown[0][2].rstrip("%")) == pytest.approx(100 * record["eval/dynamic/accuracy"], abs=0.051)
 
 
@@ -198,8 +210,8 @@ def test_tracerl_runs_and_resumes(trained) -> None:
         1e-4,
         "--save",
         data / "rl",
-        "--metrics-jsonl",
-        data / "rl.jsonl",
+        "--tensorboard-dir",
+        data / "events",
         "--reward-workers",
         1,
     ]
@@ -223,7 +235,8 @@ def test_tracerl_runs_and_resumes(trained) -> None:
         data / "wandb",
         WANDB_MODE="offline",
     )
-    records = {record["step"]: record for record in lines(data / "rl.jsonl") if "rollout/reward" in record}
+    metrics = data / "rl" / "metrics.jsonl"
+    records = {record["step"]: record for record in lines(metrics) if "rollout/reward" in record}
     assert sorted(records) == [1, 2]
     learned = [record for record in records.values() if record["rollout/learned_ratio"] > 0]
     assert learned, "no group had right and wrong answers"
@@ -232,10 +245,13 @@ def test_tracerl_runs_and_resumes(trained) -> None:
         assert 0 <= record["rollout/reward"] <= record["rollout/raw_reward"] <= 1
     for record in learned:
         assert record["train/train_rollout_logprob_abs_diff"] < 1e-4 and record["train/updates"] == 2
-    assert any("eval/dynamic/accuracy" in record for record in lines(data / "rl.jsonl"))
+    assert any("eval/dynamic/accuracy" in record for record in lines(metrics))
     assert list((data / "wandb").glob("wandb/offline-run-*/*.wandb"))
     command("tracerl", *flags, "--num-rollout", 3, "--load", data / "rl")
-    assert [record["step"] for record in lines(data / "rl.jsonl") if "rollout/reward" in record] == [1, 2, 3]
+    assert [record["step"] for record in lines(metrics) if "rollout/reward" in record] == [1, 2, 3]
+    assert [event.step for event in events(data / "events").Scalars("rollout/reward")] == [1, 2, 3]
+    assert [line["step"] for line in lines(data / "rl" / "samples.jsonl")] == [1] * 4 + [2] * 4 + [3] * 4
+    assert imread(data / "rl" / "curves.png").std() > 0
     assert (data / "rl" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
 
 

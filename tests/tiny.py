@@ -153,6 +153,9 @@ class Words:
 
     vocab_size, mask_id, pad_id, eos_id = PAD_ID + 1, MASK_ID, PAD_ID, EOS_ID
 
+    def save(self, folder) -> None:
+        folder.mkdir()
+
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
 

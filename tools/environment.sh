@@ -1,9 +1,9 @@
 # Sourced by scripts that a newcomer starts: a Python environment with this package in it.
-#   use_environment EXTRA[,EXTRA...]    extras of setup.py
+#   use_environment [EXTRA,...]    extras of setup.py
 # An active virtual environment is used as it is; otherwise .venv is made in the repository. Nothing is installed twice.
 
 use_environment() {
-    local extras=$1 root python stamp
+    local extras=${1:-} root python stamp
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         for python in "${PYTHON:-}" python3.13 python3.12 python3.11 python3; do
@@ -17,11 +17,11 @@ use_environment() {
         # shellcheck disable=SC1091
         . "$root/.venv/bin/activate"
     fi
-    stamp="$VIRTUAL_ENV/.megatron-dlm-$extras-$(cksum <"$root/setup.py" | cut -d' ' -f1)"
+    stamp="$VIRTUAL_ENV/.megatron-dlm-${extras:-base}-$(cksum <"$root/setup.py" | cut -d' ' -f1)"
     [ -e "$stamp" ] && return 0
-    echo "Installing megatron_dlm[$extras] into $VIRTUAL_ENV ..."
+    echo "Installing megatron_dlm${extras:+[$extras]} into $VIRTUAL_ENV ..."
     # torch first and pinned: the newest torch may be a build with gigabytes of CUDA libraries.
     python -c 'import torch' 2>/dev/null || python -m pip install --quiet --disable-pip-version-check torch==2.13.0 || return 2
-    python -m pip install --quiet --disable-pip-version-check --editable "$root[$extras]" || return 2
+    python -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}" || return 2
     touch "$stamp"
 }

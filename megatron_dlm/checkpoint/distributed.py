@@ -1,6 +1,6 @@
 """Distributed checkpoints of a TrainState: written in parallel, readable under any other layout.
 
-    DIR/iter_0000010/                          model, optimizer, schedule, and the caller's `extra`
+    DIR/iter_0000010/                          model, optimizer, schedule, the caller's `extra` and files
     DIR/latest_checkpointed_iteration.txt      "10"
 
 A checkpoint is written beside its place, moved there when it is whole, and named in the text file last. One of the same
@@ -23,9 +23,11 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm import platform
 from megatron_dlm.checkpoint import optimizer_state
-from megatron_dlm.config.errors import CheckpointError
+from megatron_dlm.config.errors import CheckpointError, ResourceError
 from megatron_dlm.parallel.exchange import broadcast_object
 from megatron_dlm.training.state import TrainState
 
@@ -64,31 +66,48 @@ def iteration_folder(directory: str | Path, iteration: int) -> Path:
 
 def latest_iteration(directory: str | Path) -> int | None:
     """The iteration of the newest whole checkpoint in a folder, or None if there is none (or no folder)."""
+    path = Path(directory) / LATEST
     try:
-        return int((Path(directory) / LATEST).read_text(encoding="ascii"))
+        iteration = int(path.read_text(encoding="ascii"))
+        if iteration < 0:
+            raise ValueError(iteration)
+        return iteration
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise CheckpointError(
-            f"{Path(directory) / LATEST} does not hold an iteration number; it was not written by a finished save."
+            f"{path} does not hold an iteration number, so no finished save of this package wrote it. Write the number "
+            "of a checkpoint in that folder into it, or choose one with --ckpt-step."
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}). Check the folder.") from error
 
 
 def save(
-    state: TrainState, directory: str | Path, iteration: int, extra: dict[str, Any], with_optimizer: bool = True
+    state: TrainState,
+    directory: str | Path,
+    iteration: int,
+    extra: dict[str, Any],
+    with_optimizer: bool = True,
+    add_files: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint. Collective.
 
     Args:
         extra: what else the caller wants back; anything that JSON can hold. Rank 0's is stored.
+        add_files: called on rank 0 with the checkpoint's folder before that is put in its place; writes further files.
 
+    Raises:
+        ResourceError: it cannot be written. Earlier checkpoints are as they were.
     """
     state.gather_parameters()
     optimizer_kind = optimizer_state.kind(state.optimizer) if with_optimizer and state.optimizer is not None else None
     final = iteration_folder(directory, iteration)
     partial = final.with_name(f".{final.name}.partial")
     if state.groups.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for kind in ("partial", "deleted"):  # left over from saves that died; one run at a time writes here
+            for leftover in Path(directory).glob(f".iter_*.{kind}"):
+                shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     content = _model_content(state)
@@ -99,13 +118,71 @@ def save(
     content["run"] = json.dumps(
         {"iteration": iteration, "updates": state.iteration, "optimizer": optimizer_kind, "extra": extra}
     )
-    with platform.cuda_calls_on_cpu():
-        dist_checkpointing.save(content, str(partial))
+    with platform.cuda_calls_on_cpu(), _sigterm_held_back():
+        with _writing(final):
+            dist_checkpointing.save(content, str(partial))
     dist.barrier()
     if state.groups.is_main:
+        if add_files is not None:
+            add_files(partial)
         _put_in_place(partial, final)
         _name_as_latest(Path(directory), iteration)
     dist.barrier()
+
+
+def find(directory: str | Path, iteration: int | None = None) -> Path:
+    """The folder of a checkpoint: of this iteration, or of the newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"There is no checkpoint folder {directory}. Give --load a folder that a run wrote with --save."
+        )
+    if iteration is None:
+        iteration = latest_iteration(directory)
+    if iteration is None:
+        raise CheckpointError(
+            f"{directory} holds no finished checkpoint ({LATEST} is missing). Give --load a folder that a run wrote "
+            "with --save."
+        )
+    folder = iteration_folder(directory, iteration)
+    if not _is_distributed(folder):
+        raise CheckpointError(
+            f"{folder} is missing or not a whole checkpoint. Choose another iteration of {directory} with --ckpt-step."
+        )
+    return folder
+
+
+def _is_distributed(folder: Path) -> bool:
+    try:
+        return dist_checkpointing.check_is_distributed_checkpoint(str(folder))
+    except (*DAMAGE, TypeError):  # its metadata.json is no JSON, or not what megatron-core wrote there
+        return False
+
+
+def read_extra(folder: Path) -> dict[str, Any]:
+    """What the caller of `save` stored beside the weights of a checkpoint. Reads no tensor; not collective."""
+    return _read_run(folder)["extra"]
+
+
+def keep_newest(directory: str | Path, current: int, count: int) -> list[int]:
+    """Delete all but the `count` newest checkpoints up to iteration `current`, which always stays; returns what went.
+
+    Later iterations stay too: a run that was started again from an earlier one has not reached them yet.
+    """
+    found = sorted(int(entry.name[5:]) for entry in Path(directory).glob("iter_*") if entry.name[5:].isdigit())
+    old = [iteration for iteration in found if iteration < current]
+    old = old[: max(0, len(old) - (count - 1))]
+    for iteration in old:
+        folder = iteration_folder(directory, iteration)
+        doomed = folder.with_name(f".{folder.name}.deleted")  # so that a half deleted one is not taken for a whole one
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return old
 
 
 def load(
@@ -178,33 +255,13 @@ def _find(state: TrainState, directory: str | Path, iteration: int | None) -> Pa
     answer: Path | CheckpointError | None = None
     if state.groups.is_main:
         try:
-            answer = _find_here(Path(directory), iteration)
+            answer = find(directory, iteration)
         except CheckpointError as error:
             answer = error
     answer = broadcast_object(answer, src=0)
     if isinstance(answer, CheckpointError):
         raise answer
     return answer
-
-
-def _find_here(directory: Path, iteration: int | None) -> Path:
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"There is no checkpoint folder {directory}. Give --load a folder that a run wrote with --save."
-        )
-    if iteration is None:
-        iteration = latest_iteration(directory)
-    if iteration is None:
-        raise CheckpointError(
-            f"{directory} holds no finished checkpoint ({LATEST} is missing). Give --load a folder that a run wrote "
-            "with --save."
-        )
-    folder = iteration_folder(directory, iteration)
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise CheckpointError(
-            f"{folder} is missing or not a whole checkpoint. Choose another iteration of {directory}."
-        )
-    return folder
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -220,6 +277,17 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        raise ResourceError(
+            f"The checkpoint {folder} could not be written ({_reason(error)}); the disk may be full. Make room, and go "
+            "on from the last checkpoint that was saved."
+        ) from error
+
+
+@contextmanager
 def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
@@ -232,6 +300,8 @@ def _reading(folder: Path) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """What the libraries said, short enough for a sentence."""
+    if isinstance(error, CheckpointException) and error.failures:  # says only that some rank failed
+        error = next(iter(error.failures.values()))[0]
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:120]}".rstrip(" :.")
 
@@ -269,6 +339,19 @@ def _check_optimizer(stored: str | None, wanted: str, folder: Path) -> None:
             f"The checkpoint {folder} was written by the optimizer '{stored}', and this run uses '{wanted}'. Use the "
             "same, or --no-load-optim."
         )
+
+
+@contextmanager
+def _sigterm_held_back() -> Iterator[None]:
+    """Let SIGTERM wait. A scheduler sends it to the whole job, and the processes that megatron-core writes with inherit
+    this; without it they would die in the middle of a save, or before the next one.
+    """
+    resource_tracker.ensure_running()  # when multiprocessing starts it, it ends such a hold
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _put_in_place(partial: Path, final: Path) -> None:

@@ -16,7 +16,10 @@ from megatron_dlm.config.overrides import FLAG, of_the_function
 
 # how the weights were first drawn, kept or padded does not matter once they are there; a preset stands for the sizes
 # that are compared
-_MAY_DIFFER = ("model_preset", "init_method_std", "bf16", "make_vocab_size_divisible_by", "transformer_overrides")
+_MAY_DIFFER = (
+    *("model_preset", "init_method_std", "make_vocab_size_divisible_by", "bf16", "fp64"),
+    "transformer_overrides",  # compared below
+)
 
 
 def check_stage(saved: dict[str, Any], stage: str, directory: str) -> None:
@@ -56,4 +59,5 @@ def check_same_model(saved: dict[str, Any], model: ModelConfig, directory: str, 
 def _sentence(flag: str, stored: object, wanted: object, directory: str) -> str:
     grow = ", or --finetune to go on with another block size" if flag == "--block-size" else ""
     shown = [("unset" if value is None else str(value)) for value in (stored, wanted)]
-    return f"The model in --load {directory} has {flag} {shown[0]}, and this one {shown[1]}. Use {shown[0]}{grow}."
+    advice = f"Use {shown[0]}{grow}" if stored is not None else "Leave it out"
+    return f"The model in --load {directory} has {flag} {shown[0]}, and this one {shown[1]}. {advice}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging as python_logging
 import os
 import tempfile
@@ -15,23 +16,59 @@ from typing import Any, TypeVar
 from megatron_dlm import platform
 from megatron_dlm.config import yaml_file
 from megatron_dlm.config.checkpoint import CheckpointConfig, LoadConfig
-from megatron_dlm.config.errors import ConfigError, UserError
+from megatron_dlm.config.errors import ConfigError, Interrupted, UserError
 from megatron_dlm.config.eval import EvalConfig
 from megatron_dlm.config.log import ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.rollout import EngineConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
+from megatron_dlm.config.validate import check_launch
+from megatron_dlm.data.jsonl import write_jsonl
 
 T = TypeVar("T")
+
+TOKENIZER = "tokenizer"  # folder within a checkpoint
+SETTINGS = "config.yaml"  # file within --save
+_OF_THIS_RUN = ("model_preset", "init_method_std", "bf16", "fp64")  # say nothing about the weights that are stored
 
 
 def prepare_process() -> None:
     """Before anything imports megatron-core: the device, and no chatter of libraries about optional parts of theirs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
-    for name in ("megatron", "transformers"):
+    for name in ("megatron", "transformers", "matplotlib", "tensorboard"):
         python_logging.getLogger(name).setLevel(python_logging.ERROR)
+    writer = "megatron.core.dist_checkpointing"  # it logs what it then raises
+    python_logging.getLogger(writer).setLevel(python_logging.CRITICAL)
+    check_launch(os.environ)
     platform.install()
+
+
+def complete(config: dict[str, Any]) -> None:
+    """Take what the user did not say about model and tokenizer from the checkpoint of --load, if there is one.
+
+    A size that is given, by itself or through a preset, stays; whether it fits the weights is asked later (`restore`).
+
+    Raises:
+        CheckpointError: --load names no readable checkpoint.
+    """
+    checkpoint, model, words = (config[name] for name in ("checkpoint", "model", "tokenizer"))
+    if checkpoint.load is None:
+        return
+    from megatron_dlm.checkpoint import distributed
+
+    folder = distributed.find(checkpoint.load, checkpoint.ckpt_step)
+    stored = distributed.read_extra(folder).get("model", {})
+    for field in dataclasses.fields(ModelConfig):
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        if field.name == "moe_ffn_hidden_size" and stored.get("num_experts") is None:
+            continue  # repeats the width of a dense model
+        if field.name not in stored or field.name in _OF_THIS_RUN or getattr(model, field.name) != default:
+            continue
+        if default is not None or model.model_preset is None:
+            setattr(model, field.name, stored[field.name])
+    if words.tokenizer_model is None and (folder / TOKENIZER).is_dir():
+        words.tokenizer_model = str(folder / TOKENIZER)
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -56,8 +93,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def open_outputs(config: dict[str, Any], is_main: bool) -> None:
-    """Make sure, before anything is built, that all places can be written to; and leave the settings in --save.
-    Collective.
+    """Make sure, before anything is built, that all places can be written to. Collective.
 
     Raises:
         ConfigError: one of them cannot.
@@ -66,32 +102,69 @@ def open_outputs(config: dict[str, Any], is_main: bool) -> None:
 
 
 def _open_outputs(config: dict[str, Any]) -> None:
-    folders = [("checkpoint", "save"), ("logging", "wandb_save_dir"), ("rl", "save_debug_rollout_data")]
-    for section, name in [*folders, ("logging", "metrics_jsonl")]:
+    folders = [("checkpoint", "save"), ("rl", "save_debug_rollout_data")]
+    folders += [("logging", "wandb_save_dir"), ("logging", "tensorboard_dir")]
+    written_whole = [("generate", "output"), ("score", "output")]  # appear at the end: what is there stays until then
+    for section, name in [*folders, ("logging", "metrics_jsonl"), ("eval", "save_eval_samples"), *written_whole]:
         given = getattr(config.get(section), name, None)
         if given is None:
             continue
         try:
-            folder = Path(given) if (section, name) in folders else Path(given).parent
+            folder = Path(given) if (section, name) in folders else Path(os.path.realpath(given)).parent
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b"probe")
-            if folder != Path(given):
+            if (section, name) in written_whole:
+                if Path(given).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            elif (section, name) not in folders:
                 open(given, "a", encoding="utf-8").close()
-            if name == "save":
-                yaml_file.dump(config, folder / "config.yaml")
+            if name == "save" and (folder / SETTINGS).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{SETTINGS} in it is a folder")
         except OSError as error:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} {given} cannot be written to ({error.strerror}). Give a place where this user may write."
-            ) from None
+            raise _cannot_write("--" + name.replace("_", "-"), given, error) from None
+
+
+def keep_settings(config: dict[str, Any], is_main: bool) -> None:
+    """Leave the settings in --save. Called when a run is about to begin: one that never does must not overwrite those of
+    an earlier one.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    folder = config["checkpoint"].save
+    if folder is None or not is_main:
+        return
+    try:
+        yaml_file.dump(config, Path(folder) / SETTINGS)
+    except OSError as error:
+        raise _cannot_write("--save", folder, error) from None
+
+
+def _cannot_write(flag: str, given: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{flag} {given} cannot be written to ({error.strerror}). Give a place where this user may write."
+    )
+
+
+def write_output(path: str, records: list[dict]) -> None:
+    """Write --output. Only rank 0 calls it.
+
+    Raises:
+        ConfigError: it cannot be written, because the disk is full, for example.
+    """
+    try:
+        write_jsonl(path, records)
+    except OSError as error:
+        raise _cannot_write("--output", path, error) from None
 
 
 def open_report(logging: ReportConfig, is_main: bool, config: dict[str, Any]):
     """The run's `Report`, before any model is built. Collective; use it as a context manager."""
     from megatron_dlm.training.report import Report
 
-    return together(lambda: Report(logging, is_main, settings_of(config)))
+    folder = getattr(config.get("checkpoint"), "save", None)
+    return together(lambda: Report(logging, is_main, settings_of(config), folder))
 
 
 def read_prompts(sources: list[str], session, words: TokenizerConfig, longest: int) -> tuple[list, str]:
@@ -107,12 +180,13 @@ def read_prompts(sources: list[str], session, words: TokenizerConfig, longest: i
     )
 
 
-def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None) -> dict:
+def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None, any_block_size: bool = False) -> dict:
     """Load what --load names, if anything.
 
     Args:
         model: resolved; the one that wrote the checkpoint must be the same.
         stage: what is resumed; None where only the weights are wanted.
+        any_block_size: whether the weights are used with the block size of this run, whatever theirs was.
 
     Returns:
         What was saved beside the weights; empty after a fresh start or with --finetune.
@@ -126,10 +200,10 @@ def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None
     def check(saved: dict[str, Any]) -> None:
         if stage is not None and not finetune:
             fit.check_stage(saved, stage, checkpoint.load)
-        fit.check_same_model(saved, model, checkpoint.load, finetune)
+        fit.check_same_model(saved, model, checkpoint.load, finetune or any_block_size)
 
     resume = state.optimizer is not None and not (finetune or checkpoint.no_load_optim)
-    extra = distributed.load(state, checkpoint.load, with_optimizer=resume, check=check)
+    extra = distributed.load(state, checkpoint.load, checkpoint.ckpt_step, with_optimizer=resume, check=check)
     if finetune:
         state.iteration = 0
         return {}
@@ -154,17 +228,17 @@ def nothing_left(report, done: int, wanted: int) -> bool:
 
 
 def checkpointer(
+    session,
     state,
     checkpoint: CheckpointConfig,
-    model: ModelConfig,
     stage: str,
     progress: Callable[[], dict],
     say: Callable[[str], None],
 ) -> Callable[[int, bool], None]:
     """save(step, force): writes a checkpoint when --save-interval says so, always with `force`, never the same step
-    twice.
+    twice; and deletes those that --keep-last-n leaves over.
 
-    Stage and model are stored beside the weights, with what `progress` returns.
+    Stage and model are stored beside the weights, with what `progress` returns; so is the tokenizer.
     """
     from megatron_dlm.checkpoint import distributed
 
@@ -174,10 +248,19 @@ def checkpointer(
         due = force or (checkpoint.save_interval is not None and step % checkpoint.save_interval == 0)
         if checkpoint.save is None or not due or step in written:
             return
-        extra = {"stage": stage, "model": dataclasses.asdict(model), **progress()}
-        distributed.save(state, checkpoint.save, step, extra, with_optimizer=not checkpoint.no_save_optim)
+        extra = {"stage": stage, "model": dataclasses.asdict(session.model), **progress()}
+        distributed.save(
+            state,
+            checkpoint.save,
+            step,
+            extra,
+            with_optimizer=not checkpoint.no_save_optim,
+            add_files=lambda folder: session.tokenizer.save(folder / TOKENIZER),
+        )
         written.append(step)
         say(f"Saved iteration {step} to {checkpoint.save}")
+        if checkpoint.keep_last_n is not None and session.groups.is_main:
+            distributed.keep_newest(checkpoint.save, step, checkpoint.keep_last_n)
 
     return save
 
@@ -190,5 +273,9 @@ def running() -> Iterator[None]:
     """
     from megatron_dlm.parallel import groups
 
-    yield
+    try:
+        yield
+    except Interrupted:  # an end on which all ranks have agreed
+        groups.destroy()
+        raise
     groups.destroy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_dlm.commands.common import (
+    complete,
     longest_prompt,
     longest_response,
     open_outputs,
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
     check_tokenizer(words)
     check_reward(reward)
     prepare_process()
+    complete(config)
     from megatron_dlm.evaluation.evaluate import Evaluator
     from megatron_dlm.evaluation.report import table
     from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> None:
             )
             with make_scorer(reward.reward, reward.reward_workers, reward.reward_timeout) as scorer:
                 evaluator = Evaluator(rig, scorer, session.tokenizer, prompts, evaluation, rollout, config["run"].seed)
-                metrics = evaluator(report)
+                metrics = evaluator(report, state.iteration)
             report.record(state.iteration, metrics)
             name = config["checkpoint"].load.rstrip("/").split("/")[-1]
             report.say(table([(name, metrics)], evaluation.eval_remasking))

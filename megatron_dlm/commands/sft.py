@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megatron_dlm.commands.common import (
     checkpointer,
+    complete,
+    keep_settings,
     nothing_left,
     open_outputs,
     open_report,
@@ -17,6 +19,7 @@ from megatron_dlm.config.validate_training import (
     check_checkpoint,
     check_logging,
     check_optimizer,
+    check_run,
     check_sft,
     check_tokenizer,
 )
@@ -30,10 +33,13 @@ def main(argv: list[str]) -> None:
     check_optimizer(config["optimizer"], sft.train_iters)
     check_checkpoint(config["checkpoint"])
     check_logging(config["logging"])
+    check_run(run)
     check_tokenizer(words)
     prepare_process()
+    complete(config)
     from megatron_dlm.data.sft_data import load_sft
-    from megatron_dlm.sft.trainer import SFTTrainer
+    from megatron_dlm.sft.trainer import STAGE, SFTTrainer
+    from megatron_dlm.training.pace import Pace
     from megatron_dlm.training.setup import Session
 
     with running():
@@ -49,16 +55,10 @@ def main(argv: list[str]) -> None:
             report.say(
                 f"{len(samples)} samples (left out: {dropped} longer than {longest} tokens); {session.describe(state)}"
             )
-            restored = restore(state, config["checkpoint"], session.model, "sft")
+            restored = restore(state, config["checkpoint"], session.model, STAGE)
             if nothing_left(report, state.iteration, sft.train_iters):
                 return
-            trainer = SFTTrainer(session, state, samples, sft, run.seed, restored.get("consumed_samples", 0))
-            save = checkpointer(
-                state,
-                config["checkpoint"],
-                session.model,
-                "sft",
-                lambda: {"consumed_samples": trainer.consumed},
-                report.say,
-            )
-            trainer.run(report, config["logging"], save)
+            trainer = SFTTrainer(session, state, samples, sft, run.seed, restored)
+            keep_settings(config, session.groups.is_main)
+            save = checkpointer(session, state, config["checkpoint"], STAGE, trainer.progress, report.say)
+            trainer.run(report, config["logging"], Pace(run, save, report.say))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megatron_dlm.commands.common import (
     checkpointer,
+    complete,
+    keep_settings,
     longest_prompt,
     longest_response,
     nothing_left,
@@ -26,6 +28,7 @@ from megatron_dlm.config.validate_training import (
     check_reward,
     check_rl,
     check_rollout,
+    check_run,
     check_stop_tokens,
     check_tokenizer,
 )
@@ -52,13 +55,16 @@ def main(argv: list[str]) -> None:
     check_optimizer(config["optimizer"])
     check_checkpoint(config["checkpoint"])
     check_logging(config["logging"])
+    check_run(run)
     check_tokenizer(words)
     check_reward(reward)
     prepare_process()
+    complete(config)
     from megatron_dlm.evaluation.evaluate import Evaluator
     from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
-    from megatron_dlm.rl.trainer import TraceRLTrainer
+    from megatron_dlm.rl.trainer import STAGE, TraceRLTrainer
     from megatron_dlm.rollout.rig import RolloutRig
+    from megatron_dlm.training.pace import Pace
     from megatron_dlm.training.setup import Session
 
     with running():
@@ -87,16 +93,15 @@ def main(argv: list[str]) -> None:
         with open_report(config["logging"], session.groups.is_main, config) as report:
             state = session.train_state(config["optimizer"], updates)
             report.say(f"{found}; {session.describe(state)}")
-            restored = restore(state, config["checkpoint"], session.model, "tracerl")
+            restored = restore(state, config["checkpoint"], session.model, STAGE)
             if nothing_left(report, restored.get("rl_step", 0), rl.num_rollout):
                 return
             rig = RolloutRig.open(
                 session, state, rollout, longest_prompt(prompts, held_out), longest_response(rollout, evaluation)
             )
             with make_scorer(reward.reward, reward.reward_workers, reward.reward_timeout) as scorer:
-                trainer = TraceRLTrainer(
-                    session, state, rig, scorer, prompts, rl, rollout, run.seed, restored.get("rl_step", 0)
-                )
+                trainer = TraceRLTrainer(session, state, rig, scorer, prompts, rl, rollout, run.seed, restored)
+                keep_settings(config, session.groups.is_main)
                 evaluator = (
                     Evaluator(rig, scorer, session.tokenizer, held_out, evaluation, rollout, run.seed)
                     if held_out
@@ -104,14 +109,8 @@ def main(argv: list[str]) -> None:
                 )
 
                 def evaluate(step: int) -> dict[str, float]:
-                    return evaluator(report) if step % evaluation.eval_interval == 0 else {}
+                    return evaluator(report, step) if step % evaluation.eval_interval == 0 else {}
 
-                save = checkpointer(
-                    state,
-                    config["checkpoint"],
-                    session.model,
-                    "tracerl",
-                    lambda: {"rl_step": trainer.step_index},
-                    report.say,
-                )
-                trainer.run(report, save, evaluate if evaluator else None, config["logging"].log_interval)
+                save = checkpointer(session, state, config["checkpoint"], STAGE, trainer.progress, report.say)
+                pace = Pace(run, save, report.say)
+                trainer.run(report, pace, evaluate if evaluator else None, config["logging"].log_interval)

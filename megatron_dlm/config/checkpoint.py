@@ -10,7 +10,9 @@ class LoadConfig:
     """Where the weights come from."""
 
     load: str | None = None
-    """Folder to read a checkpoint from."""
+    """Folder to read a checkpoint from. What is not said about model and tokenizer is taken from it too."""
+    ckpt_step: int | None = None
+    """Read the checkpoint of this iteration instead of the newest."""
 
 
 @dataclass(slots=True)
@@ -18,9 +20,12 @@ class CheckpointConfig(LoadConfig):
     """Where checkpoints go and come from."""
 
     save: str | None = None
-    """Folder to write checkpoints to, and the settings of the run (config.yaml)."""
+    """Folder to write checkpoints to, and what is left of the run to look at: its settings (config.yaml), metrics
+    (metrics.jsonl), a picture of them (curves.png), and in RL some responses (samples.jsonl)."""
     save_interval: int | None = None
     """Write a checkpoint every so many optimizer steps (RL steps in RL); only at the end when it is not given."""
+    keep_last_n: int | None = None
+    """Keep only this many of the newest checkpoints of --save; all of them when it is not given."""
     finetune: bool = False
     """Load the weights only: start at iteration 0 with a fresh optimizer. Needed between stages, from sft to
     tracerl."""

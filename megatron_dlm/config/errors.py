@@ -29,4 +29,16 @@ class DependencyError(UserError):
 
 
 class TrainingError(UserError):
-    """A run that cannot go on: its loss or its gradient is not a finite number."""
+    """A run that cannot go on: its loss is not a finite number, or nothing is left to learn from."""
+
+
+class ResourceError(UserError):
+    """The machine has no room left, in memory or on a disk."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run; what there was to save is saved. The command exits with 128 + the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum

@@ -30,6 +30,8 @@ class EvalConfig:
     """Confidence above which dynamic remasking unmasks a token."""
     eval_denoising_steps: int | None = None
     """Denoising steps per block; the block size when it is not given."""
+    save_eval_samples: str | None = None
+    """File to which every evaluated response is appended as a JSON line, to look at the wrong ones."""
 
 
 @dataclass(slots=True)

@@ -24,6 +24,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_dlm.config.errors import ConfigError
 
+LARGEST = 2**63  # whole numbers end up in 64 bits
+SHOWN = 60  # longest value that a message repeats
+
 _NOUNS = {
     int: "a whole number",
     float: "a number",
@@ -115,7 +118,7 @@ def from_yaml(kind: Kind, value: Any, where: str) -> Any:
         return None
     if kind.many:
         if not isinstance(value, list):
-            raise ConfigError(f"{where} needs a list, not {value!r}. Write it in brackets: [a, b].")
+            raise ConfigError(f"{where} needs a list, not {_shown(value)}. Write it in brackets: [a, b].")
         return [_checked(kind, item, where) for item in value]
     return _checked(kind, value, where)
 
@@ -160,11 +163,15 @@ def _item_from_text(kind: Kind, text: str, where: str) -> Any:
 
 def _checked(kind: Kind, value: Any, where: str) -> Any:
     if kind.item is float and type(value) is int:
-        value = float(value)
+        value = _real(value, where)
     if type(value) is not kind.item or (kind.choices and value not in kind.choices):
         raise _refused(kind, value, where)
     if kind.item is float and not math.isfinite(value):
         raise ConfigError(f"{where} needs a finite number, not {value}.")
+    if kind.item is int and not -LARGEST <= value < LARGEST:
+        raise ConfigError(f"{where} needs a whole number that 64 bits can hold, not {_shown(value)}.")
+    if kind.item is str and not value.strip():  # the variable of a script that was never set
+        raise ConfigError(f"{where} is empty. Give a value, or leave it out.")
     if kind.item is dict and not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{where} needs names as its keys, not {next(k for k in value if not isinstance(k, str))!r}.")
     return value
@@ -173,6 +180,23 @@ def _checked(kind: Kind, value: Any, where: str) -> Any:
 def _refused(kind: Kind, value: Any, where: str) -> ConfigError:
     if kind.choices:
         hint = suggest(str(value), kind.choices, "")
-        return ConfigError(f"{where} needs {one_of(kind.choices)}, not {value!r}. {hint}".rstrip())
-    quotes = " Put it in quotes." if kind.item is str and isinstance(value, (bool, int, float)) else ""
-    return ConfigError(f"{where} needs {_NOUNS[kind.item]}, not {value!r}.{quotes}")
+        return ConfigError(f"{where} needs {one_of(kind.choices)}, not {_shown(value)}. {hint}".rstrip())
+    quotable = kind.item is str and not isinstance(value, (dict, list, set, bytes)) and value is not None
+    return ConfigError(
+        f"{where} needs {_NOUNS[kind.item]}, not {_shown(value)}.{' Put it in quotes.' if quotable else ''}"
+    )
+
+
+def _real(value: int, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{where} needs a finite number, not {_shown(value)}.") from None
+
+
+def _shown(value: Any) -> str:
+    """A value as the user wrote it, more or less, and short enough for a sentence."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**SHOWN:
+        return f"one of more than {SHOWN} digits"  # Python refuses to print the longest
+    text = "null" if value is None else repr(value) if isinstance(value, (str, list, dict, bool)) else str(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

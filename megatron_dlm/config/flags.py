@@ -167,7 +167,7 @@ def _take_yaml(command: str, path: str, fields: list[Field], values: dict[str, d
                 hint = (
                     f"Did you mean {elsewhere[0]}?"
                     if elsewhere
-                    else suggest(str(key), known, f"The section has {', '.join(known)}.")
+                    else suggest(str(key), known, f"Use one of {', '.join(known)}.")
                 )
                 raise ConfigError(f"The section {section} in {path} has no key {key}. {hint}")
             values[section][key] = from_yaml(known[key].kind, value, f"{section}.{key} in {path}")
@@ -177,13 +177,13 @@ def _unknown_section(command: str, name: Any, path: str, fields: list[Field], va
     owner = next((field.section for field in fields if field.name == name), None)
     if owner is not None:
         return ConfigError(f"{name} stands at the top level of {path}. Write it below its section, {owner}.")
-    hint = suggest(str(name), values, f"It reads {one_of(values)}.")
+    hint = suggest(str(name), values, f"Use {one_of(values)}.")
     return ConfigError(f"{command} does not read a section {name}, which stands in {path}. {hint}")
 
 
 def _unknown_argument(command: str, argument: str, fields: list[Field]) -> ConfigError:
     if not argument.startswith("-"):
-        return ConfigError(f"{command} cannot place {argument!r}. A value follows its flag; see --help.")
+        return ConfigError(f"{command} cannot place {argument!r}. Write a value after its flag; see --help.")
     flag = argument.partition("=")[0]
     known = ["--config", "--help"] + [name for field in fields for name in field.flags]
     hint = suggest("--" + flag.lstrip("-").replace("_", "-"), known, f"See {command} --help for all flags.")

@@ -15,10 +15,13 @@ class ReportConfig:
     """Name of the run in Weights & Biases."""
     wandb_save_dir: str | None = None
     """Folder for the local files of Weights & Biases."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard's event files; they are written only when it is given."""
     progress_bar: bool = True
     """Show a progress bar when the output is a terminal."""
     metrics_jsonl: str | None = None
-    """File to which every logged metric is appended as a JSON line."""
+    """File to which the metrics of every step are appended as a JSON line; in training, metrics.jsonl in --save when it
+    is not given."""
 
 
 @dataclass(slots=True)

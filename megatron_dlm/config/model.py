@@ -57,3 +57,5 @@ class ModelConfig:
     """Any field of megatron-core's TransformerConfig, as KEY=VALUE with a YAML value; may be given several times."""
     bf16: bool = False
     """Keep and compute the parameters in bfloat16 instead of float32."""
+    fp64: bool = False
+    """Compute in float64, in which results can be compared token by token; not for training."""

@@ -40,9 +40,11 @@ class RLConfig:
     """Leave out groups whose share of right responses is lower."""
     max_group_accuracy: float = 0.8
     """Leave out groups whose share of right responses is higher."""
+    max_empty_steps: int = 10
+    """Save and give up after so many RL steps in a row in which no group was left to learn from."""
     overlong_margin: int = 5
     """A response that ends within this many tokens of the longest allowed length counts as wrong."""
-    exit_duration_in_mins: float | None = None
-    """Save and stop after this many minutes."""
+    log_samples: int = 4
+    """Responses of each RL step that are appended to samples.jsonl in --save, to be read; 0 for none."""
     save_debug_rollout_data: str | None = None
     """Folder to which all rollouts are written as JSONL."""

@@ -1,4 +1,4 @@
-"""What every run has: a seed."""
+"""What every run has: a seed; and when a training run stops before its last step."""
 
 from __future__ import annotations
 
@@ -11,3 +11,13 @@ class RunConfig:
 
     seed: int = 1234
     """Seed from which every random draw of the run follows."""
+
+
+@dataclass(slots=True)
+class TrainingRunConfig(RunConfig):
+    """The run itself, and when it stops before its last step. SIGTERM saves and stops it too."""
+
+    exit_interval: int | None = None
+    """Save and stop after a step whose number is a multiple of this."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop after this many minutes."""

@@ -1,13 +1,15 @@
 """All sections of the settings: the name that a section has in a YAML file, and its dataclass.
 
 A command names the sections that it reads (`pick`), or, where it would leave fields of one unread, the part of it that
-it does read (`PARTS`). Two sections may share a field name only if no command reads both (`sft` and `rl` do).
+it does read (`PARTS`). Two sections may share a field name only if no command reads both, as `sft` and
+`rl` do.
 """
 
 from __future__ import annotations
 
 from megatron_dlm.config.checkpoint import CheckpointConfig, LoadConfig
 from megatron_dlm.config.eval import EvalConfig, TrainingEvalConfig
+from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
@@ -15,7 +17,8 @@ from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
-from megatron_dlm.config.run import RunConfig
+from megatron_dlm.config.run import RunConfig, TrainingRunConfig
+from megatron_dlm.config.score import ScoreConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 
@@ -31,7 +34,9 @@ SECTIONS: dict[str, type] = {
     "rl": RLConfig,
     "reward": RewardConfig,
     "eval": TrainingEvalConfig,
-    "run": RunConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "run": TrainingRunConfig,
 }
 
 PARTS: dict[str, type] = {
@@ -40,6 +45,7 @@ PARTS: dict[str, type] = {
     "logging": ReportConfig,
     "rollout": EngineConfig,
     "eval": EvalConfig,
+    "run": RunConfig,
 }
 """What a command reads that does not train."""
 

@@ -29,5 +29,3 @@ class SFTConfig:
     """Largest weight of a masked token; the weight is 1 / noise level up to here."""
     loss_on_pad: bool = True
     """Train on the pad tokens that fill the last block of a response."""
-    exit_duration_in_mins: float | None = None
-    """Save and stop after this many minutes."""

@@ -6,11 +6,17 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class TokenizerConfig:
-    """The tokenizer, and how a question becomes a prompt."""
+class TokenIdsConfig:
+    """The tokenizer of a command that reads token ids only."""
 
     tokenizer_model: str | None = None
-    """Folder of a HuggingFace tokenizer."""
+    """Folder of a HuggingFace tokenizer; that of --load when it is not given."""
+
+
+@dataclass(slots=True)
+class TokenizerConfig(TokenIdsConfig):
+    """The tokenizer, and how a question becomes a prompt."""
+
     apply_chat_template: bool = False
     """Wrap each prompt in the tokenizer's chat template."""
     prompt_template: str = "{question}"

@@ -8,6 +8,7 @@ merged) first. The checks of training and generation are in `validate_training`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_dlm.config.errors import ConfigError
@@ -15,6 +16,46 @@ from megatron_dlm.config.fields import flag_name, one_of
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.overrides import check_overrides
 from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
+
+LONGEST_TIMEOUT = 10**6  # minutes, about two years
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Refuse what a launcher says about this job if it cannot be so; torch would wait in vain, or stumble.
+
+    Args:
+        environment: of the process. Without RANK and WORLD_SIZE it is a job of one process.
+    """
+    if "LOCAL_RANK" in environment:
+        _number_of(environment, "LOCAL_RANK")
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise ConfigError(
+                f"{name} is not set, and other variables of a launcher are. Start the job with torchrun, or unset RANK "
+                "and WORLD_SIZE to run one process."
+            )
+    rank, world, _ = (_number_of(environment, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if world < 1:
+        raise ConfigError(f"WORLD_SIZE is {world}. Start the job with torchrun, which counts its processes.")
+    if not 0 <= rank < world:
+        raise ConfigError(
+            f"RANK is {rank}, and WORLD_SIZE {world}. Give each of the {world} processes a rank from 0 to {world - 1}, "
+            "as torchrun does."
+        )
+    port = environment["MASTER_PORT"]
+    if not 0 < int(port) < 2**16:
+        raise ConfigError(f"MASTER_PORT is {port}. Use a free port from 1 to {2**16 - 1}.")
+
+
+def _number_of(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise ConfigError(
+            f"{name} is {environment[name]!r}, not a whole number. Start the job with torchrun, which sets it."
+        ) from None
 
 
 def check_model(model: ModelConfig) -> None:
@@ -52,6 +93,13 @@ def check_model(model: ModelConfig) -> None:
             f"--num-attention-heads {heads} does not divide --hidden-size {model.hidden_size}. "
             "Give the width of a head with --kv-channels."
         )
+    if model.kv_channels is not None and model.kv_channels % 2:
+        raise ConfigError(
+            f"--kv-channels {model.kv_channels} is odd, and rotary positions turn the channels of a head in pairs. "
+            "Use an even number."
+        )
+    if model.bf16 and model.fp64:
+        raise ConfigError("--bf16 and --fp64 are two precisions. Leave one of the two out.")
     _check_experts(model)
     check_overrides(model)
 
@@ -65,8 +113,8 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int
         "pipeline_model_parallel_size",
         "expert_model_parallel_size",
         "expert_tensor_parallel_size",
-        "distributed_timeout_minutes",
     )
+    within(parallel, 1, LONGEST_TIMEOUT, "distributed_timeout_minutes")
     _check_tensor_parallel(parallel, model)
     stages, layers = parallel.pipeline_model_parallel_size, model.num_layers
     if layers % stages:
@@ -110,7 +158,8 @@ def _check_experts(model: ModelConfig) -> None:
         return
     if model.moe_router_topk is None:
         raise ConfigError(
-            f"--num-experts {model.num_experts} needs --moe-router-topk, the number of experts that each token goes to."
+            f"--num-experts {model.num_experts} needs --moe-router-topk, how many experts each token goes to. "
+            "Give both or neither."
         )
     if model.moe_router_topk > model.num_experts:
         raise ConfigError(

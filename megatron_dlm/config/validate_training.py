@@ -14,6 +14,7 @@ from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
+from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate import above, at_least, needs, within
@@ -35,7 +36,7 @@ def check_optimizer(optimizer: OptimizerConfig, total_iters: int | None = None) 
     end, name = total_iters, "the run"
     if optimizer.lr_decay_iters is not None:
         end, name = optimizer.lr_decay_iters, "--lr-decay-iters"
-    if end is not None and optimizer.lr_warmup_iters >= end:
+    if end is not None and optimizer.lr_warmup_iters >= max(end, 1):  # a run of no step is refused as such
         raise ConfigError(
             f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of {name}, {end} steps. "
             f"Use fewer than {end}."
@@ -44,9 +45,18 @@ def check_optimizer(optimizer: OptimizerConfig, total_iters: int | None = None) 
 
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:
     """Refuse checkpoint settings that contradict each other."""
-    at_least(checkpoint, 1, "save_interval")
+    at_least(checkpoint, 1, "save_interval", "keep_last_n")
+    at_least(checkpoint, 0, "ckpt_step")
     needs(checkpoint, "save_interval", "save", "the folder to write to")
+    needs(checkpoint, "keep_last_n", "save", "the folder to write to")
+    needs(checkpoint, "ckpt_step", "load", "the folder to read from")
     needs(checkpoint, "finetune", "load", "the folder to take the weights from")
+
+
+def check_run(run: TrainingRunConfig) -> None:
+    """Refuse ends of a run that never come."""
+    at_least(run, 1, "exit_interval")
+    above(run, 0, "exit_duration_in_mins")
 
 
 def check_logging(logging: ReportConfig) -> None:
@@ -72,7 +82,6 @@ def check_sft(sft: SFTConfig, model: ModelConfig) -> None:
     at_least(sft, 1, "train_iters", "global_batch_size", "max_tokens_per_row", "seq_length")
     within(sft, 0, 1, "min_mask_ratio", low_open=True)
     at_least(sft, 1, "max_loss_weight")  # below 1 even a fully masked block would be cut
-    above(sft, 0, "exit_duration_in_mins")
     if sft.seq_length is not None:
         _fits_positions(sft.seq_length, f"--seq-length {sft.seq_length}", model)
 
@@ -121,9 +130,10 @@ def check_rl(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
     """Refuse RL settings that cannot work with this rollout and this model."""
     _needs_data(rl.prompt_data, "--prompt-data", "prompt source")
     at_least(rl, 1, "num_rollout", "global_batch_size", "num_steps_per_rollout", "max_tokens_per_row", "shrinkage")
+    at_least(rl, 1, "max_empty_steps")
     within(rl, 0, 1, "eps_clip", low_open=True, high_open=True)
-    above(rl, 0, "eps_clip_high", "exit_duration_in_mins")
-    at_least(rl, 0, "kl_loss_coef", "overlong_margin")
+    above(rl, 0, "eps_clip_high")
+    at_least(rl, 0, "kl_loss_coef", "overlong_margin", "log_samples")
     within(rl, 0, 1, "min_group_accuracy", "max_group_accuracy")
     if rl.min_group_accuracy > rl.max_group_accuracy:
         raise ConfigError(
@@ -164,6 +174,7 @@ def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig
     if isinstance(evaluation, TrainingEvalConfig):
         needs(evaluation, "eval_interval", "eval_prompt_data", "the prompts to evaluate on")
         needs(evaluation, "eval_prompt_data", "eval_interval", "how often to evaluate on them")
+        needs(evaluation, "save_eval_samples", "eval_interval", "how often to evaluate")
         at_least(evaluation, 1, "eval_interval")
     elif evaluation.eval_prompt_data is None:
         raise ConfigError("--eval-prompt-data is not set. Give the prompts to evaluate on.")

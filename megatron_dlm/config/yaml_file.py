@@ -18,6 +18,8 @@ import yaml
 
 from megatron_dlm.config.errors import ConfigError
 
+_KINDS = {list: "a list", str: "text", int: "a number", float: "a number"}
+
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -61,8 +63,8 @@ def load(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(
-            f"--config {path} holds a {type(content).__name__}, not sections with keys, such as optimizer: "
-            f"{{lr: 1e-5}}."
+            f"--config {path} holds {_KINDS.get(type(content), 'a value')}, not sections with keys. "
+            "Write sections, such as optimizer: {lr: 1e-5}."
         )
     return content
 

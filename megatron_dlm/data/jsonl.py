@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,10 +36,21 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
             continue
         try:
             record = json.loads(line)
+            if "\\u" in line:
+                json.dumps(record, ensure_ascii=False).encode("utf-8")
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: this is not JSON ({error.msg} at column {error.colno}). "
                 "Every line must be one JSON object."
+            ) from None
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}, line {number}: the text holds \\u{ord(error.object[error.start]):x}, half of a character "
+                "that JSON writes as two. Write the other half too, or take it out."
+            ) from None
+        except ValueError:  # Python's own limit
+            raise DataError(
+                f"{path}, line {number}: a number in it has thousands of digits. Write it as text, or shorten it."
             ) from None
         except RecursionError:
             raise DataError(
@@ -54,10 +68,15 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
-    """Write one JSON object per line, UTF-8."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Write one JSON object per line, UTF-8. The file appears whole or not at all: it is written beside its place."""
+    path = Path(os.path.realpath(path))  # a link stays a link
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 def text_field(record: dict, field: str, where: str, null: str | None = None) -> str:
@@ -76,11 +95,34 @@ def text_field(record: dict, field: str, where: str, null: str | None = None) ->
     value = record[field]
     if value is None and null is not None:
         return null
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: the field '{field}' is a JSON {_kind(value)}, not text. Write it as a string.")
     return value
+
+
+def integers_field(record: dict, field: str, where: str) -> list[int]:
+    """A field that must be a list of whole numbers.
+
+    Raises:
+        DataError: the field is absent, or something else.
+    """
+    if field not in record:
+        found = ", ".join(sorted(record)) or "no fields"
+        raise DataError(f"{where}: the field '{field}' is missing (found: {found}). Add it to this line.")
+    values = record[field]
+    if not isinstance(values, list):
+        raise DataError(
+            f"{where}: the field '{field}' is a JSON {_kind(values)}, not a list of whole numbers. Write a list."
+        )
+    for index, value in enumerate(values):
+        if type(value) is not int:  # a bool is an int to isinstance
+            raise DataError(
+                f"{where}: entry {index} of '{field}' is {str(value)[:40]!r}, not a whole number. Write a flat list of "
+                "whole numbers."
+            )
+    return values
 
 
 def _lines(path: Path) -> list[str]:
@@ -90,8 +132,9 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"The data file {path} does not exist. Check the path.") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, not a file. Name a .jsonl file inside it.") from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"The data file {path} cannot be read ({error}).") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"The data file {path} cannot be read ({reason}). Check the file and its path.") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -105,6 +105,8 @@ def _from_file(path: str, tokenizer: Tokenizer, prompt_template: str, apply_chat
         where = f"{path}, line {line}"
         truth = text_field(record, "ground_truth_answer", where, null="")
         question, token_ids = prompt_of(record, where, tokenizer, prompt_template, apply_chat_template)
+        if not token_ids:
+            raise DataError(f"{where}: the prompt has no tokens. Give every prompt at least one.")
         prompts.append(Prompt(content_key(question), tuple(token_ids), question, truth, MATH))
     return prompts
 

@@ -70,18 +70,22 @@ def create(name: str, options: dict[str, Any]):
         ) from None
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=5, cutoff=0.4) or sorted(DATASETS)[:5]
-        raise DataError(f"reasoning_gym has no dataset {name!r}. The nearest names are {', '.join(near)}.")
+        raise DataError(f"reasoning_gym has no dataset {name!r}. Use one of its names, such as {', '.join(near)}.")
     known = {entry.name for entry in fields(DATASETS[name][1])}
     unknown = sorted(set(options) - known)
     if unknown:
         raise DataError(
-            f"The reasoning_gym dataset {name!r} has no option {', '.join(unknown)}. "
-            f"It takes {', '.join(sorted(known))}."
+            f"The reasoning_gym dataset {name!r} has no option {', '.join(unknown)}. Use {', '.join(sorted(known))}."
         )
+    for option in ("size", "seed"):
+        if option in options and type(options[option]) is not int:
+            raise DataError(f"The option {option} of reasoning_gym:{name} is {options[option]!r}. Give a whole number.")
     try:
         return create_dataset(name, **options)
     except (AssertionError, ValueError, TypeError) as error:
-        raise DataError(f"The reasoning_gym dataset {name!r} refuses the options {options}: {error}.") from None
+        raise DataError(
+            f"The reasoning_gym dataset {name!r} refuses the options {options}: {error}. Correct them."
+        ) from None
 
 
 def _value(text: str) -> Any:

@@ -6,6 +6,8 @@ Both kinds of training read the same three ways of writing a prompt, and this mo
   prompt     taken as it stands: whoever wrote it has applied the templates;
   messages   a conversation, always through the chat template.
 
+`generate` and `score` also read `prompt_token_ids`, which are taken as they are.
+
 A content key names a record by its text. It is stable across runs, files and machines: random draws are keyed with it,
 and two files are disjoint when their keys are.
 """
@@ -16,7 +18,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from megatron_dlm.config.errors import DataError
-from megatron_dlm.data.jsonl import text_field
+from megatron_dlm.data.jsonl import integers_field, text_field
 
 if TYPE_CHECKING:
     from megatron_dlm.data.tokenizer import Tokenizer
@@ -88,6 +90,50 @@ def _prompt_of(
         return conversation_text(messages), tokenizer.apply_chat_template(messages)
     found = ", ".join(sorted(record)) or "no fields"
     raise DataError(f"{where}: no prompt was found (fields: {found}). Give 'question', 'prompt' or 'messages'.")
+
+
+def prompt_ids_of(
+    record: dict, where: str, tokenizer: Tokenizer, prompt_template: str, apply_chat_template: bool
+) -> list[int]:
+    """Token ids of a record's prompt: its `prompt_token_ids`, or else those of `question`, `prompt` or `messages`.
+
+    Raises:
+        DataError: none of the four fields is there, it is malformed, or the prompt has no token.
+    """
+    if "prompt_token_ids" in record:
+        token_ids = token_ids_of(record, "prompt_token_ids", where, tokenizer.vocab_size, tokenizer.mask_id)
+    elif not record.keys() & {"question", "prompt", "messages"}:
+        found = ", ".join(sorted(record)) or "no fields"
+        raise DataError(
+            f"{where}: no prompt was found (fields: {found}). Give 'question', 'prompt', 'messages' or "
+            "'prompt_token_ids'."
+        )
+    else:
+        _, token_ids = prompt_of(record, where, tokenizer, prompt_template, apply_chat_template)
+    if not token_ids:
+        raise DataError(f"{where}: the prompt has no tokens. Give every prompt at least one.")
+    return token_ids
+
+
+def token_ids_of(record: dict, field: str, where: str, vocab_size: int, mask_id: int) -> list[int]:
+    """A field of token ids of a finished text.
+
+    Raises:
+        DataError: it is absent, not a list of whole numbers, holds an id outside the vocabulary, or the mask token.
+    """
+    token_ids = integers_field(record, field, where)
+    for index, token in enumerate(token_ids):
+        if not 0 <= token < vocab_size:
+            raise DataError(
+                f"{where}: entry {index} of '{field}' is {token}, which is no token of this vocabulary "
+                f"(0 to {vocab_size - 1}). Use the tokenizer that made the ids."
+            )
+        if token == mask_id:
+            raise DataError(
+                f"{where}: entry {index} of '{field}' is the mask token (id {mask_id}), which no finished text holds. "
+                "Take it out."
+            )
+    return token_ids
 
 
 def refuse_mask(token_ids: list[int], what: str, where: str, tokenizer: Tokenizer) -> None:

@@ -1,16 +1,19 @@
 """The order in which a run sees its prompts or samples.
 
 Invariants (tests/data/test_sampler.py):
-  - the item at a position is a function of (items, seed, position), whatever was taken before; each epoch holds every
-    item once;
-  - the order of an epoch does not depend on the order of the files.
+  - what follows a position is a function of (items, seed, position): not of ranks, batch sizes or the order of files;
+  - each epoch holds every item once;
+  - an item that is added to the data, or taken out of it, moves no other: a resumed run goes on at the same place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from megatron_dlm.config.errors import DataError
 from megatron_dlm.diffusion.keys import stream
@@ -25,37 +28,96 @@ class Keyed(Protocol):
 Item = TypeVar("Item", bound=Keyed)
 
 
-class EpochSampler(Generic[Item]):
-    """Which items a run sees, position by position.
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the data, the same for all ranks and layouts.
 
-        sampler = EpochSampler(prompts, seed)
-        batch = sampler.take(prompts_seen, prompts_per_step)
-
-    Positions count items since the start of the run; epoch e is positions e * n to (e + 1) * n - 1. Nothing is
-    remembered between calls: a run resumes from its position alone.
+    Attributes:
+        stage: which data: that of 'sft' or 'tracerl'.
+        epoch: passes over the data that are complete.
+        key: of the item taken last in this epoch; None at its start.
     """
 
-    def __init__(self, items: Sequence[Item], seed: int):
+    stage: str
+    epoch: int = 0
+    key: str | None = None
+
+    @classmethod
+    def read(cls, stage: str, saved: Mapping[str, Any] | None) -> Position:
+        """The position that `as_dict` wrote, or the start of a stage where none was saved."""
+        return cls(stage) if saved is None else cls(stage, saved["epoch"], saved["key"])
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class EpochSampler(Generic[Item]):
+    """Goes over the items epoch by epoch, each time in another order.
+
+        sampler = EpochSampler(prompts, seed, Position("tracerl"))
+        batch = sampler.take(prompts_per_step)
+
+    The order of an epoch is that of a hash of (seed, epoch, item), so the items after a position are those with a
+    larger hash than its item's. An item whose content occurs several times is told apart by a number.
+
+    Attributes:
+        position: after what was taken last; all that a resumed run needs to know.
+    """
+
+    def __init__(self, items: Sequence[Item], seed: int, position: Position) -> None:
         if not items:
             raise DataError("There is nothing to draw from. Give at least one source with prompts or samples.")
-        self._items = sorted(items, key=lambda item: item.key)
+        copies: Counter[str] = Counter()
+        self._items: list[tuple[str, Item]] = []
+        for item in sorted(items, key=lambda item: item.key):
+            self._items.append((f"{item.key}/{copies[item.key]}" if copies[item.key] else item.key, item))
+            copies[item.key] += 1
         self._seed = seed
+        self.position = position
         self._order = lru_cache(maxsize=2)(self._epoch_order)  # a batch can cross from one epoch to the next
 
     def __len__(self) -> int:
         """Items per epoch."""
         return len(self._items)
 
-    def epoch_order(self, epoch: int) -> list[Item]:
-        """All items in the order of one epoch: sorted by a draw that is keyed with (seed, epoch, item)."""
-        return list(self._order(epoch))
+    def take(self, count: int) -> list[Item]:
+        """The next `count` items, over the ends of epochs."""
+        taken: list[Item] = []
+        while len(taken) < count:
+            found = self._rest()[: count - len(taken)]
+            if found:
+                self.position = Position(self.position.stage, self.position.epoch, found[-1][1])
+                taken += [item for _, _, item in found]
+            else:
+                self._next_epoch()
+        return taken
 
-    def take(self, start_index: int, n: int) -> list[Item]:
-        """The items at positions start_index to start_index + n - 1."""
-        if start_index < 0 or n < 0:
-            raise ValueError(f"positions count from 0 (start {start_index}, {n} items)")
-        size = len(self._items)
-        return [self._order(index // size)[index % size] for index in range(start_index, start_index + n)]
+    def take_distinct(self, count: int) -> list[Item]:
+        """The next `count` items, all of one epoch: its last few are left out where they are too few (others in each
+        epoch).
 
-    def _epoch_order(self, epoch: int) -> tuple[Item, ...]:
-        return tuple(sorted(self._items, key=lambda item: stream(self._seed, "order", epoch, item.key)))
+        Raises:
+            ValueError: an epoch has fewer.
+        """
+        if count > len(self):
+            raise ValueError(f"{count} different items were asked for, and there are {len(self)}")
+        if len(self._rest()) < count:
+            self._next_epoch()
+        return self.take(count)
+
+    def _next_epoch(self) -> None:
+        self.position = Position(self.position.stage, self.position.epoch + 1)
+
+    def _rest(self) -> Sequence[tuple[int, str, Item]]:
+        """What is left of the epoch at hand: (place, key, item) in order."""
+        order, key = self._order(self.position.epoch), self.position.key
+        if key is None:
+            return order
+        return order[bisect_right(order, (self._place(self.position.epoch, key), key), key=lambda entry: entry[:2]) :]
+
+    def _epoch_order(self, epoch: int) -> tuple[tuple[int, str, Item], ...]:
+        entries = ((self._place(epoch, key), key, item) for key, item in self._items)
+        return tuple(sorted(entries, key=lambda entry: entry[:2]))
+
+    def _place(self, epoch: int, key: str) -> int:
+        return stream(self._seed, "order", epoch, key)

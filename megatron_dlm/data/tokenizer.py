@@ -52,6 +52,10 @@ class Tokenizer:
         self.mask_id = _mask_id(self._hf)
         self.vocab_size = max(self._hf.get_vocab().values()) + 1
 
+    def save(self, folder: str | Path) -> None:
+        """Write it to a folder from which a `Tokenizer` with the same ids can be made."""
+        self._hf.save_pretrained(str(folder))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of the text. Special tokens written in the text are recognised; none is added."""
         return self._hf.encode(text, add_special_tokens=False)
@@ -74,13 +78,12 @@ class Tokenizer:
                 f"The tokenizer in {self.folder} has no chat template. Switch the chat template off, "
                 "or add a chat_template to the tokenizer."
             )
-        import jinja2  # a chat template is a jinja template: transformers has imported it when we get here
-
         try:
             text = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template is a program of the user's, and may fail in any way
             raise DataError(
-                f"The chat template of the tokenizer in {self.folder} refuses a conversation: {error}."
+                f"The chat template of the tokenizer in {self.folder} refuses a conversation "
+                f"({' '.join(str(error).split())}). Correct the template or the conversation."
             ) from None
         return self.encode(text)
 

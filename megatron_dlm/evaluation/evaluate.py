@@ -16,12 +16,14 @@ from megatron_dlm.config.eval import EvalConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt
 from megatron_dlm.data.tokenizer import Tokenizer
-from megatron_dlm.diffusion.trace import SamplingParams
-from megatron_dlm.parallel.exchange import gather_objects
-from megatron_dlm.rewards.base import Scorer
+from megatron_dlm.diffusion.trace import SamplingParams, Trace
+from megatron_dlm.parallel.exchange import exchange_objects, gather_objects
+from megatron_dlm.rewards.base import Scorer, Verdict
 from megatron_dlm.rollout.replicas import Job, generate, requests_for
 from megatron_dlm.rollout.rig import RolloutRig
+from megatron_dlm.rollout.samples import sample_record
 from megatron_dlm.training.report import Report
+from megatron_dlm.training.sinks import JsonLines
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,16 @@ class Outcome:
     steps: int
     forwards: int
     truncated: bool
+
+
+def outcome_of(trace: Trace, verdict: Verdict) -> Outcome:
+    return Outcome(
+        verdict.correct,
+        len(trace.response_ids),
+        trace.num_steps,
+        trace.num_forwards,
+        trace.finish_reason == "length",
+    )
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -85,8 +97,12 @@ class Evaluator:
             threshold=config.eval_threshold,
         )
 
-    def __call__(self, report: Report) -> dict[str, float]:
-        """Metrics named eval/WAY/NAME, for each way of unmasking asked for; the same on every rank."""
+    def __call__(self, report: Report, step: int = 0) -> dict[str, float]:
+        """Metrics named eval/WAY/NAME, for each way of unmasking asked for; the same on every rank.
+
+        Args:
+            step: of the model, for --save-eval-samples.
+        """
         metrics = {}
         for remasking in self.config.eval_remasking:
             mine = self.prompts[self.rig.replica :: self.rig.num_replicas]
@@ -98,22 +114,31 @@ class Evaluator:
             )
             with report.bar(len(requests), f"evaluation, {remasking}") as bar:
                 traces = generate(self.rig.engine, requests, bar.update)
-            outcomes = self._judge(mine, traces) if self.rig.is_leader else []
+            texts, verdicts = self._judge(mine, traces) if self.rig.is_leader else ([], [])
+            if self.config.save_eval_samples is not None:
+                self._keep_samples(step, remasking, list(zip(traces, texts, verdicts)), report.is_main)
+            outcomes = [outcome_of(trace, verdict) for trace, verdict in zip(traces, verdicts)]
             everyone = [outcome for part in gather_objects(outcomes) for outcome in part]
             metrics |= {f"eval/{remasking}/{name}": value for name, value in summarize(everyone).items()}
         return metrics
 
-    def _judge(self, prompts: Sequence[Prompt], traces) -> list[Outcome]:
+    def _judge(self, prompts: Sequence[Prompt], traces: Sequence[Trace]) -> tuple[list[str], list[Verdict]]:
         by_key = {prompt.key: prompt for prompt in prompts}
         texts = [self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True) for trace in traces]
-        verdicts = self.scorer.score([(by_key[trace.prompt_key], text) for trace, text in zip(traces, texts)])
-        return [
-            Outcome(
-                verdict.correct,
-                len(trace.response_ids),
-                trace.num_steps,
-                trace.num_forwards,
-                trace.finish_reason == "length",
-            )
-            for trace, verdict in zip(traces, verdicts)
-        ]
+        return texts, self.scorer.score([(by_key[trace.prompt_key], text) for trace, text in zip(traces, texts)])
+
+    def _keep_samples(
+        self, step: int, remasking: str, judged: Sequence[tuple[Trace, str, Verdict]], is_main: bool
+    ) -> None:
+        """--save-eval-samples: the responses of all replicas, in the order of the prompts. Collective."""
+        place = {prompt.key: index for index, prompt in enumerate(self.prompts)}
+        mine = []
+        for trace, text, verdict in judged:
+            index = place[trace.prompt_key]
+            record = {"step": step, "unmasking": remasking, **sample_record(self.prompts[index], trace, text, verdict)}
+            mine.append(((index, trace.sample), record))
+        everyone = exchange_objects({0: mine})
+        if is_main:
+            with JsonLines(self.config.save_eval_samples) as lines:
+                for _, record in sorted(everyone, key=lambda item: item[0]):
+                    lines.write(record)

@@ -65,9 +65,10 @@ class DenseAttention:
         first = lengths.cumsum(0) - lengths
         self.masks: list[Tensor] = []  # of each bucket, bool [G, 1, L, L]
         slots, inside = [], []
-        for members in by_length(lengths.tolist(), floor=_SHORT):
+        counts = lengths.tolist()
+        for members in by_length(counts, floor=_SHORT):
             member = torch.tensor(members, device=real.device)
-            offset = torch.arange(int(lengths[member[0]]), device=real.device)
+            offset = torch.arange(counts[members[0]], device=real.device)
             inside.append(offset < lengths[member, None])  # [G, L]
             slots.append(real[(first[member, None] + offset).clamp(max=len(real) - 1)])
             self.masks.append(_group_masks(layout, slots[-1], inside[-1]))

@@ -82,7 +82,10 @@ class BlockDiffusionModel(GPTModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        self.rotary_pos_emb = RotaryByPosition(config.kv_channels, shape.rotary_base)
+        wide = config.params_dtype == torch.float64
+        self.rotary_pos_emb = RotaryByPosition(
+            config.kv_channels, shape.rotary_base, torch.float64 if wide else torch.float32
+        )
 
     def forward_row(self, row: Row) -> Tensor:
         """Run this chunk over a packed row; the last stage returns logits at the row's target slots, [N, V / TP]."""

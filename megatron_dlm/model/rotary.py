@@ -18,12 +18,14 @@ class RotaryByPosition(nn.Module):
     Args:
         head_dim: rotary dimensions of a head.
         base: theta (RoFormer, arXiv 2104.09864).
+        dtype: of the angles: float64 in models of float64, which devices then compute alike; float32 in all others.
     """
 
-    def __init__(self, head_dim: int, base: float) -> None:
+    def __init__(self, head_dim: int, base: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.base = base
+        self.dtype = dtype
 
     def get_rotary_seq_len(
         self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params: RowParams
@@ -32,7 +34,7 @@ class RotaryByPosition(nn.Module):
         return packed_seq_params.position
 
     def forward(self, position: Tensor, **_: object) -> Tensor:
-        """Angles [T, 1, 1, head_dim] in fp32, the two halves alike (Qwen's and megatron-core's rotate-half)."""
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position.device) / self.head_dim
-        angles = position.float()[:, None] / self.base**exponent
+        """Angles [T, 1, 1, head_dim], the two halves alike (Qwen's and megatron-core's rotate-half)."""
+        exponent = torch.arange(0, self.head_dim, 2, dtype=self.dtype, device=position.device) / self.head_dim
+        angles = position.to(self.dtype)[:, None] / self.base**exponent
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]

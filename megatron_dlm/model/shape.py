@@ -79,13 +79,13 @@ def resolve(model: ModelConfig, tokenizer_vocab_size: int | None) -> ModelConfig
     if tokenizer_vocab_size is not None and tokenizer_vocab_size > filled.vocab_size:
         raise ConfigError(
             f"--vocab-size {filled.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size} tokens. "
-            "Leave it out, or use another tokenizer."
+            "Leave it out of a new model, or use the tokenizer of the one that is loaded."
         )
     if filled.ffn_hidden_size is None:
         filled.ffn_hidden_size = 4 * filled.hidden_size
     derived = dict(
         num_query_groups=filled.num_attention_heads,
-        kv_channels=filled.hidden_size // filled.num_attention_heads,
+        kv_channels=_width_of_a_head(filled.hidden_size, filled.num_attention_heads),
         max_position_embeddings=4096,
         rotary_base=1e6,
         norm_epsilon=1e-6,
@@ -97,6 +97,11 @@ def resolve(model: ModelConfig, tokenizer_vocab_size: int | None) -> ModelConfig
         if getattr(filled, name) is None:
             setattr(filled, name, value)
     return filled
+
+
+def _width_of_a_head(hidden_size: int, heads: int) -> int | None:
+    """None where it does not come out even, which config.validate refuses."""
+    return hidden_size // heads if heads > 0 and hidden_size % heads == 0 else None
 
 
 def model_shape(model: ModelConfig) -> ModelShape:
@@ -115,7 +120,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     """megatron-core's TransformerConfig for a resolved ModelConfig.
 
     Args:
-        dtype: of the parameters; default bf16 or fp32 as the configuration says.
+        dtype: of the parameters; by default as the configuration says.
         extra: further fields, for callers that build a second model in another layout. The user's overrides beat them.
 
     Raises:
@@ -124,7 +129,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    dtype = dtype or (torch.bfloat16 if model.bf16 else torch.float32)
+    dtype = dtype or (torch.bfloat16 if model.bf16 else torch.float64 if model.fp64 else torch.float32)
     values = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

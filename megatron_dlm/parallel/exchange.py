@@ -32,9 +32,14 @@ def broadcast_object(obj: Any, src: int, group: dist.ProcessGroup | None = None)
     return box[0]
 
 
-def agreed(decision: bool) -> bool:
-    """Rank 0's decision, on every rank: clocks and signals differ between ranks, and what is collective must not."""
-    return bool(broadcast_object(decision, src=0))
+def anywhere(*marks: bool) -> list[bool]:
+    """For each mark, whether it is set on any rank. Collective.
+
+    Clocks and signals differ between ranks; what a run does next must not.
+    """
+    found = torch.tensor(marks, dtype=torch.int32, device=platform.device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(mark) for mark in found.tolist()]
 
 
 def exchange_objects(outgoing: Mapping[int, Sequence[Any]], group: dist.ProcessGroup | None = None) -> list[Any]:

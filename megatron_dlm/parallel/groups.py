@@ -17,6 +17,7 @@ Invariants (tests/parallel/test_groups.py):
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -172,11 +173,41 @@ def _join(timeout: timedelta) -> None:
     """Make the default process group: torchrun's, or one of a single process."""
     options = {"device_id": platform.device()} if platform.is_cuda() else {}
     if "RANK" in os.environ:
-        dist.init_process_group(platform.backend(), timeout=timeout, **options)
+        _check_meeting_place(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        try:
+            dist.init_process_group(platform.backend(), timeout=timeout, **options)
+        except dist.DistError as error:
+            reason = str(error).strip().splitlines()[0][:200].rstrip(".")
+            raise ConfigError(
+                f"The processes of this job cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                f"({reason}). Check MASTER_ADDR and MASTER_PORT, and that all {os.environ['WORLD_SIZE']} were started."
+            ) from error
     else:
         dist.init_process_group(
             platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options
         )
+
+
+def _check_meeting_place(host: str, port: int) -> None:
+    """Refuse at once what torch would try again and again, for minutes.
+
+    Raises:
+        ConfigError: nobody knows the host, or another program has the port.
+    """
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise ConfigError(
+            f"MASTER_ADDR {host} is not known here ({error.strerror}). Give the name or address of the host of rank 0."
+        ) from None
+    if int(os.environ["RANK"]) != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return  # another process opens the port: rank 0, or torchrun, which has done so
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(f"MASTER_PORT {port} cannot be opened ({error.strerror}). Use another one.") from None
 
 
 def _describe(collection: ProcessGroupCollection) -> Groups:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_dlm.config.errors import ConfigError
+
 _installed = False
 
 
@@ -43,6 +45,11 @@ def install() -> None:
     if _installed:
         return
     if is_cuda():
+        if device().index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_RANK is {device().index}, and this host has {torch.cuda.device_count()} devices. Start at most "
+                "one process per device on each host."
+            )
         torch.cuda.set_device(device())
     else:
         from megatron_dlm.platform import cpu

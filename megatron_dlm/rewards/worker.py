@@ -37,7 +37,8 @@ def main(descriptor: int, judge_module: str, timeout: float, memory_limit: int) 
         timeout: the parent's limit per item, seconds.
         memory_limit: bytes of address space; 0 for none.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the pipe
+    for asked in (signal.SIGINT, signal.SIGTERM):  # they reach the whole job; the parent decides, and closes the pipe
+        signal.signal(asked, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     pipe = Connection(descriptor)
     module = importlib.import_module(judge_module)

@@ -39,7 +39,8 @@ class PolicyObjective:
             logprob: [N], with gradient. old_logprob, advantage, weight: [N].
 
         Returns:
-            loss: 0-d. metrics: 0-d sums over targets; `targets` is their number.
+            loss: 0-d. metrics: 0-d sums over targets; `targets` is their number, `ratio_max` the largest ratio (0 if
+            there are no targets).
         """
         delta = logprob - old_logprob
         ratio = delta.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -52,6 +53,7 @@ class PolicyObjective:
             "pg_loss": pg_loss,
             "kl_loss": kl_loss,
             "ratio": ratio.sum(),
+            "ratio_max": torch.cat([ratio.new_zeros(1), ratio]).max(),
             "pg_clipfrac": (clipped * advantage < ratio * advantage).to(ratio.dtype).sum(),
             "ppo_kl": (-delta).sum(),
             "k3": k3.sum(),

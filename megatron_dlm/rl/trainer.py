@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from megatron_dlm.config.errors import TrainingError
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt
-from megatron_dlm.data.sampler import EpochSampler
+from megatron_dlm.data.sampler import EpochSampler, Position
 from megatron_dlm.diffusion.keys import stream
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import Load, check_budget
 from megatron_dlm.diffusion.trace import Trace
-from megatron_dlm.parallel.exchange import agreed
 from megatron_dlm.rewards.base import CRASH, TIMEOUT, Scorer, Verdict
 from megatron_dlm.rl.advantages import group_advantages, in_band, overlong
 from megatron_dlm.rl.exchange import Graded, gather_graded
+from megatron_dlm.rl.metrics import console, learned_metrics, rollout_metrics
 from megatron_dlm.rl.objective import PolicyObjective
+from megatron_dlm.rl.samples import Judged, dump, readable
 from megatron_dlm.rl.update import (
     UpdateSettings,
     build_rows,
@@ -35,21 +33,31 @@ from megatron_dlm.rl.update import (
 )
 from megatron_dlm.rollout.replicas import Job, generate, requests_for
 from megatron_dlm.rollout.rig import RolloutRig
+from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report, Stopwatch
 from megatron_dlm.training.setup import Session
 from megatron_dlm.training.state import TrainState
 
+STAGE = "tracerl"
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """The responses of one RL step: the traces that this rank holds, and the records of all."""
+    """The responses of one RL step: those that this rank judged and whose traces it holds, and the records of all."""
 
-    traces: list[Trace]
+    judged: list[Judged]
     graded: list[Graded]
+
+    @property
+    def traces(self) -> list[Trace]:
+        return [one.trace for one in self.judged]
 
 
 class TraceRLTrainer:
-    """Improves `state` by TraceRL; `step_index` counts finished RL steps, and is all that a resumed run needs to know.
+    """Improves `state` by TraceRL; `step_index` counts finished RL steps.
+
+    Args:
+        progress: of the run that is resumed, as `progress` returned it; None for a new one.
     """
 
     def __init__(
@@ -62,11 +70,13 @@ class TraceRLTrainer:
         rl: RLConfig,
         rollout: RolloutConfig,
         seed: int,
-        step_index: int = 0,
+        progress: Mapping[str, Any] | None = None,
     ) -> None:
         self.session, self.state, self.rig, self.scorer = session, state, rig, scorer
-        self.rl, self.rollout_config, self.seed, self.step_index = rl, rollout, seed, step_index
-        self.sampler = EpochSampler(prompts, seed)
+        self.rl, self.rollout_config, self.seed = rl, rollout, seed
+        progress = progress or {}
+        self.step_index = progress.get("rl_step", 0)
+        self.sampler = EpochSampler(prompts, seed, Position.read(STAGE, progress.get("position")))
         self.sampling = rig.sampling(rollout)
         check_budget(self._largest_item(max(len(prompt.token_ids) for prompt in prompts)), rl.max_tokens_per_row)
         self.settings = UpdateSettings(
@@ -94,17 +104,24 @@ class TraceRLTrainer:
         steps = sampling.denoising_steps if sampling.block_size == block else block
         return longest_prompt + response + response * -(-steps // self.rl.shrinkage)
 
+    def progress(self) -> dict[str, Any]:
+        """What a resumed run needs besides the TrainState; JSON can hold it."""
+        return {"rl_step": self.step_index, "position": self.sampler.position.as_dict()}
+
     def step(self, report: Report) -> dict[str, float]:
         """One RL step. Collective. Returns its metrics; all but this rank's seconds (perf/) are the same on every rank.
         """
         watch = Stopwatch()
-        prompts = self._prompts()
+        prompts = self.sampler.take_distinct(self.rollout_config.rollout_batch_size)
         with watch.phase("rollout_time"):
             traces = self._generate(prompts, report)
         with watch.phase("reward_time"):
             rollout = self._grade({prompt.key: prompt for prompt in prompts}, traces)
         learned, advantages = self._advantages(rollout.graded)
-        metrics = rollout_metrics(rollout.graded) | {"rollout/learned_ratio": len(learned) / len(rollout.graded)}
+        metrics = rollout_metrics(rollout.graded) | learned_metrics(advantages, len(rollout.graded))
+        if report.samples is not None:
+            shown = readable(self.step_index + 1, rollout.judged, rollout.graded, advantages, self.rl.log_samples)
+            report.keep_samples(shown)
         if learned:
             with watch.phase("old_logprobs_time"):
                 prepared = self._prepare(learned, advantages, rollout.traces)
@@ -114,6 +131,8 @@ class TraceRLTrainer:
             metrics |= {f"train/{name}": value for name, value in update.items()} | {"train/lr": learning_rate}
             with watch.phase("update_weights_time"):
                 self.rig.refit()
+            trained = self.session.groups.dp_size * sum(len(rows) * length for rows, length in prepared)
+            metrics["perf/train_tokens_per_sec"] = trained / watch.seconds["train_time"]
         self.step_index += 1
         metrics |= {f"perf/{name}": seconds for name, seconds in watch.seconds.items()}
         metrics["perf/step_time"] = sum(watch.seconds.values())
@@ -121,14 +140,6 @@ class TraceRLTrainer:
             sum(graded.length for graded in rollout.graded) / watch.seconds["rollout_time"]
         )
         return metrics
-
-    def _prompts(self) -> list[Prompt]:
-        """The prompts of this step, all different: an epoch's last few, too few for a step, are left out (others in
-        each epoch).
-        """
-        count, size = self.rollout_config.rollout_batch_size, len(self.sampler)
-        epoch, place = divmod(self.step_index, size // count)
-        return self.sampler.take(epoch * size + place * count, count)
 
     def _generate(self, prompts: list[Prompt], report: Report) -> list[Trace]:
         """This replica's share of the responses."""
@@ -148,14 +159,19 @@ class TraceRLTrainer:
         decode = self.session.tokenizer.decode
         texts = [decode(trace.response_ids.tolist(), skip_special_tokens=True) for trace in traces]
         verdicts = self.scorer.score([(prompts[trace.prompt_key], text) for trace, text in zip(traces, texts)])
-        self._dump(prompts, traces, texts, verdicts)
+        judged = [
+            Judged(prompts[trace.prompt_key], trace, text, verdict)
+            for trace, text, verdict in zip(traces, texts, verdicts)
+        ]
+        if self.rl.save_debug_rollout_data is not None:
+            dump(self.rl.save_debug_rollout_data, self.step_index, self.session.groups.rank, judged)
         too_long = overlong(
             [len(trace.response_ids) for trace in traces],
             self.rollout_config.rollout_max_response_len,
             self.rl.overlong_margin,
         )
         return Rollout(
-            traces,
+            judged,
             gather_graded(
                 [
                     self._record(index, trace, verdict, bool(cut))
@@ -220,99 +236,50 @@ class TraceRLTrainer:
             )
         return prepared
 
-    def _dump(self, prompts: dict[str, Prompt], traces: list[Trace], texts: list[str], verdicts: list[Verdict]) -> None:
-        """--save-debug-rollout-data: this replica's responses as JSON lines."""
-        if self.rl.save_debug_rollout_data is None:
-            return
-        folder = Path(self.rl.save_debug_rollout_data)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(
-            folder / f"step_{self.step_index:06d}_rank_{self.session.groups.rank:04d}.jsonl", "w", encoding="utf-8"
-        ) as file:
-            for trace, text, verdict in zip(traces, texts, verdicts):
-                prompt = prompts[trace.prompt_key]
-                file.write(
-                    json.dumps(
-                        {
-                            "question": prompt.question,
-                            "ground_truth": prompt.ground_truth,
-                            "response": text,
-                            "correct": verdict.correct,
-                            "reason": verdict.reason,
-                            "token_ids": trace.response_ids.tolist(),
-                            "step_map": trace.steps.tolist(),
-                            "finish_reason": trace.finish_reason,
-                        }
-                    )
-                    + "\n"
-                )
-
     def run(
         self,
         report: Report,
-        save: Callable[[int, bool], None],
+        pace: Pace,
         evaluate: Callable[[int], dict[str, float]] | None,
         log_interval: int = 1,
     ) -> None:
-        """Run to --num-rollout steps, or to --exit-duration-in-mins.
+        """Run to --num-rollout steps, or as long as `pace` lets it.
 
         Args:
-            save: save(step, force) writes a checkpoint when one is due, always with `force`.
             evaluate: called with 0 before the first step and with its number after each; its metrics are recorded.
             log_interval: steps between console lines.
+
+        Raises:
+            TrainingError: --max-empty-steps; the run is saved then.
         """
-        began, last = time.perf_counter(), self.rl.num_rollout
+        last, empty = self.rl.num_rollout, 0
         if evaluate is not None and self.step_index == 0:
             metrics = evaluate(0)
             report.record(0, metrics)
-            report.iteration(0, last, _console(metrics))
-        while self.step_index < last:
-            metrics = self.step(report)
-            if evaluate is not None:
-                metrics |= evaluate(self.step_index)
-            report.record(self.step_index, metrics)
-            if self.step_index % log_interval == 0 or self.step_index == last:
-                report.iteration(self.step_index, last, _console(metrics))
-            save(self.step_index, False)
-            minutes, limit = (time.perf_counter() - began) / 60, self.rl.exit_duration_in_mins
-            if limit is not None and agreed(minutes >= limit):
-                report.say(f"Stopping after {minutes:.1f} minutes, at RL step {self.step_index}.")
-                break
-        save(self.step_index, True)
+            report.iteration(0, last, console(metrics))
+        with pace:
+            while self.step_index < last:
+                metrics = self.step(report)
+                if evaluate is not None:
+                    watch = Stopwatch()
+                    with watch.phase("perf/eval_time"):
+                        found = evaluate(self.step_index)
+                    metrics |= found and found | watch.seconds
+                report.record(self.step_index, metrics)
+                if self.step_index % log_interval == 0 or self.step_index == last:
+                    report.iteration(self.step_index, last, console(metrics))
+                empty = 0 if metrics["rollout/learned_ratio"] else empty + 1
+                if pace.after(self.step_index) or empty == self.rl.max_empty_steps:
+                    break
+            pace.finish(self.step_index)
+        if empty == self.rl.max_empty_steps:
+            raise self._nothing_to_learn(empty, metrics["rollout/raw_reward"])
 
-
-def rollout_metrics(graded: list[Graded]) -> dict[str, float]:
-    """Means over all responses of a step."""
-    mean = lambda values: float(np.mean(list(values)))
-    tokens = sum(record.length for record in graded)
-    return {
-        "rollout/raw_reward": mean(record.correct for record in graded),
-        "rollout/reward": mean(record.reward for record in graded),
-        "rollout/response_len/mean": mean(record.length for record in graded),
-        "rollout/truncated_ratio": mean(record.truncated for record in graded),
-        "rollout/overlong_ratio": mean(record.overlong for record in graded),
-        "rollout/judge_failed_ratio": mean(record.judge_failed for record in graded),
-        "rollout/tokens_per_step": tokens / sum(record.steps for record in graded),
-        "rollout/tokens_per_forward": tokens / sum(record.forwards for record in graded),
-    }
-
-
-def _console(metrics: dict[str, float]) -> dict[str, float | str]:
-    shown = {
-        "accuracy": "rollout/raw_reward",
-        "reward": "rollout/reward",
-        "response len": "rollout/response_len/mean",
-        "overlong": "rollout/overlong_ratio",
-        "tokens/step": "rollout/tokens_per_step",
-        "learned": "rollout/learned_ratio",
-        "loss": "train/loss",
-        "k3": "train/k3",
-        "clipfrac": "train/pg_clipfrac",
-        "entropy": "train/entropy",
-        "grad norm": "train/grad_norm",
-        "rollout (s)": "perf/rollout_time",
-        "train (s)": "perf/train_time",
-        "step (s)": "perf/step_time",
-    }
-    fields: dict[str, float | str] = {name: metrics[key] for name, key in shown.items() if key in metrics}
-    return fields | {key: value for key, value in metrics.items() if key.startswith("eval/") and "accuracy" in key}
+    def _nothing_to_learn(self, steps: int, accuracy: float) -> TrainingError:
+        rl = self.rl
+        return TrainingError(
+            f"No group of responses was left to learn from in {steps} RL steps in a row (right answers in the last: "
+            f"{accuracy:.1%}; a group needs different rewards and between {rl.min_group_accuracy:.0%} and "
+            f"{rl.max_group_accuracy:.0%} right answers). Take easier or harder prompts, or widen --min-group-accuracy "
+            "and --max-group-accuracy."
+        )

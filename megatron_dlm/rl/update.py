@@ -185,15 +185,17 @@ def update_policy(
         prepared: for each update its rows, with old log-probabilities, and their length.
 
     Returns:
-        Metrics: means over targets; for the losses and the gradient norm means over updates. The mismatch between
-        engine and trainer is that of the first update, when both still have the same weights.
+        Metrics: means over targets; for the losses and the gradient norm means over updates; `ratio_max` is the largest
+        of all. The mismatch between engine and trainer is that of the first update, when both still have the same
+        weights.
     """
     totals: dict[str, float] = {}
-    norms, mismatch = [], 0.0
+    norms, mismatch, largest = [], 0.0, 0.0
     for index, (rows, length) in enumerate(prepared):
         result = train_step(state, rows, policy_forward(vocabulary, settings), length)
         norms.append(result.grad_norm)
         difference = result.metrics.pop(MISMATCH)
+        largest = max(largest, result.metrics.pop("ratio_max"))
         if index == 0:
             mismatch = difference / max(result.metrics["targets"], 1.0)
         for name, value in result.metrics.items():
@@ -204,6 +206,7 @@ def update_policy(
     return {
         **per_update,
         **per_target,
+        "ratio_max": largest,
         MISMATCH: mismatch,
         "grad_norm": float(np.mean(norms)),
         "updates": float(len(prepared)),

@@ -250,26 +250,37 @@ class Engine:
         column = torch.arange(int(batch.block_size[slot].max()), device=self.device)
         position = batch.start[slot][:, None] + column
         inside = position < end[:, None]
-        done = (batch.known[slot[:, None], position.clamp(max=self.cache.max_length - 1)] | ~inside).all(1)
-        traces = []
-        for index in torch.nonzero(done)[:, 0].tolist():
-            one = int(slot[index])
-            response_end, reason = self._response_end(one)
+        position = position.clamp(max=self.cache.max_length - 1)
+        done = torch.nonzero((batch.known[slot[:, None], position] | ~inside).all(1))[:, 0]
+        traces, going_on = [], []
+        finished, blocks = slot[done], batch.tokens[slot[done, None], position[done]]
+        # The host reads what it needs of all finished blocks at once: on a GPU each reading waits for the device.
+        for one, start, tokens in zip(finished.tolist(), batch.start[finished].tolist(), blocks.tolist()):
+            response_end, reason = self._response_end(batch.request[one], start, tokens)
             if reason is not None:
                 traces.append(batch.trace(one, response_end, reason))
                 batch.release(one)
             else:
-                batch.start[one] += batch.block_size[one]
-                batch.block_steps[one] = 0
+                going_on.append(one)
+        if going_on:
+            moved = torch.tensor(going_on, device=self.device)
+            batch.start[moved] += batch.block_size[moved]
+            batch.block_steps[moved] = 0
         return traces
 
-    def _response_end(self, slot: int) -> tuple[int, str | None]:
-        """Where the response ends if it ends in the block just finished, and why; reason None if it goes on."""
-        batch, sampling = self.batch, self.batch.request[slot].sampling
-        limit, block_end = int(batch.limit[slot]), int(batch.start[slot] + batch.block_size[slot])
-        first = max(int(batch.start[slot]), int(batch.prompt_length[slot]))
+    @staticmethod
+    def _response_end(request: Request, start: int, tokens: list[int]) -> tuple[int, str | None]:
+        """Where a response ends if it ends in the block just finished, and why; reason None if it goes on.
+
+        Args:
+            start: first position of the block.
+            tokens: its tokens; anything after them.
+        """
+        sampling, prompt = request.sampling, len(request.prompt_ids)
+        limit, block_end = prompt + sampling.max_new_tokens, start + sampling.block_size
+        first = max(start, prompt)
         if not sampling.ignore_eos:
-            for offset, token in enumerate(batch.tokens[slot, first : min(block_end, limit)].tolist()):
+            for offset, token in enumerate(tokens[first - start : min(block_end, limit) - start]):
                 if token in sampling.stop_token_ids:
                     return first + offset + 1, "stop"
         return (limit, "length") if block_end >= limit else (block_end, None)

@@ -4,38 +4,57 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_dlm import platform
 from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.sft import SFTConfig
-from megatron_dlm.data.sampler import EpochSampler
+from megatron_dlm.data.sampler import EpochSampler, Position
 from megatron_dlm.data.sft_data import Sample
 from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, check_budget, pack
 from megatron_dlm.diffusion.rows import Row, build_row
-from megatron_dlm.parallel.exchange import agreed
 from megatron_dlm.sft.objective import largest_item, sft_forward, sft_items
+from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report
 from megatron_dlm.training.setup import Session
 from megatron_dlm.training.state import TrainState
 from megatron_dlm.training.step import StepResult, train_step
 
+STAGE = "sft"
+
 
 class SFTTrainer:
-    """Trains `state` on samples; `consumed` counts the samples seen since the start of the run."""
+    """Trains `state` on samples; `consumed` counts the samples seen since the start of the run.
+
+    Args:
+        progress: of the run that is resumed, as `progress` returned it; None for a new one.
+    """
 
     def __init__(
-        self, session: Session, state: TrainState, samples: list[Sample], sft: SFTConfig, seed: int, consumed: int = 0
+        self,
+        session: Session,
+        state: TrainState,
+        samples: list[Sample],
+        sft: SFTConfig,
+        seed: int,
+        progress: Mapping[str, Any] | None = None,
     ) -> None:
         self.session, self.state, self.sft, self.seed = session, state, sft, seed
-        self.sampler = EpochSampler(samples, seed)
+        progress = progress or {}
+        self.sampler = EpochSampler(samples, seed, Position.read(STAGE, progress.get("position")))
         self.schedule = MaskSchedule(sft.mask_ratio_per, sft.min_mask_ratio, sft.max_loss_weight)
-        self.consumed = consumed
+        self.consumed = progress.get("consumed_samples", 0)
         check_budget(max(largest_item(sample, session.grid) for sample in samples), sft.max_tokens_per_row)
+
+    def progress(self) -> dict[str, Any]:
+        """What a resumed run needs besides the TrainState; JSON can hold it."""
+        return {"consumed_samples": self.consumed, "position": self.sampler.position.as_dict()}
 
     def step(self) -> tuple[StepResult, int]:
         """One optimizer step. Returns its result and the number of tokens in its rows, over all ranks."""
-        samples = self.sampler.take(self.consumed, self.sft.global_batch_size)
+        samples = self.sampler.take(self.sft.global_batch_size)
         words, groups = self.session.tokenizer, self.session.groups
         drawn = sft_items(
             samples,
@@ -58,14 +77,10 @@ class SFTTrainer:
         self.consumed += len(samples)
         return result, plan.num_rows * plan.length
 
-    def run(self, report: Report, logging: LoggingConfig, save) -> None:
-        """Train to --train-iters, or to --exit-duration-in-mins.
-
-        Args:
-            save: save(iteration, force) writes a checkpoint when one is due, always with `force`.
-        """
-        began = last = time.perf_counter()
-        with report.bar(self.sft.train_iters, "sft") as bar:
+    def run(self, report: Report, logging: LoggingConfig, pace: Pace) -> None:
+        """Train to --train-iters, or as long as `pace` lets it."""
+        last = time.perf_counter()
+        with report.bar(self.sft.train_iters, "sft") as bar, pace:
             bar.update(self.state.iteration)
             while self.state.iteration < self.sft.train_iters:
                 learning_rate = self.state.learning_rate()
@@ -79,6 +94,7 @@ class SFTTrainer:
                     "train/lr": learning_rate,
                     "train/consumed_samples": self.consumed,
                     "perf/step_time": seconds,
+                    "perf/samples_per_sec": self.sft.global_batch_size / seconds,
                     "perf/tokens_per_sec": tokens / seconds,
                 }
                 report.record(iteration, metrics)
@@ -97,9 +113,6 @@ class SFTTrainer:
                         },
                     )
                 bar.update()
-                save(iteration, False)
-                minutes, limit = (now - began) / 60, self.sft.exit_duration_in_mins
-                if limit is not None and agreed(minutes >= limit):
-                    report.say(f"Stopping after {minutes:.1f} minutes, at iteration {iteration}.")
+                if pace.after(iteration):
                     break
-        save(self.state.iteration, True)
+            pace.finish(self.state.iteration)

@@ -1,4 +1,4 @@
-"""What a run says: console lines, a progress bar, JSON lines and Weights & Biases.
+"""What a run says: console lines, a progress bar, metrics, samples to read, and a picture at its end.
 
 Metrics are named with the field's prefixes (train/, rollout/, eval/, perf/). Only the main rank speaks; the others call
 the same methods and nothing happens.
@@ -6,10 +6,9 @@ the same methods and nothing happens.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -17,40 +16,58 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_dlm.config.errors import ConfigError, DependencyError
-from megatron_dlm.config.log import LoggingConfig
+from megatron_dlm.config.log import ReportConfig
+from megatron_dlm.training.curves import draw, panels
+from megatron_dlm.training.history import read_history
+from megatron_dlm.training.sinks import JsonLines, MetricsFile, Sink, TensorBoard, WeightsAndBiases
 
 
 class Report:
-    """One per run. Use it as a context manager: it closes what it opened.
+    """One per run. Use it as a context manager: at its end it closes what it opened, and draws the curves of the run.
 
     Args:
         logging: where to.
         is_main: whether this rank speaks.
         settings: the whole configuration, recorded with the run.
+        folder: the run's own (--save): metrics.jsonl unless logging names another file, samples.jsonl, curves.png.
 
     Raises:
-        DependencyError: wandb was asked for and is not installed.
+        UserError: wandb or tensorboard was asked for and is not there.
     """
 
-    def __init__(self, logging: LoggingConfig, is_main: bool, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, logging: ReportConfig, is_main: bool, settings: Mapping[str, Any], folder: str | Path | None = None
+    ) -> None:
         self.is_main = is_main
         self.bar_wanted = logging.progress_bar and is_main and sys.stderr.isatty()
-        self.wandb = _open_wandb(logging, settings) if is_main and logging.wandb_project else None
-        self.lines = None
-        if is_main and logging.metrics_jsonl:
-            Path(logging.metrics_jsonl).parent.mkdir(parents=True, exist_ok=True)
-            self.lines = open(logging.metrics_jsonl, "a", encoding="utf-8")
-        self.started = time.perf_counter()
+        self.metrics, self.samples, self.picture = _places(logging, folder) if is_main else (None, None, None)
+        self.sinks = _open_sinks(logging, self.metrics, settings) if is_main else []
+        self.recorded = False
 
     def __enter__(self) -> Report:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.wandb is not None:
-            self.wandb.finish()
-        if self.lines is not None:
-            self.lines.close()
+        for sink in self.sinks:
+            sink.close()
+        if self.picture is not None and self.recorded:
+            self._draw(self.metrics, self.picture)
+
+    def _draw(self, metrics: Path, picture: Path) -> None:
+        """The curves of the whole history. Whatever goes wrong with them costs a line, not the run."""
+        try:
+            records = read_history(metrics)
+            shown = panels(records)
+            if not shown:
+                return
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            draw(shown, picture, f"{picture.resolve().parent.name}, {records[-1]['step']} steps")
+        except ImportError:
+            self.say("No picture of the curves: matplotlib is not installed. Run: pip install matplotlib")
+        except Exception as error:
+            self.say(f"No picture of the curves: {' '.join(str(error).split()) or type(error).__name__}")
+        else:
+            self.say(f"Curves: {picture}")
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar."""
@@ -59,14 +76,17 @@ class Report:
             sys.stdout.flush()
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep metrics: a JSON line and a point in Weights & Biases."""
-        if self.lines is not None:
-            self.lines.write(
-                json.dumps({"step": step, "seconds": round(time.perf_counter() - self.started, 3), **metrics}) + "\n"
-            )
-            self.lines.flush()
-        if self.wandb is not None:
-            self.wandb.log(dict(metrics), step=step)
+        """Keep the metrics of a step, wherever they are wanted."""
+        self.recorded = True
+        for sink in self.sinks:
+            sink.record(step, metrics)
+
+    def keep_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append to samples.jsonl; nothing happens on a rank or in a run that has none (`samples` is None)."""
+        if self.samples is not None:
+            with JsonLines(self.samples) as lines:
+                for record in records:
+                    lines.write(record)
 
     def iteration(self, step: int, last: int, fields: Mapping[str, float | int | str]) -> None:
         """Megatron's log line; fields in the order given, negative losses included."""
@@ -100,25 +120,21 @@ def _number(value: float | int | str) -> str:
     return str(value)
 
 
-def _open_wandb(logging: LoggingConfig, settings: Mapping[str, Any]):
-    try:
-        import wandb
-    except ImportError:
-        raise DependencyError(
-            "--wandb-project needs the wandb package, which is not installed. Run: pip install wandb"
-        ) from None
-    if logging.wandb_save_dir:
-        Path(logging.wandb_save_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        return wandb.init(
-            project=logging.wandb_project,
-            name=logging.wandb_exp_name,
-            dir=logging.wandb_save_dir,
-            config=dict(settings),
-        )
-    except wandb.Error as error:
-        reason = (str(error).strip() or "it gives no reason").splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"--wandb-project {logging.wandb_project}: Weights & Biases refuses the run ({reason}). "
-            "Run wandb login, or set WANDB_MODE=offline."
-        ) from None
+def _places(logging: ReportConfig, folder: str | Path | None) -> tuple[Path | None, Path | None, Path | None]:
+    """The files of metrics, samples and curves."""
+    metrics = Path(logging.metrics_jsonl) if logging.metrics_jsonl else None
+    if folder is not None:
+        folder = Path(folder)
+        return metrics or folder / "metrics.jsonl", folder / "samples.jsonl", folder / "curves.png"
+    return metrics, None, metrics and metrics.with_suffix(".png")
+
+
+def _open_sinks(logging: ReportConfig, metrics: Path | None, settings: Mapping[str, Any]) -> list[Sink]:
+    sinks: list[Sink] = []
+    if logging.tensorboard_dir:
+        sinks.append(TensorBoard(logging.tensorboard_dir, settings))
+    if logging.wandb_project:
+        sinks.append(WeightsAndBiases(logging.wandb_project, logging.wandb_exp_name, logging.wandb_save_dir, settings))
+    if metrics is not None:
+        sinks.append(MetricsFile(metrics))
+    return sinks

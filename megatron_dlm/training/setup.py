@@ -46,7 +46,9 @@ class Session:
                 possible.
         """
         if tokenizer.tokenizer_model is None:
-            raise ConfigError("--tokenizer-model is not set. Give the folder of a HuggingFace tokenizer.")
+            raise ConfigError(
+                "--tokenizer-model is not set. Give the folder of a HuggingFace tokenizer, or --load a checkpoint."
+            )
         words = Tokenizer(tokenizer.tokenizer_model)
         resolved = resolve(model, words.vocab_size)
         check_model(resolved)
@@ -67,7 +69,15 @@ class Session:
     def train_state(self, optimizer: OptimizerConfig | None, train_iters: int) -> TrainState:
         """Build the policy's TrainState. Without an optimizer its parameters are frozen and it has no gradients.
         Collective.
+
+        Raises:
+            ConfigError: --fp64 with an optimizer, which keeps its master weights in fp32.
         """
+        if optimizer is not None and self.model.fp64:
+            raise ConfigError(
+                "--fp64 does not work in training, whose optimizer computes in float32. Leave it out, or use it with "
+                "generate, score or evaluate."
+            )
         config = transformer_config(self.model, self.parallel)
         shape = model_shape(self.model)
 

@@ -6,7 +6,8 @@ The caller gives a function for one row:
     forward_step(row, model) -> (output, loss_fn)      # on every stage: `output` goes to the next stage
     loss_fn(output) -> (loss, metrics)                 # on the last stage only
 
-`loss` is the row's share of the update's loss, `metrics` a dict of 0-d tensors; both are SUMS with final weights. The
+`loss` is the row's share of the update's loss, `metrics` a dict of 0-d tensors; both are SUMS with final weights, only
+a metric whose name ends in _max is the row's largest value, and becomes the update's. The
 update's loss is the plain sum over rows and data-parallel ranks; nothing is divided by microbatches, tokens or ranks.
 (The auxiliary losses of mixture-of-experts routers, which megatron-core adds in the backward pass, are averaged over
 the rows of the update.) A row without targets returns zeros of the same names, with a loss that still hangs on the
@@ -44,8 +45,8 @@ ForwardStep = Callable[[Any, nn.Module], tuple[Tensor, Callable[..., Any]]]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one update did, the same on every rank. `metrics` are sums over all rows of the update; "loss" is among
-    them.
+    """What one update did, the same on every rank. `metrics` are sums over all rows of the update ("..._max": the
+    largest value of them); "loss" is among them.
     """
 
     metrics: dict[str, float]
@@ -197,9 +198,12 @@ def _sum_metrics(state: TrainState, collected: list[dict[str, Tensor]]) -> dict[
         if any(list(row) != names for row in collected):
             raise ValueError(f"rows of one update report different metrics: {names} and others")
         rows = torch.stack([torch.stack([row[name].double().reshape(()) for name in names]) for row in collected])
-        totals = rows.sum(0)
+        totals, largest = rows.sum(0), rows.amax(0)
         dist.all_reduce(totals, group=groups.dp)
         sums = dict(zip(names, totals.tolist(), strict=True))
+        if any(name.endswith("_max") for name in names):
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.dp)
+            sums |= {name: value for name, value in zip(names, largest.tolist()) if name.endswith("_max")}
     if groups.pp_size > 1:
         sums = broadcast_object(sums, src=groups.pp_size - 1, group=groups.pp)
     return sums

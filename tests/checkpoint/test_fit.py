@@ -53,7 +53,7 @@ def test_what_may_differ(changes, finetune):
     (dict(norm_epsilon=1e-5), ["--norm-epsilon 1e-06", "1e-05"]),
     (dict(num_attention_heads=8), ["--num-attention-heads 4", "8"]),
     (dict(num_layers=3, rotary_base=1e6), ["--num-layers 2", "3"]),  # the first that differs
-    (dict(num_experts=4), ["--num-experts unset", "4", "Use unset."]),
+    (dict(num_experts=4), ["--num-experts unset", "4", "Leave it out."]),
     (dict(transformer_overrides={"softmax_scale": 1.0}), ["--transformer-override softmax_scale unset", "1.0"]),
 ])  # fmt: skip
 def test_what_may_not_differ(changes, words, finetune):

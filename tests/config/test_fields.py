@@ -130,7 +130,7 @@ def test_text_of_the_wrong_type_is_refused(kind, text, words):
     [
         (Kind(int), True, "needs a whole number, not True"),
         (Kind(int), 2.0, "needs a whole number, not 2.0"),
-        (Kind(int), None, "needs a whole number, not None"),
+        (Kind(int), None, "needs a whole number, not null"),
         (Kind(float), "1,5", "needs a number, not '1,5'"),
         (Kind(float), True, "needs a number, not True"),
         (Kind(float), float("inf"), "needs a finite number"),

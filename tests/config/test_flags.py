@@ -12,7 +12,7 @@ from megatron_dlm.config.flags import build_parser, parse
 from megatron_dlm.config.sections import PARTS, SECTIONS, pick, pick_parts
 
 SFT = pick("model", "optimizer", "checkpoint", "logging", "sft", "run")
-RL = pick(*(name for name in SECTIONS if name != "sft"))
+RL = pick(*(name for name in SECTIONS if name not in ("sft", "generate", "score")))
 
 
 def write(tmp_path, text):
@@ -46,7 +46,7 @@ def test_defaults_are_not_shared_between_calls():
         (["--no-load-optim", "--load-optim"], "checkpoint", "no_load_optim", False),
         (["--load", "a b"], "checkpoint", "load", "a b"),
         (["--data-path", "a.jsonl", "b.jsonl", "--seed", "7"], "sft", "data_path", ["a.jsonl", "b.jsonl"]),
-        (["--exit-duration-in-mins", "2"], "sft", "exit_duration_in_mins", 2.0),
+        (["--exit-duration-in-mins", "2"], "run", "exit_duration_in_mins", 2.0),
         (
             ["--transformer-override", "a=1e-3", "--transformer-override", "b=x=y"],
             "model",
@@ -137,18 +137,18 @@ def test_a_faulty_command_line_is_one_sentence(flags, words, capsys):
     ("yaml", "words"),
     [
         ("optimiser: {lr: 1}", ["sft does not read a section optimiser", "Did you mean optimizer?"]),
-        ("zzzzzz: {lr: 1}", ["section zzzzzz", "It reads model, optimizer, checkpoint, logging, sft or run."]),
+        ("zzzzzz: {lr: 1}", ["section zzzzzz", "Use model, optimizer, checkpoint, logging, sft or run."]),
         ("rollout: {threshold: 1}", ["does not read a section rollout"]),
         ("lr: 1", ["lr stands at the top level", "below its section, optimizer"]),
         ("1: 2", ["section 1"]),
         ("optimizer: {learn_rate: 1}", ["The section optimizer", "has no key learn_rate"]),
         ("optimizer: {weight-decay: 1}", ["has no key weight-decay", "Did you mean weight_decay?"]),
         ("optimizer: {num_layers: 1}", ["has no key num_layers", "Did you mean model.num_layers?"]),
-        ("run: {zzzzzz: 1}", ["has no key zzzzzz", "The section has seed."]),
+        ("run: {zzzzzz: 1}", ["has no key zzzzzz", "Use one of seed, exit_interval, exit_duration_in_mins."]),
         ("run: {1: 1}", ["has no key 1"]),
         ("optimizer: fast", ["optimizer in", "needs keys below it, not 'fast'"]),
         ("optimizer: {lr: fast}", ["optimizer.lr in", "needs a number, not 'fast'"]),
-        ("optimizer: {lr: null}", ["optimizer.lr in", "needs a number, not None"]),
+        ("optimizer: {lr: null}", ["optimizer.lr in", "needs a number, not null"]),
         ("optimizer: {optimizer: lion}", ["optimizer.optimizer in", "needs adam or sgd"]),
         ("sft: {data_path: a.jsonl}", ["sft.data_path in", "needs a list"]),
         ("model: {transformer_overrides: [1]}", ["model.transformer_overrides in", "needs a mapping"]),

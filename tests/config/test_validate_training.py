@@ -15,6 +15,7 @@ from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
+from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate_training import (
@@ -26,6 +27,7 @@ from megatron_dlm.config.validate_training import (
     check_reward,
     check_rl,
     check_rollout,
+    check_run,
     check_sft,
     check_stop_tokens,
     check_tokenizer,
@@ -112,10 +114,30 @@ def test_an_unknown_length_allows_any_warmup():
         (dict(save_interval=0, save="out"), ["--save-interval is 0"]),
         (dict(finetune=True), ["--finetune needs --load"]),
         (dict(finetune=True, load="in"), None),
+        (dict(keep_last_n=2), ["--keep-last-n needs --save"]),
+        (dict(keep_last_n=0, save="out"), ["--keep-last-n is 0"]),
+        (dict(keep_last_n=1, save="out"), None),
+        (dict(ckpt_step=2), ["--ckpt-step needs --load"]),
+        (dict(ckpt_step=-1, load="in"), ["--ckpt-step is -1"]),
+        (dict(ckpt_step=0, load="in"), None),
     ],
 )
 def test_checkpoint(values, words):
     expect(run(check_checkpoint, CheckpointConfig(**values)), words)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(), None),
+        (dict(exit_interval=1, exit_duration_in_mins=0.1), None),
+        (dict(exit_interval=0), ["--exit-interval is 0"]),
+        (dict(exit_duration_in_mins=0.0), ["--exit-duration-in-mins is 0.0"]),
+        (dict(exit_duration_in_mins=-1.0), ["--exit-duration-in-mins is -1.0"]),
+    ],
+)
+def test_run(values, words):
+    expect(run(check_run, TrainingRunConfig(**values)), words)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +179,6 @@ def test_tokenizer(template, words):
         (dict(min_mask_ratio=1.0), None),
         (dict(min_mask_ratio=1.1), ["--min-mask-ratio is 1.1"]),
         (dict(max_loss_weight=0.5), ["--max-loss-weight is 0.5"]),
-        (dict(exit_duration_in_mins=0.0), ["--exit-duration-in-mins is 0.0"]),
     ],
 )
 def test_sft(values, words):
@@ -232,7 +253,7 @@ SAMPLED = dict(use_rollout_logprobs=True)
         (dict(eps_clip_high=0.0), {}, ["--eps-clip-high is 0.0"]),
         (dict(eps_clip_high=2.0), {}, None),
         (dict(kl_loss_coef=-0.1), {}, ["--kl-loss-coef is -0.1"]),
-        (dict(exit_duration_in_mins=-1.0), {}, ["--exit-duration-in-mins is -1.0"]),
+        (dict(max_empty_steps=0), {}, ["--max-empty-steps is 0"]),
         (dict(min_group_accuracy=-0.1), {}, ["--min-group-accuracy is -0.1"]),
         (dict(max_group_accuracy=1.1), {}, ["--max-group-accuracy is 1.1"]),
         (dict(min_group_accuracy=0.0, max_group_accuracy=1.0), {}, None),
@@ -291,6 +312,8 @@ def test_reward(values, words):
         (dict(eval_prompt_data=["a"]), ["--eval-prompt-data needs --eval-interval"]),
         (dict(eval_prompt_data=[]), ["--eval-prompt-data names no prompt source"]),
         (dict(eval_interval=0, eval_prompt_data=["a"]), ["--eval-interval is 0"]),
+        (dict(save_eval_samples="f"), ["--save-eval-samples needs --eval-interval"]),
+        (dict(save_eval_samples="f", eval_interval=5, eval_prompt_data=["a"]), None),
         (dict(eval_num_prompts=0), ["--eval-num-prompts is 0"]),
         (dict(n_samples_per_eval_prompt=0), ["--n-samples-per-eval-prompt is 0"]),
         (dict(eval_max_response_len=0), ["--eval-max-response-len is 0"]),

@@ -7,7 +7,7 @@ import gzip
 import pytest
 
 from megatron_dlm.config.errors import DataError
-from megatron_dlm.data.jsonl import read_jsonl, text_field, write_jsonl
+from megatron_dlm.data.jsonl import integers_field, read_jsonl, text_field, write_jsonl
 
 
 def test_reads_objects_with_their_line_numbers(tmp_path):
@@ -78,3 +78,33 @@ def test_text_field():
     ]:
         with pytest.raises(DataError, match=f"^f: .*{word}"):
             text_field(record, "a", "f")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path, link = tmp_path / "a.jsonl", tmp_path / "link.jsonl"
+    path.write_text("old\n")
+    link.symlink_to(path)
+
+    def records():
+        yield {"a": 1}
+        assert path.read_text() == "old\n"
+        yield {"a": {1, 2}}  # JSON has no sets
+
+    with pytest.raises(TypeError):
+        write_jsonl(link, records())
+    assert path.read_text() == "old\n"
+    write_jsonl(link, [{"a": 1}])
+    assert path.read_text() == '{"a": 1}\n' and link.is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jsonl", "link.jsonl"]
+
+
+def test_integers_field():
+    assert integers_field({"a": [3, -1]}, "a", "f") == [3, -1]
+    for record, word in [
+        ({"b": 1}, "missing"),
+        ({"a": 1}, "number, not a list"),
+        ({"a": [1, "2"]}, "entry 1 of 'a' is '2'"),
+        ({"a": [True]}, "entry 0 of 'a' is 'True'"),
+    ]:
+        with pytest.raises(DataError, match=f"^f: .*{word}"):
+            integers_field(record, "a", "f")

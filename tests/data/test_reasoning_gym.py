@@ -33,7 +33,7 @@ def test_tasks_repeat():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("reasoning_gym:chain_sums", "nearest names are chain_sum"),
+        ("reasoning_gym:chain_sums", "Use one of its names, such as chain_sum"),
         ("reasoning_gym:chain_sum?terms=3", "no option terms.*min_terms"),
         ("reasoning_gym:chain_sum?min_terms=9&max_terms=2", "refuses the options"),
     ],

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_dlm.config.eval import EvalConfig
+from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt
 from megatron_dlm.evaluation.evaluate import Evaluator, Outcome, summarize
 from megatron_dlm.evaluation.report import table
 from megatron_dlm.rewards.base import Verdict
+from megatron_dlm.training.report import Report
+from tests.harness import pool
 from tests.tiny import Words, disturb, make_session, quiet
 
 ROLLOUT = RolloutConfig(rollout_max_response_len=9, stop_token_ids=list(range(40, 50)), max_running_requests=8)
@@ -34,15 +39,18 @@ class Recorder:
         return bool(text) and int(text.split()[0]) % 2 == 0
 
 
+def make_prompts(count: int) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [Prompt(f"p{n}", tuple(rng.integers(0, 40, 1 + n).tolist()), f"q{n}", "", "math") for n in range(count)]
+
+
 def make_evaluator(config: EvalConfig = EVAL, count: int = 7, seed: int = 3):
     from megatron_dlm.rollout.rig import RolloutRig
 
     session = make_session()
     state = session.train_state(None, 1)
     disturb(state.module, 0)
-    rng = np.random.default_rng(0)
-    prompts = [Prompt(f"p{n}", tuple(rng.integers(0, 40, 1 + n).tolist()), "", "", "math") for n in range(count)]
-    scorer = Recorder()
+    prompts, scorer = make_prompts(count), Recorder()
     return (
         Evaluator(RolloutRig.open(session, state, ROLLOUT, 8, 9), scorer, Words(), prompts, config, ROLLOUT, seed),
         scorer,
@@ -92,6 +100,48 @@ def test_metrics_are_those_of_the_responses() -> None:
         assert metrics[f"eval/{way}/accuracy"] == np.mean([Recorder.right(text) for _, text in items])
         assert metrics[f"eval/{way}/responses"] == 14
         assert 1 <= metrics[f"eval/{way}/response_len"] <= 9
+
+
+def samples(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_response_can_be_kept_to_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    evaluator, scorer = make_evaluator(dataclasses.replace(EVAL, save_eval_samples=str(file)))
+    metrics = evaluator(quiet(), 5)
+    found = samples(file)
+    assert [line["response"] for line in found] == [text for _, text in scorer.items]
+    assert [line["unmasking"] for line in found] == ["dynamic"] * 14 + ["static"] * 14
+    assert [line["question"] for line in found] == 2 * [f"q{n}" for n in range(7) for _ in range(2)]
+    assert {line["step"] for line in found} == {5}
+    for way, part in (("dynamic", found[:14]), ("static", found[14:])):
+        assert np.mean([line["correct"] for line in part]) == metrics[f"eval/{way}/accuracy"]
+        assert np.mean([line["length"] for line in part]) == metrics[f"eval/{way}/response_len"]
+        assert all(len(line["step_map"]) == line["length"] for line in part)
+    evaluator(quiet(), 10)
+    assert [line["step"] for line in samples(file)] == [5] * 28 + [10] * 28
+
+
+def evaluate_on_replicas(file: str) -> dict[str, float]:
+    from megatron_dlm.rollout.rig import RolloutRig
+    from tests.parallel.test_tracerl import make_state
+
+    session, state = make_state({})
+    rig = RolloutRig.open(session, state, ROLLOUT, 8, 9)
+    config = dataclasses.replace(EVAL, save_eval_samples=file)
+    report = Report(LoggingConfig(progress_bar=False), session.groups.is_main, {})
+    assert rig.num_replicas == 2
+    return Evaluator(rig, Recorder(), Words(), make_prompts(7), config, ROLLOUT, 3)(report)
+
+
+def test_responses_of_all_replicas_are_kept_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    one, other = pool(2).run(evaluate_on_replicas, str(tmp_path / "samples.jsonl"))
+    found = samples(tmp_path / "samples.jsonl")
+    assert one == other and [line["question"] for line in found] == 2 * [f"q{n}" for n in range(7) for _ in range(2)]
+    for way, part in (("dynamic", found[:14]), ("static", found[14:])):
+        assert np.mean([line["correct"] for line in part]) == one[f"eval/{way}/accuracy"]
+        assert np.mean([line["length"] for line in part]) == one[f"eval/{way}/response_len"]
 
 
 def test_the_same_evaluation_gives_the_same_numbers() -> None:

@@ -38,6 +38,21 @@ def test_objects_reach_whom_they_were_sent_to(world: int, tp: int) -> None:
         assert broadcast == len(ranks) - 1
 
 
+def marks(rank_that_sets: int) -> list[bool]:
+    import torch.distributed as dist
+
+    from megatron_dlm.parallel.exchange import anywhere
+    from megatron_dlm.parallel.groups import initialize
+
+    initialize(ParallelConfig(), seed=1)
+    return anywhere(False, dist.get_rank() == rank_that_sets, dist.get_rank() == 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_a_mark_of_one_rank_is_everybodys(rank: int) -> None:
+    assert pool(2).run(marks, rank) == [[False, rank < 2, True]] * 2
+
+
 def to_a_stranger() -> None:
     from megatron_dlm.parallel.exchange import exchange_objects
     from megatron_dlm.parallel.groups import initialize

@@ -46,6 +46,13 @@ def test_surrogate_of_one_token(delta: float, advantage: float, surrogate: float
     assert metrics["pg_clipfrac"].item() == clipped
 
 
+def test_the_largest_ratio_is_among_the_metrics_also_of_a_row_without_targets() -> None:
+    _, metrics = OBJECTIVE(column(-1.0, -2.0, -3.0), column(-2.0, -2.0, -1.0), column(1.0, 1.0, 1.0), column(1, 1, 1))
+    assert metrics["ratio_max"].item() == pytest.approx(math.e)
+    loss, metrics = OBJECTIVE(column(grad=True), column(), column(), column())
+    assert metrics["ratio_max"].item() == 0 and loss.requires_grad
+
+
 def naive(
     logprob: torch.Tensor,
     old: torch.Tensor,

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dlm.config.errors import TrainingError
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
+from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.data.prompts import Prompt
 from megatron_dlm.rewards.base import Verdict
+from megatron_dlm.training.pace import Pace
 from tests.tiny import disturb, make_session, quiet
 
 STOPS = list(range(40, 50))
@@ -57,7 +60,7 @@ def make_trainer(
     scorer=None,
     rl: RLConfig = RL,
     rollout: RolloutConfig = ROLLOUT,
-    step_index: int = 0,
+    progress: dict | None = None,
     lr: float = 2e-3,
     count: int = 13,
 ):
@@ -69,7 +72,7 @@ def make_trainer(
     disturb(state.module, 0)
     rig = RolloutRig.open(session, state, rollout, 6, rollout.rollout_max_response_len)
     return TraceRLTrainer(
-        session, state, rig, scorer or EvenFirst(), prompts(count), rl, rollout, seed=5, step_index=step_index
+        session, state, rig, scorer or EvenFirst(), prompts(count), rl, rollout, seed=5, progress=progress
     )
 
 
@@ -96,6 +99,7 @@ def test_a_step_says_what_happened() -> None:
     assert metrics["train/updates"] == 2 and metrics["train/targets"] > 48
     assert metrics["train/train_rollout_logprob_abs_diff"] < 1e-5
     assert metrics["train/ratio"] == pytest.approx(1, abs=0.05) and metrics["train/k3"] >= 0
+    assert metrics["train/ratio"] < metrics["train/ratio_max"]
     assert 0 < metrics["train/entropy"] < np.log(51)
     assert metrics["train/grad_norm"] > 0
 
@@ -103,6 +107,7 @@ def test_a_step_says_what_happened() -> None:
 def test_the_first_update_is_on_policy() -> None:
     metrics = make_trainer(rl=dataclasses.replace(RL, num_steps_per_rollout=1)).step(quiet())
     assert metrics["train/ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["train/ratio_max"] == pytest.approx(1, abs=1e-4)
     assert metrics["train/k3"] == pytest.approx(0, abs=1e-8) and metrics["train/pg_clipfrac"] == 0
 
 
@@ -120,8 +125,9 @@ def test_a_run_repeats() -> None:
 
 def test_a_resumed_run_draws_what_the_next_step_would_have_drawn() -> None:
     """Without learning, so that only the place in the run matters."""
-    whole, resumed = make_trainer(Always(False)), make_trainer(Always(False), step_index=1)
+    whole = make_trainer(Always(False))
     whole.step(quiet())
+    resumed = make_trainer(Always(False), progress=json.loads(json.dumps(whole.progress())))
     assert comparable(whole.step(quiet())) == comparable(resumed.step(quiet()))
 
 
@@ -154,8 +160,8 @@ def test_truncated_responses_earn_nothing() -> None:
 
 def test_every_prompt_comes_once_in_a_step_and_all_come() -> None:
     trainer, seen = make_trainer(), set()
-    for trainer.step_index in range(12):
-        keys = [prompt.key for prompt in trainer._prompts()]
+    for _ in range(12):
+        keys = [prompt.key for prompt in trainer.sampler.take_distinct(6)]
         assert len(set(keys)) == len(keys) == 6
         seen |= set(keys)
     assert len(seen) == 13
@@ -199,10 +205,11 @@ def test_run_saves_evaluates_and_records(tmp_path) -> None:
         return {"eval/dynamic/accuracy": 0.5} if step == 2 else {}
 
     with quiet(metrics_jsonl=str(tmp_path / "metrics.jsonl")) as report:
-        trainer.run(report, lambda step, force: saved.append((step, force)), evaluate)
+        trainer.run(report, Pace(TrainingRunConfig(), lambda *call: saved.append(call)), evaluate)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "rollout/reward" in record] == [1, 2]
     assert records[-1]["eval/dynamic/accuracy"] == 0.5 and evaluated[-2:] == [1, 2]
+    assert records[-1]["perf/eval_time"] >= 0 and not any("perf/eval_time" in record for record in records[:-1])
     assert saved == [(1, False), (2, False), (2, True)]
     lines = [
         json.loads(line) for file in sorted((tmp_path / "dump").iterdir()) for line in file.read_text().splitlines()
@@ -212,3 +219,25 @@ def test_run_saves_evaluates_and_records(tmp_path) -> None:
     assert np.mean([line["correct"] for line in lines[:48]]) == pytest.approx(
         next(record["rollout/raw_reward"] for record in records if record["step"] == 1)
     )
+
+
+def test_a_run_that_finds_nothing_to_learn_saves_and_gives_up() -> None:
+    trainer, saved = make_trainer(Always(False), rl=dataclasses.replace(RL, num_rollout=9, max_empty_steps=3)), []
+    with pytest.raises(TrainingError, match="in 3 RL steps in a row .right answers in the last: 0.0%"):
+        trainer.run(quiet(), Pace(TrainingRunConfig(), lambda *call: saved.append(call)), None)
+    assert trainer.step_index == 3 and saved[-1] == (3, True)
+
+
+def test_steps_without_anything_to_learn_must_follow_each_other() -> None:
+    class Now(EvenFirst):
+        calls = 0
+
+        def score(self, items):
+            self.calls += 1
+            if self.calls % 3 == 0:
+                return super().score(items)
+            return Always(False).score(items)
+
+    trainer = make_trainer(Now(), rl=dataclasses.replace(RL, num_rollout=6, max_empty_steps=3))
+    trainer.run(quiet(), Pace(TrainingRunConfig(), lambda *call: None), None)
+    assert trainer.step_index == 6

@@ -130,6 +130,7 @@ def test_is_the_objective_over_single_denoising_states(aggregation: str, shrinka
     traces, settings = responses(), dataclasses.replace(SETTINGS, aggregation=aggregation, shrinkage=shrinkage)
     metrics, grads, _ = run(settings, traces)
     model, loss, tokens, clipped = make_model(torch.float64), 0, sum(len(trace.response_ids) for trace in traces), 0
+    largest = 0.0
     for trace in traces:
         length, advantage = len(trace.response_ids), advantages(traces)[trace.prompt_key, trace.sample]
         weight = {"constant": 1 / (len(traces) * 12), "response": 1 / (len(traces) * length), "token": 1 / tokens}[
@@ -148,11 +149,13 @@ def test_is_the_objective_over_single_denoising_states(aggregation: str, shrinka
                 logprob = allowed_logprobs(logits, 0.8)[n, trace.tokens[position]]
                 old = old_logprob(trace, position - len(trace.prompt_ids), logprob.item())
                 ratio = torch.exp(logprob - old)
+                largest = max(largest, ratio.item())
                 clipped += bool(torch.min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage) < ratio * advantage)
                 surrogate = torch.min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
                 loss = loss + weight * (-surrogate + 0.1 * (torch.exp(old - logprob) - 1 - (old - logprob)))
     assert metrics["targets"] == tokens
     assert metrics["pg_clipfrac"] == clipped > 3
+    assert metrics["ratio_max"] == pytest.approx(largest, rel=1e-10)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-10)
     assert furthest(grads, gradients(model, loss)) < 1e-10
 

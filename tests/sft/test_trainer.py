@@ -9,8 +9,10 @@ import torch
 
 from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.data.sft_data import Sample
+from megatron_dlm.training.pace import Pace
 from tests.tiny import disturb, make_session, quiet
 
 SFT = SFTConfig(data_path=["x"], train_iters=60, global_batch_size=8, max_tokens_per_row=256, max_loss_weight=5.0)
@@ -21,13 +23,13 @@ def samples(count: int = 8) -> list[Sample]:
     return [Sample(f"s{n}", (n, n + 1), tuple(rng.integers(0, 40, 5 + n % 3).tolist()) + (49,)) for n in range(count)]
 
 
-def make_trainer(sft: SFTConfig = SFT, lr: float = 1e-2, consumed: int = 0):
+def make_trainer(sft: SFTConfig = SFT, lr: float = 1e-2, progress: dict | None = None):
     from megatron_dlm.sft.trainer import SFTTrainer
 
     session = make_session()
     state = session.train_state(OptimizerConfig(lr=lr), sft.train_iters)
     disturb(state.module, 0)
-    return SFTTrainer(session, state, samples(), sft, seed=5, consumed=consumed)
+    return SFTTrainer(session, state, samples(), sft, seed=5, progress=progress)
 
 
 def test_a_memorisable_set_is_memorised() -> None:
@@ -72,7 +74,7 @@ def test_run_records_and_saves(tmp_path) -> None:
     sft = dataclasses.replace(SFT, train_iters=3)
     trainer, saved = make_trainer(sft), []
     with quiet(metrics_jsonl=str(tmp_path / "metrics.jsonl")) as report:
-        trainer.run(report, LoggingConfig(log_interval=2), lambda step, force: saved.append((step, force)))
+        trainer.run(report, LoggingConfig(log_interval=2), Pace(TrainingRunConfig(), lambda *call: saved.append(call)))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]
     assert [record["train/consumed_samples"] for record in records] == [8, 16, 24]
@@ -85,13 +87,15 @@ def test_run_records_and_saves(tmp_path) -> None:
 def test_a_finished_run_does_nothing_more() -> None:
     trainer, saved = make_trainer(dataclasses.replace(SFT, train_iters=2)), []
     trainer.state.iteration = 2
-    trainer.run(quiet(), LoggingConfig(), lambda step, force: saved.append((step, force)))
+    trainer.run(quiet(), LoggingConfig(), Pace(TrainingRunConfig(), lambda *call: saved.append(call)))
     assert trainer.consumed == 0 and saved == [(2, True)]
 
 
 def test_a_resumed_run_sees_what_the_next_step_would_have_seen() -> None:
-    whole, resumed = make_trainer(lr=1e-12), make_trainer(lr=1e-12, consumed=8)
+    whole = make_trainer(lr=1e-12)
     whole.step()
+    resumed = make_trainer(lr=1e-12, progress=json.loads(json.dumps(whole.progress())))
+    assert resumed.consumed == 8
     resumed.state.iteration = 1
     (one, _), (other, _) = whole.step(), resumed.step()
     assert other.metrics["targets"] == one.metrics["targets"]

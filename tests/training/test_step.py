@@ -229,6 +229,27 @@ def test_forward_only_collects_one_item_per_row(world: int, where: dict, collect
             assert items == []
 
 
+def largest_values(setup: Setup) -> tuple[float, float, float]:
+    """Of an update whose rows report their first token as a sum, as a maximum, and as a negative one."""
+    from megatron_dlm.training.step import train_step
+
+    def step(row: torch.Tensor, model: torch.nn.Module):
+        output, loss = forward_step(row, model)
+        first = row[0, 0].float()
+        return output, lambda logits: (loss(logits)[0], {"a": first, "a_max": first, "b_max": -first})
+
+    state = make(setup)
+    metrics = train_step(state, share(state, rows(4)), step, LENGTH).metrics
+    return metrics["a"], metrics["a_max"], metrics["b_max"]
+
+
+@pytest.mark.parametrize(("world", "where"), [(1, {}), (2, {}), (2, {"tp": 2}), (4, {"pp": 2})])
+def test_a_metric_that_ends_in_max_is_the_largest_of_all_rows(world: int, where: dict) -> None:
+    first = [float(row[0, 0]) for row in rows(4)]
+    assert len(set(first)) > 1
+    assert pool(world).run(largest_values, Setup(**where)) == [(sum(first), max(first), -min(first))] * world
+
+
 def misuse() -> None:
     from megatron_dlm.training.state import TrainState
     from megatron_dlm.training.step import accumulate_gradients, train_step

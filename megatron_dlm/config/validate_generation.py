@@ -1,0 +1,61 @@
+"""What cannot work when responses are generated to a file or scored from one, refused before anything is built.
+
+The rules of these checks are those of `validate`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from megatron_dlm.config.checkpoint import LoadConfig
+from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.fields import flag_name
+from megatron_dlm.config.generate import GenerateConfig
+from megatron_dlm.config.score import ScoreConfig
+from megatron_dlm.config.validate import at_least, within
+
+
+def check_generate(settings: GenerateConfig, checkpoint: LoadConfig) -> None:
+    """Refuse settings of `generate` that no model could work with."""
+    _files(settings, checkpoint, "prompts")
+    at_least(
+        settings,
+        1,
+        "num_samples",
+        "max_new_tokens",
+        "denoising_steps",
+        "max_running_requests",
+        "max_tokens_per_pass",
+    )
+    at_least(settings, 0, "temperature", "top_k")
+    within(settings, 0, 1, "top_p", "threshold", low_open=True)
+
+
+def check_denoising_steps(settings: GenerateConfig, block_size: int) -> None:
+    """Refuse more steps than a block has tokens."""
+    if settings.denoising_steps is not None and settings.denoising_steps > block_size:
+        raise ConfigError(
+            f"--denoising-steps {settings.denoising_steps} is more than the {block_size} tokens of a block, and a step "
+            f"unmasks at least one. Use 1 to {block_size}."
+        )
+
+
+def check_score(settings: ScoreConfig, checkpoint: LoadConfig, block_size: int | None) -> None:
+    """Refuse settings of `score` that cannot work. `block_size`: of the flag, if given."""
+    _files(settings, checkpoint, "input")
+    at_least(settings, 0, "temperature")
+    at_least(settings, 1, "max_tokens_per_row")
+    if block_size is not None and block_size < 1:
+        raise ConfigError(f"--block-size is {block_size}. Use 1 or more.")
+
+
+def _files(settings: GenerateConfig | ScoreConfig, checkpoint: LoadConfig, source: str) -> None:
+    given = getattr(settings, source)
+    if checkpoint.load is None:
+        raise ConfigError("--load is not set. Give the folder of the checkpoint to use.")
+    if given is None:
+        raise ConfigError(f"{flag_name(source)} is not set. Give a JSONL file.")
+    if settings.output is None:
+        raise ConfigError("--output is not set. Give the JSONL file to write.")
+    if os.path.realpath(given) == os.path.realpath(settings.output):
+        raise ConfigError(f"--output {settings.output} is the file that {flag_name(source)} names. Give another name.")

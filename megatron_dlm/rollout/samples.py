@@ -1,0 +1,29 @@
+"""A judged response as a person reads it: what was asked, what came, what it was worth, how it was unmasked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_dlm.data.prompts import Prompt
+from megatron_dlm.diffusion.trace import Trace
+from megatron_dlm.rewards.base import Verdict
+
+
+def sample_record(prompt: Prompt, trace: Trace, text: str, verdict: Verdict) -> dict[str, Any]:
+    """One JSON object. `step_map` has the denoising step of each response token.
+
+    Args:
+        text: the response, decoded.
+    """
+    length, steps = len(trace.response_ids), trace.num_steps
+    return {
+        "question": prompt.question,
+        "ground_truth": prompt.ground_truth,
+        "response": text,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "finish_reason": trace.finish_reason,
+        "length": length,
+        "tokens_per_step": round(length / max(steps, 1), 3),
+        "step_map": trace.steps.tolist(),
+    }

@@ -1,0 +1,110 @@
+"""Runs that begin and cannot go on, the ends of runs, and mistakes of jobs of several processes."""
+
+from __future__ import annotations
+
+import json
+
+from tests.bad_inputs.bench import Bad, folder_at, line, remove, text, truncate
+
+SAME = json.dumps({"question": "1+1=", "ground_truth_answer": "2"}) + "\n"
+TWO = "--tensor-model-parallel-size 2"
+
+ENTRIES = [
+    Bad(
+        "a loss that is no number",
+        "sft",
+        "--lr 1e30 --train-iters 9",
+        ("loss", "--lr"),
+        kind="TrainingError",
+        late=True,
+    ),
+    Bad(
+        "nothing to learn from",
+        "tracerl",
+        "--max-empty-steps 1 --num-rollout 3",
+        ("No group", "--min-group-accuracy"),
+        kind="TrainingError",
+        late=True,
+    ),
+    Bad("no empty step", "tracerl", "--max-empty-steps 0", "--max-empty-steps is 0"),
+    Bad("an end of every zeroth step", "sft", "--exit-interval 0", "--exit-interval is 0"),
+    Bad("a duration below zero", "tracerl", "--exit-duration-in-mins -1", "--exit-duration-in-mins is -1"),
+    Bad("no checkpoint to keep", "sft", "--keep-last-n 0", "--keep-last-n is 0"),
+    Bad("checkpoints to keep and nowhere to save", "sft", "--keep-last-n 1", "--keep-last-n needs --save", "--save"),
+    Bad("a step of no checkpoint", "sft", "--ckpt-step 2", "--ckpt-step needs --load"),
+    Bad("a step that is not there", "resume", "--ckpt-step 1", ("iter_0000001", "--ckpt-step"), kind="CheckpointError"),
+    Bad("a negative step", "evaluate", "--ckpt-step -2", "--ckpt-step", kind="CheckpointError"),
+    Bad("training in float64", "sft", "--fp64", "--fp64"),
+    Bad("training of RL in float64", "tracerl", "--fp64", "--fp64"),
+    Bad("two precisions", "evaluate", "--fp64 --bf16", ("--fp64", "--bf16")),
+    Bad(
+        "prompts that are all one",
+        "tracerl",
+        "",
+        ("--rollout-batch-size 2", "1 prompt"),
+        write=text("prompts.jsonl", SAME * 9),
+    ),
+    # ---- several processes
+    Bad("a flag on two processes", "sft", "--lr fast", ("--lr", "'fast'"), ranks=2),
+    Bad(
+        "data on two processes",
+        "sft",
+        TWO,
+        "sft.jsonl, line 3",
+        write=line("sft.jsonl", "{"),
+        kind="DataError",
+        ranks=2,
+    ),
+    Bad("no data on two processes", "sft", "", "sft.jsonl", write=remove("sft.jsonl"), kind="DataError", ranks=2),
+    Bad(
+        "no tokenizer on two processes",
+        "sft",
+        TWO,
+        "tokenizer",
+        write=folder_at("tokenizer"),
+        kind="DataError",
+        ranks=2,
+    ),
+    Bad(
+        "a damaged checkpoint on two processes",
+        "resume",
+        TWO,
+        "damaged",
+        write=truncate("ckpt/iter_0000002/*.distcp"),
+        kind="CheckpointError",
+        ranks=2,
+    ),
+    Bad(
+        "another model on two processes", "tracerl", "--num-layers 4", "--num-layers 2", kind="CheckpointError", ranks=2
+    ),
+    Bad("nowhere to save on two processes", "sft", "--save sft.jsonl", "--save sft.jsonl", ranks=2),
+    Bad(
+        "no wandb on two processes",
+        "tracerl",
+        "--wandb-project p",
+        "pip install wandb",
+        kind="DependencyError",
+        absent=("wandb",),
+        ranks=2,
+    ),
+    Bad("short rows on two processes", "sft", "--max-tokens-per-row 8", "--max-tokens-per-row 8", ranks=2),
+    Bad(
+        "no judge on two processes",
+        "evaluate",
+        TWO,
+        "pip install",
+        kind="DependencyError",
+        absent=("math_verify",),
+        ranks=2,
+    ),
+    Bad("a folder as output on two processes", "generate", "--output out", "--output out", ranks=2),
+    Bad(
+        "no number for a loss on two processes",
+        "sft",
+        "--lr 1e30 --train-iters 9",
+        ("loss", "--lr"),
+        kind="TrainingError",
+        late=True,
+        ranks=2,
+    ),
+]

@@ -1,0 +1,55 @@
+"""Sizes that do not divide, or do not fit into each other: of the model, of its layout, of rows and texts."""
+
+from __future__ import annotations
+
+from tests.bad_inputs.bench import Bad
+
+TP, PP, EP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size"
+EXPERTS = "--num-experts 4 --moe-router-topk 2 "
+
+ENTRIES = [
+    Bad(
+        "heads that do not divide the width",
+        "sft",
+        "--num-attention-heads 5 --num-query-groups 5",
+        ("--num-attention-heads 5", "32"),
+    ),
+    Bad("groups that do not divide the heads", "sft", "--num-query-groups 3", ("--num-query-groups 3", "1, 2 or 4")),
+    Bad("no layers", "sft", "--num-layers 0", "--num-layers is 0"),
+    Bad("no heads", "sft", "--num-attention-heads 0", "--num-attention-heads is 0"),
+    Bad("no width", "sft", "--hidden-size 0", "--hidden-size is 0"),
+    Bad("an odd width of a head", "sft", "--kv-channels 7", "--kv-channels 7"),
+    Bad("no rotary base", "sft", "--rotary-base 0", "--rotary-base is 0"),
+    Bad("a block size of zero", "sft", "--block-size 0", "--block-size is 0"),
+    Bad("a vocabulary too small", "sft", "--vocab-size 10", "--vocab-size 10"),
+    Bad("a negative width of new weights", "sft", "--init-method-std -1", "--init-method-std is -1"),
+    Bad("too many experts per token", "sft", "--num-experts 4 --moe-router-topk 5", "--moe-router-topk 5"),
+    Bad("experts without a choice", "sft", "--num-experts 4", "--moe-router-topk"),
+    Bad("a choice without experts", "sft", "--moe-router-topk 2", "--num-experts"),
+    # ---- layouts
+    Bad("tensor parallel over one process", "sft", f"{TP} 2", (f"{TP} 2", "multiple of 2")),
+    Bad("tensor parallel over heads", "sft", f"{TP} 3", (f"{TP} 3", "1, 2 or 4")),
+    Bad("no tensor parallel", "sft", f"{TP} 0", f"{TP} is 0"),
+    Bad("stages that do not divide the layers", "sft", f"{PP} 3", (f"{PP} 3", "1 or 2")),
+    Bad("sequence parallel on one process", "sft", "--sequence-parallel", "--sequence-parallel"),
+    Bad("expert parallel without experts", "sft", f"{EP} 2", f"{EP} 2"),
+    Bad("expert parallel that does not divide", "sft", f"{EXPERTS}{EP} 3", f"{EP} 3"),
+    Bad("expert parallel in rollouts", "tracerl", f"{EXPERTS}{EP} 2", f"{EP} 2"),
+    Bad("overlap of what is not there", "sft", "--overlap-param-gather", "--use-distributed-optimizer"),
+    Bad("no time for collectives", "sft", "--distributed-timeout-minutes 0", "--distributed-timeout-minutes is 0"),
+    Bad("a timeout beyond time", "sft", f"--distributed-timeout-minutes {10**9}", "--distributed-timeout-minutes"),
+    Bad("three processes for tensor parallel 2", "sft", f"{TP} 2", ("3 processes", f"{TP} 2"), ranks=3),
+    Bad("two processes for tensor parallel 4", "sft", f"{TP} 4", ("2 processes", f"{TP} 4"), ranks=2),
+    Bad("two processes for four stages", "sft", f"--num-layers 4 {PP} 4", ("2 processes", f"{PP} 4"), ranks=2),
+    Bad("query groups for a rollout", "tracerl", f"{TP} 4", (f"{TP} 4", "2 query groups"), ranks=4),
+    # ---- rows and texts
+    Bad("rows too short for a sample", "sft", "--max-tokens-per-row 8", "--max-tokens-per-row 8"),
+    Bad("rows too short for a trace", "tracerl", "--max-tokens-per-row 16", "--max-tokens-per-row 16"),
+    Bad("samples longer than positions", "sft", "--seq-length 129", ("--seq-length 129", "128")),
+    Bad("responses longer than positions", "tracerl", "--rollout-max-response-len 100", ("132", "128")),
+    Bad("evaluation longer than positions", "evaluate", "--eval-max-response-len 100", ("132", "128")),
+    Bad("all samples too long", "sft", "--seq-length 3", ("--seq-length 3", "25"), kind="DataError"),
+    Bad("all prompts too long", "tracerl", "--rollout-max-prompt-len 2", "2 tokens", kind="DataError"),
+    Bad("all prompts to evaluate too long", "evaluate", "--rollout-max-prompt-len 2", "2 tokens", kind="DataError"),
+    Bad("more prompts a step than there are", "tracerl", "--rollout-batch-size 26", ("--rollout-batch-size 26", "25")),
+]

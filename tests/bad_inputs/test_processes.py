@@ -1,0 +1,98 @@
+"""Mistakes as a shell, torchrun, Ctrl-C or a full disk bring them about: whole processes, started from outside."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bad_inputs import bench
+from tests.bad_inputs.bench import BASES
+from tests.bad_inputs.server import OF_A_JOB, ROOT
+
+PYTHON = [sys.executable, "-m", "megatron_dlm"]
+LAUNCHER = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "megatron_dlm",
+]
+
+
+def start(words: list[str], folder: Path, **settings: object) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_JOB}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    "words, kind",
+    [
+        (BASES["sft"] + " --lr fast", "ConfigError"),
+        (BASES["resume"] + " --load nowhere", "CheckpointError"),
+        (BASES["evaluate"] + " --eval-prompt-data nowhere.jsonl", "DataError"),
+    ],
+)
+def test_from_a_shell(words: str, kind: str, world: Path) -> None:
+    process = start([*PYTHON, *shlex.split(words)], world)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and not stdout
+    assert len(stderr.splitlines()) == 1 and stderr.startswith(f"{kind}: ")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (
+            "--tensor-model-parallel-size 4",
+            "ConfigError: 2 processes cannot be split into --tensor-model-parallel-size 4",
+        ),
+        ("--save sft.jsonl", "ConfigError: --save sft.jsonl cannot be written to"),
+    ],
+)
+def test_under_torchrun_a_mistake_is_told_once(words: str, says: str, world: Path) -> None:
+    process = start([*LAUNCHER, *shlex.split(BASES["sft"] + " " + words)], world)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert stderr.startswith(says) and stderr.count("ConfigError") == 1, stderr  # then the launcher speaks
+
+
+def test_ctrl_c_is_one_line_and_loses_nothing(world: Path) -> None:
+    before = bench.tree(world)
+    process = start([*PYTHON, *shlex.split(BASES["sft"] + " --train-iters 100000 --log-interval 1")], world)
+    for line in process.stdout:
+        if "iteration        3/" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip() == "Interrupted. What was saved can be resumed with --load."
+    assert bench.lost(before, bench.tree(world), late=True) == []
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_written(world: Path) -> None:
+    """Files may not grow beyond 20 kB, which the tensors of a checkpoint do."""
+    before = bench.tree(world)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    process = start([*PYTHON, *shlex.split(BASES["resume"])], world, preexec_fn=limit)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr
+    assert (
+        stderr.startswith("ResourceError: The checkpoint ckpt/iter_0000003 could not be written")
+        and len(stderr.splitlines()) == 1
+    ), stderr
+    assert "Saved" not in stdout
+    assert bench.lost(before, bench.tree(world), late=True) == []
+    assert (world / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "2"

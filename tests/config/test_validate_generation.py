@@ -1,0 +1,87 @@
+"""Every refusal of the settings of generate and score, and the combinations that must pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_dlm.config.checkpoint import LoadConfig
+from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.generate import GenerateConfig
+from megatron_dlm.config.score import ScoreConfig
+from megatron_dlm.config.validate_generation import check_denoising_steps, check_generate, check_score
+
+FILES = dict(prompts="in.jsonl", output="out.jsonl")
+LOAD = LoadConfig(load="ckpt")
+
+
+def refused(check, *arguments) -> str | None:
+    """The message of the refusal, or None when the check passes."""
+    try:
+        check(*arguments)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(temperature=0.0, top_k=1, top_p=0.5, threshold=1.0, denoising_steps=1, stop_token_ids=[]),
+        dict(num_samples=100, max_new_tokens=1, max_running_requests=1, max_tokens_per_pass=1, ignore_eos=True),
+    ],
+)
+def test_settings_of_generate_that_pass(changes: dict) -> None:
+    check_generate(GenerateConfig(**FILES, **changes), LOAD)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(num_samples=0), "--num-samples is 0"),
+        (dict(max_new_tokens=0), "--max-new-tokens is 0"),
+        (dict(denoising_steps=0), "--denoising-steps is 0"),
+        (dict(max_running_requests=0), "--max-running-requests is 0"),
+        (dict(max_tokens_per_pass=0), "--max-tokens-per-pass is 0"),
+        (dict(temperature=-0.1), "--temperature is -0.1"),
+        (dict(top_k=-1), "--top-k is -1"),
+        (dict(top_p=0.0), "--top-p is 0.0"),
+        (dict(top_p=1.1), "--top-p is 1.1"),
+        (dict(threshold=0.0), "--threshold is 0.0"),
+        (dict(prompts=None), "--prompts is not set"),
+        (dict(output=None), "--output is not set"),
+        (dict(prompts="./out.jsonl"), "--output out.jsonl is the file that --prompts names"),
+    ],
+)
+def test_settings_of_generate_that_do_not(changes: dict, words: str) -> None:
+    assert words in refused(check_generate, GenerateConfig(**FILES | changes), LOAD)
+
+
+@pytest.mark.parametrize("steps, passes", [(None, True), (1, True), (4, True), (5, False)])
+def test_steps_of_a_block(steps: int | None, passes: bool) -> None:
+    message = refused(check_denoising_steps, GenerateConfig(**FILES, denoising_steps=steps), 4)
+    assert (message is None) == passes and (passes or "--denoising-steps 5 is more than the 4 tokens" in message)
+
+
+@pytest.mark.parametrize(
+    "changes, block_size, words",
+    [
+        (dict(), None, None),
+        (dict(temperature=0.0, max_tokens_per_row=1), 1, None),
+        (dict(temperature=-1.0), None, "--temperature is -1.0"),
+        (dict(max_tokens_per_row=0), None, "--max-tokens-per-row is 0"),
+        (dict(), 0, "--block-size is 0"),
+        (dict(input=None), None, "--input is not set"),
+        (dict(output=None), None, "--output is not set"),
+        (dict(output="in.jsonl"), None, "--output in.jsonl is the file that --input names"),
+    ],
+)
+def test_settings_of_score(changes: dict, block_size: int | None, words: str | None) -> None:
+    settings = ScoreConfig(**dict(input="in.jsonl", output="out.jsonl") | changes)
+    message = refused(check_score, settings, LOAD, block_size)
+    assert message is None if words is None else words in message
+
+
+def test_both_need_a_checkpoint() -> None:
+    assert "--load is not set" in refused(check_generate, GenerateConfig(**FILES), LoadConfig())
+    assert "--load is not set" in refused(check_score, ScoreConfig("a", "b"), LoadConfig(), None)

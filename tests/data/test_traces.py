@@ -1,0 +1,131 @@
+"""Traces in files: what is written is read back, and what cannot be used is refused by file and line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_dlm.config.errors import DataError
+from megatron_dlm.data.jsonl import write_jsonl
+from megatron_dlm.data.traces import Limits, read_traces, trace_record
+from tests.diffusion.oracles import MASK_ID, PAD_ID, random_trace
+
+LIMITS = Limits(vocab_size=PAD_ID + 1, mask_id=MASK_ID, max_length=64)
+GOOD = {
+    "prompt_token_ids": [1, 2, 3],
+    "token_ids": [4, 5, 6],
+    "step_map": [1, 3, 2],
+    "tail_token_ids": [7, 8],
+    "tail_step_map": [2, 4],
+}
+BARE = {name: value for name, value in GOOD.items() if not name.startswith("tail")}
+
+
+def read(tmp_path, *records: dict, **settings):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read_traces(str(path), LIMITS, 4, **settings)
+
+
+@pytest.mark.parametrize("block", [1, 4, 8])
+def test_what_is_written_is_read_back(tmp_path, block: int) -> None:
+    rng = np.random.default_rng(0)
+    traces = [random_trace(1 + n, 1 + n * n % 11, block, rng) for n in range(9)]
+    write_jsonl(tmp_path / "out.jsonl", [trace_record(trace, index, 0, "text") for index, trace in enumerate(traces)])
+    found = read_traces(str(tmp_path / "out.jsonl"), LIMITS, default_block_size=4)
+    for line, trace in zip(found, traces, strict=True):
+        for name in ("prompt_ids", "response_ids", "tail_ids", "steps", "tail_steps"):
+            value = getattr(line.trace, name)
+            assert value.dtype == np.int64 and np.array_equal(value, getattr(trace, name)), name
+        assert np.array_equal(line.logprobs, trace.logprobs)  # every digit
+        assert (line.trace.sampling.block_size, line.trace.sampling.temperature) == (block, 1.0)
+
+
+def test_flags_beat_the_line_and_the_line_beats_the_defaults(tmp_path) -> None:
+    said = {**GOOD, "block_size": 8, "temperature": 0.5}
+    seen = lambda line: (line.trace.sampling.block_size, line.trace.sampling.temperature)
+    (silent,) = read(tmp_path, {**GOOD, "tail_token_ids": [7, 8], "tail_step_map": [2, 4]})
+    assert seen(silent) == (4, 1.0)
+    (own,) = read(tmp_path, said)
+    assert seen(own) == (8, 0.5)
+    (forced,) = read(tmp_path, said, block_size=4, temperature=2.0)
+    assert seen(forced) == (4, 2.0)
+
+
+def test_a_tail_that_does_not_matter_may_be_missing(tmp_path) -> None:
+    whole, first_step, nothing = read(
+        tmp_path,
+        {**BARE, "token_ids": [4, 5, 6, 7, 8], "step_map": [1, 1, 1, 1, 1]},  # ends with its block
+        {**BARE, "step_map": [2, 3, 3]},  # the terminal block was all hidden at step 3, the first after 2
+        {**BARE, "token_ids": [], "step_map": []},
+    )
+    assert len(whole.trace.tail_ids) == 0 and len(nothing.trace.tail_ids) == 0
+    trace = first_step.trace
+    assert len(trace.tail_ids) == 2 and (trace.tail_steps > trace.steps.max()).all() and MASK_ID not in trace.tokens
+
+
+@pytest.mark.parametrize("steps", [[1, 2, 3], [1, 3, 3], [2, 2, 2]])
+def test_a_tail_that_matters_may_not(tmp_path, steps: list[int]) -> None:
+    """Two tokens of the terminal block at two steps; at one step, but the tail may have come before."""
+    with pytest.raises(DataError, match="in.jsonl, line 1: the response ends 2 tokens before the end of its block"):
+        read(tmp_path, {**BARE, "step_map": steps})
+
+
+def test_other_blocks_than_those_of_the_draw(tmp_path) -> None:
+    """Grown in blocks of 8 (3 + 3 + 2): scored in blocks of 4, the tail ends with the second; in blocks of 16 the text
+    ends inside the first."""
+    line = {**GOOD, "block_size": 8}
+    for block, tail in [(4, 2), (2, 0), (1, 0), (16, 2)]:
+        (found,) = read(tmp_path, line, block_size=block)
+        assert len(found.trace.tail_ids) == len(found.trace.tail_steps) == tail
+    (alone,) = read(tmp_path, {**BARE, "block_size": 1}, block_size=4)
+    assert len(alone.trace.tail_ids) == 0
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(step_map=[1, 2]), "'token_ids' has 3 entries and 'step_map' 2"),
+        (dict(tail_step_map=[1]), "'tail_token_ids' has 2 entries and 'tail_step_map' 1"),
+        (dict(tail_step_map=None), "the field 'tail_step_map' is a JSON null, not a list"),
+        (dict(tail_token_ids=[7], tail_step_map=[1]), "'tail_token_ids' has 1 tokens, and 2 are missing"),
+        (dict(tail_token_ids=[7] * 6, tail_step_map=[1] * 6), "'tail_token_ids' has 6 tokens, and 2 are missing"),
+        (dict(token_ids=[4, PAD_ID + 1, 6]), f"entry 1 of 'token_ids' is {PAD_ID + 1}, which is no token"),
+        (dict(prompt_token_ids=[-1, 2, 3]), "entry 0 of 'prompt_token_ids' is -1, which is no token"),
+        (dict(tail_token_ids=[7, 10**30]), "entry 1 of 'tail_token_ids' is 1000000"),
+        (dict(token_ids=[4, 5, MASK_ID]), "entry 2 of 'token_ids' is the mask token"),
+        (dict(prompt_token_ids=[1, MASK_ID, 3]), "entry 1 of 'prompt_token_ids' is the mask token"),
+        (dict(tail_token_ids=[MASK_ID, 3]), "entry 0 of 'tail_token_ids' is the mask token"),
+        (dict(step_map=[1, 0, 2]), "entry 1 of 'step_map' is 0. Denoising steps are counted from 1"),
+        (dict(tail_step_map=[-1, 2]), "entry 0 of 'tail_step_map' is -1"),
+        (dict(step_map=[1, 2.0, 2]), "entry 1 of 'step_map' is '2.0', not a whole number"),
+        (dict(token_ids=[4, True, 6]), "entry 1 of 'token_ids' is 'True', not a whole number"),
+        (dict(token_ids=[[4], 5, 6]), "entry 0 of 'token_ids' is '[4]', not a whole number"),
+        (dict(token_ids="4 5 6"), "the field 'token_ids' is a JSON string, not a list"),
+        (dict(token_ids=None), "the field 'token_ids' is a JSON null, not a list"),
+        (dict(block_size=0), "the field 'block_size' is '0'"),
+        (dict(block_size=4.0), "the field 'block_size' is '4.0'. Use a whole number of 1 or more"),
+        (dict(temperature=-1), "the field 'temperature' is '-1'. Use a number of 0 or more"),
+        (dict(temperature=float("inf")), "the field 'temperature' is 'inf'"),
+        (dict(temperature=10**400), "the field 'temperature' is '1000"),
+        (dict(temperature="hot"), "the field 'temperature' is 'hot'"),
+        (dict(logprobs=[-1.0, -2.0]), "'logprobs' is not a list of one number for each"),
+        (dict(logprobs={}), "'logprobs' is not a list of one number for each"),
+        (dict(logprobs=[-1.0, None, -2.0]), "entry 1 of 'logprobs' is 'None', not a number"),
+        (dict(logprobs=[-1.0, float("nan"), -2.0]), "entry 1 of 'logprobs' is 'nan', not a number"),
+        (dict(prompt_token_ids=[1] * 62, tail_token_ids=[1] * 3, tail_step_map=[1] * 3), "has 68 tokens"),
+    ],
+)
+def test_a_bad_line_is_refused_by_its_number(tmp_path, changes: dict, words: str) -> None:
+    with pytest.raises(DataError) as error:
+        read(tmp_path, GOOD, {**GOOD, **changes})
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/in.jsonl, line 2: ") and words in message
+
+
+@pytest.mark.parametrize("missing", ["prompt_token_ids", "token_ids", "step_map", "tail_step_map", "tail_token_ids"])
+def test_a_field_that_is_missing(tmp_path, missing: str) -> None:
+    with pytest.raises(DataError, match=f"line 1: the field '{missing}' is missing"):
+        read(tmp_path, {name: value for name, value in GOOD.items() if name != missing})
