@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import select
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ COMMANDS = {
     "evaluate": "accuracy, length and speed on held-out prompts",
     "generate": "responses to the prompts of a file, with token ids, step maps and log-probabilities",
     "score": "log-probabilities of given responses under the training model",
+    "convert": "HuggingFace checkpoints in and out, and their comparison",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = ("OutOfMemoryError", "can't allocate memory")  # torch's, on a device and on the host
@@ -57,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             print("\nInterrupted. What was saved can be resumed with --load.", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_listens():
+            return 128 + signal.SIGPIPE
         shortage = _shortage(error)
         if shortage is None:
             raise
@@ -78,13 +82,22 @@ def _shortage(error: BaseException) -> ResourceError | None:
             what = f" to write {error.filename}" if error.filename else ""
             return ResourceError(f"No room is left{what} ({error.strerror}). Make room, and go on from what was saved.")
         if isinstance(error, MemoryError) or any(words in f"{type(error).__name__} {error}" for words in NO_MEMORY):
-            reason = " ".join(str(error).split())[-200:] or "no more is known"
+            reason = " ".join(str(error).split())[:150] or "Python has none left"
             return ResourceError(
-                f"There is not enough memory (...{reason}). Use a smaller model or shorter rows, or more processes."
+                f"There is not enough memory ({reason}). Use a smaller model, shorter rows or more processes."
             )
         pending += [error.__cause__, error.__context__]
-        pending += [failure[0] for failure in getattr(error, "failures", {}).values()]  # of torch's checkpoints
     return None
+
+
+def _nobody_listens() -> bool:
+    """Whether what reads our standard output has gone (`| head`); the rest of the output then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _rank() -> int:
@@ -96,6 +109,8 @@ def _tell(error: UserError) -> None:
     """One sentence, once per job: rank 0 speaks. What only another rank has found it says itself, unless the launcher
     ends it first."""
     rank = _rank()
+    if error.told:
+        return
     if rank:
         time.sleep(SECONDS_FOR_RANK_0)
     sys.stdout.flush()

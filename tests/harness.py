@@ -23,6 +23,7 @@ import importlib
 import json
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -129,9 +130,12 @@ def _nursery() -> Nursery:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the range from which the system gives ports to connections: between now and its use nobody takes it."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def pool(world_size: int) -> Pool:

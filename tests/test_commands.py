@@ -124,7 +124,7 @@ def test_a_finished_run_has_nothing_left_to_do(trained) -> None:
         (["sft", "--wandb-project", "p", "--wandb-save-dir", "/dev/null/x"], "--wandb-save-dir /dev/null/x cannot be"),
         (["sft", "--wandb-project", "p"], "Run wandb login, or set WANDB_MODE=offline."),
         (["sft", "--tensorboard-dir", "/dev/null/x"], "--tensorboard-dir /dev/null/x cannot be written to"),
-        (["evaluate", "--load", "{data}/ckpt", "--save-eval-samples", "/dev/null/x"], "--save-eval-samples /dev/null/x"),
+        (["evaluate", "--load", "{data}/ckpt", "--save-eval-samples", "/dev/null/x"], "samples /dev/null/x cannot be"),
         (["tracerl", "--save-debug-rollout-data", "/dev/null/x"], "--save-debug-rollout-data /dev/null/x cannot be"),
     ],
 )

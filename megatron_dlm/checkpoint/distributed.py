@@ -45,6 +45,7 @@ from megatron_dlm.config.errors import CheckpointError, ResourceError
 from megatron_dlm.parallel.exchange import broadcast_object
 from megatron_dlm.training.state import TrainState
 
+_EXTRA = "_extra_state"
 LATEST = "latest_checkpointed_iteration.txt"
 DAMAGE = (
     OSError,
@@ -102,27 +103,40 @@ def save(
     """
     state.gather_parameters()
     optimizer_kind = optimizer_state.kind(state.optimizer) if with_optimizer and state.optimizer is not None else None
-    final = iteration_folder(directory, iteration)
-    partial = final.with_name(f".{final.name}.partial")
-    if state.groups.is_main:
-        for kind in ("partial", "deleted"):  # left over from saves that died; one run at a time writes here
-            for leftover in Path(directory).glob(f".iter_*.{kind}"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     content = _model_content(state)
     if optimizer_kind is not None:
         with platform.cuda_calls_on_cpu():
             content["optimizer"] = optimizer_state.to_save(state.optimizer, _model_content(state), _metadata(state))
         content["scheduler"] = state.scheduler.state_dict()
-    content["run"] = json.dumps(
-        {"iteration": iteration, "updates": state.iteration, "optimizer": optimizer_kind, "extra": extra}
-    )
-    with platform.cuda_calls_on_cpu(), _sigterm_held_back():
-        with _writing(final):
-            dist_checkpointing.save(content, str(partial))
+    write(content, directory, iteration, extra, add_files, state.iteration, optimizer_kind)
+
+
+def write(
+    content: dict[str, Any],
+    directory: str | Path,
+    iteration: int,
+    extra: dict[str, Any],
+    add_files: Callable[[Path], None] | None,
+    updates: int = 0,
+    optimizer_kind: str | None = None,
+) -> None:
+    """Write the content of a checkpoint, and give it its place when it is whole. Collective; see `save`."""
+    final = iteration_folder(directory, iteration)
+    partial = final.with_name(f".{final.name}.partial")
+    is_main = dist.get_rank() == 0
+    if is_main:
+        for kind in ("partial", "deleted"):  # left over from saves that died; one run at a time writes here
+            for leftover in Path(directory).glob(f".iter_*.{kind}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
     dist.barrier()
-    if state.groups.is_main:
+    content["run"] = json.dumps(
+        {"iteration": iteration, "updates": updates, "optimizer": optimizer_kind, "extra": extra}
+    )
+    with platform.cuda_calls_on_cpu(), _sigterm_held_back(), _writing(final):
+        dist_checkpointing.save(content, str(partial))
+    dist.barrier()
+    if is_main:
         if add_files is not None:
             add_files(partial)
         _put_in_place(partial, final)
@@ -221,7 +235,9 @@ def load(
         with _reading(folder):
             loaded = dist_checkpointing.load(content, str(folder))
         for index, chunk in enumerate(state.unwrapped_chunks()):
-            chunk.load_state_dict(loaded[f"model{index}"])
+            missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+            if unexpected or not all(name.endswith(_EXTRA) for name in missing):
+                raise RuntimeError(f"the model and what was read for it differ: {missing}, {unexpected}")
         if "optimizer" in content:
             optimizer_state.put(state.optimizer, loaded["optimizer"])
             state.scheduler.num_steps = 0  # megatron-core adds the stored steps to those already taken
@@ -242,12 +258,14 @@ def _metadata(state: TrainState) -> dict[str, Any]:
 
 def _model_content(state: TrainState) -> dict[str, Any]:
     """Sharded state of each chunk. Names inside are those of the whole model, so that the number of chunks may
-    change."""
+    change. Without extra states: they say nothing about the function, and imported checkpoints have none.
+    """
     metadata = _metadata(state)
-    return {
-        f"model{index}": chunk.sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(state.unwrapped_chunks())
-    }
+    content = {}
+    for index, chunk in enumerate(state.unwrapped_chunks()):
+        everything = chunk.sharded_state_dict(metadata=metadata)
+        content[f"model{index}"] = {name: value for name, value in everything.items() if not name.endswith(_EXTRA)}
+    return content
 
 
 def _find(state: TrainState, directory: str | Path, iteration: int | None) -> Path:
@@ -258,10 +276,11 @@ def _find(state: TrainState, directory: str | Path, iteration: int | None) -> Pa
             answer = find(directory, iteration)
         except CheckpointError as error:
             answer = error
-    answer = broadcast_object(answer, src=0)
-    if isinstance(answer, CheckpointError):
-        raise answer
-    return answer
+    found = broadcast_object(answer, src=0)
+    if isinstance(found, CheckpointError):
+        found.told = found is not answer  # what came from rank 0 is told there
+        raise found
+    return found
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _MAY_DIFFER = (
     *("model_preset", "init_method_std", "make_vocab_size_divisible_by", "bf16", "fp64"),
     "transformer_overrides",  # compared below
 )
+_OF_ATTENTION = ("block_size", "full_attention")
 
 
 def check_stage(saved: dict[str, Any], stage: str, directory: str) -> None:
@@ -38,15 +39,15 @@ def check_same_model(saved: dict[str, Any], model: ModelConfig, directory: str, 
     Args:
         saved: what was stored beside the weights; without "model" there is nothing to compare.
         model: resolved.
-        finetune: whether a run starts from these weights; its block size may then be another (diffusion models grow
-            their blocks this way).
+        finetune: whether a run starts from these weights; its block size may then be another, or its attention full
+            (diffusion models grow their blocks this way).
     """
     stored = saved.get("model")
     if stored is None:
         return
     for field in dataclasses.fields(ModelConfig):
         name = field.name
-        if name in _MAY_DIFFER or name not in stored or (name == "block_size" and finetune):
+        if name in _MAY_DIFFER or name not in stored or (name in _OF_ATTENTION and finetune):
             continue
         if stored[name] != getattr(model, name):
             raise CheckpointError(_sentence(flag_name(name), stored[name], getattr(model, name), directory))

@@ -15,21 +15,17 @@ from typing import Any, TypeVar
 
 from megatron_dlm import platform
 from megatron_dlm.config import yaml_file
-from megatron_dlm.config.checkpoint import CheckpointConfig, LoadConfig
 from megatron_dlm.config.errors import ConfigError, Interrupted, UserError
 from megatron_dlm.config.eval import EvalConfig
 from megatron_dlm.config.log import ReportConfig
-from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.rollout import EngineConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
-from megatron_dlm.config.validate import check_launch
+from megatron_dlm.config.validate import check_files, check_launch
 from megatron_dlm.data.jsonl import write_jsonl
 
 T = TypeVar("T")
 
-TOKENIZER = "tokenizer"  # folder within a checkpoint
 SETTINGS = "config.yaml"  # file within --save
-_OF_THIS_RUN = ("model_preset", "init_method_std", "bf16", "fp64")  # say nothing about the weights that are stored
 
 
 def prepare_process() -> None:
@@ -42,33 +38,6 @@ def prepare_process() -> None:
     python_logging.getLogger(writer).setLevel(python_logging.CRITICAL)
     check_launch(os.environ)
     platform.install()
-
-
-def complete(config: dict[str, Any]) -> None:
-    """Take what the user did not say about model and tokenizer from the checkpoint of --load, if there is one.
-
-    A size that is given, by itself or through a preset, stays; whether it fits the weights is asked later (`restore`).
-
-    Raises:
-        CheckpointError: --load names no readable checkpoint.
-    """
-    checkpoint, model, words = (config[name] for name in ("checkpoint", "model", "tokenizer"))
-    if checkpoint.load is None:
-        return
-    from megatron_dlm.checkpoint import distributed
-
-    folder = distributed.find(checkpoint.load, checkpoint.ckpt_step)
-    stored = distributed.read_extra(folder).get("model", {})
-    for field in dataclasses.fields(ModelConfig):
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        if field.name == "moe_ffn_hidden_size" and stored.get("num_experts") is None:
-            continue  # repeats the width of a dense model
-        if field.name not in stored or field.name in _OF_THIS_RUN or getattr(model, field.name) != default:
-            continue
-        if default is not None or model.model_preset is None:
-            setattr(model, field.name, stored[field.name])
-    if words.tokenizer_model is None and (folder / TOKENIZER).is_dir():
-        words.tokenizer_model = str(folder / TOKENIZER)
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -86,9 +55,10 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except UserError as error:
         mistake = error
-    mistake = broadcast_object(mistake, src=0)
-    if mistake is not None:
-        raise mistake
+    found = broadcast_object(mistake, src=0)
+    if found is not None:
+        found.told = found is not mistake  # what came from rank 0 is told there
+        raise found
     return result
 
 
@@ -102,6 +72,7 @@ def open_outputs(config: dict[str, Any], is_main: bool) -> None:
 
 
 def _open_outputs(config: dict[str, Any]) -> None:
+    check_files(config)
     folders = [("checkpoint", "save"), ("rl", "save_debug_rollout_data")]
     folders += [("logging", "wandb_save_dir"), ("logging", "tensorboard_dir")]
     written_whole = [("generate", "output"), ("score", "output")]  # appear at the end: what is there stays until then
@@ -126,8 +97,8 @@ def _open_outputs(config: dict[str, Any]) -> None:
 
 
 def keep_settings(config: dict[str, Any], is_main: bool) -> None:
-    """Leave the settings in --save. Called when a run is about to begin: one that never does must not overwrite those of
-    an earlier one.
+    """Leave the settings in --save. Called when a run is about to begin: one that never does must not overwrite those
+    of an earlier one.
 
     Raises:
         ConfigError: they cannot be written.
@@ -180,36 +151,6 @@ def read_prompts(sources: list[str], session, words: TokenizerConfig, longest: i
     )
 
 
-def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None, any_block_size: bool = False) -> dict:
-    """Load what --load names, if anything.
-
-    Args:
-        model: resolved; the one that wrote the checkpoint must be the same.
-        stage: what is resumed; None where only the weights are wanted.
-        any_block_size: whether the weights are used with the block size of this run, whatever theirs was.
-
-    Returns:
-        What was saved beside the weights; empty after a fresh start or with --finetune.
-    """
-    if checkpoint.load is None:
-        return {}
-    from megatron_dlm.checkpoint import distributed, fit
-
-    finetune = isinstance(checkpoint, CheckpointConfig) and checkpoint.finetune
-
-    def check(saved: dict[str, Any]) -> None:
-        if stage is not None and not finetune:
-            fit.check_stage(saved, stage, checkpoint.load)
-        fit.check_same_model(saved, model, checkpoint.load, finetune or any_block_size)
-
-    resume = state.optimizer is not None and not (finetune or checkpoint.no_load_optim)
-    extra = distributed.load(state, checkpoint.load, checkpoint.ckpt_step, with_optimizer=resume, check=check)
-    if finetune:
-        state.iteration = 0
-        return {}
-    return extra
-
-
 def longest_prompt(*sets) -> int:
     """Tokens of the longest of all these prompts."""
     return max(len(prompt.token_ids) for prompts in sets for prompt in prompts)
@@ -225,44 +166,6 @@ def nothing_left(report, done: int, wanted: int) -> bool:
         return False
     report.say(f"Nothing left to do: iteration {done} of {wanted}.")
     return True
-
-
-def checkpointer(
-    session,
-    state,
-    checkpoint: CheckpointConfig,
-    stage: str,
-    progress: Callable[[], dict],
-    say: Callable[[str], None],
-) -> Callable[[int, bool], None]:
-    """save(step, force): writes a checkpoint when --save-interval says so, always with `force`, never the same step
-    twice; and deletes those that --keep-last-n leaves over.
-
-    Stage and model are stored beside the weights, with what `progress` returns; so is the tokenizer.
-    """
-    from megatron_dlm.checkpoint import distributed
-
-    written: list[int] = []
-
-    def save(step: int, force: bool) -> None:
-        due = force or (checkpoint.save_interval is not None and step % checkpoint.save_interval == 0)
-        if checkpoint.save is None or not due or step in written:
-            return
-        extra = {"stage": stage, "model": dataclasses.asdict(session.model), **progress()}
-        distributed.save(
-            state,
-            checkpoint.save,
-            step,
-            extra,
-            with_optimizer=not checkpoint.no_save_optim,
-            add_files=lambda folder: session.tokenizer.save(folder / TOKENIZER),
-        )
-        written.append(step)
-        say(f"Saved iteration {step} to {checkpoint.save}")
-        if checkpoint.keep_last_n is not None and session.groups.is_main:
-            distributed.keep_newest(checkpoint.save, step, checkpoint.keep_last_n)
-
-    return save
 
 
 @contextmanager

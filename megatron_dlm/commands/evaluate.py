@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_dlm.commands.common import (
-    complete,
     longest_prompt,
     longest_response,
     open_outputs,
     open_report,
     prepare_process,
     read_prompts,
-    restore,
     running,
 )
+from megatron_dlm.commands.weights import check_given, complete, restore
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.parallel import ParallelConfig
@@ -38,8 +37,7 @@ def main(argv: list[str]) -> None:
     # What training would need besides stays at its default, which nothing reads here
     parallel = ParallelConfig(**dataclasses.asdict(config["parallel"]))
     rollout = RolloutConfig(**dataclasses.asdict(config["rollout"]))
-    if config["checkpoint"].load is None:
-        raise ConfigError("--load is not set. Give the folder of the checkpoint to evaluate.")
+    check_given(config["checkpoint"])
     if evaluation.eval_prompt_data is None:
         raise ConfigError("--eval-prompt-data is not set. Give the prompts to evaluate on.")
     check_logging(config["logging"])
@@ -72,5 +70,5 @@ def main(argv: list[str]) -> None:
                 evaluator = Evaluator(rig, scorer, session.tokenizer, prompts, evaluation, rollout, config["run"].seed)
                 metrics = evaluator(report, state.iteration)
             report.record(state.iteration, metrics)
-            name = config["checkpoint"].load.rstrip("/").split("/")[-1]
+            name = (config["checkpoint"].load or config["checkpoint"].hf_checkpoint).rstrip("/").split("/")[-1]
             report.say(table([(name, metrics)], evaluation.eval_remasking))

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_dlm.commands.common import (
-    complete,
-    open_outputs,
-    open_report,
-    prepare_process,
-    restore,
-    running,
-    together,
-    write_output,
-)
+from megatron_dlm.commands.common import open_outputs, open_report, prepare_process, running, together, write_output
+from megatron_dlm.commands.weights import complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import EngineConfig

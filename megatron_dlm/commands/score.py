@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_dlm.commands.common import (
-    complete,
-    open_outputs,
-    open_report,
-    prepare_process,
-    restore,
-    running,
-    together,
-    write_output,
-)
+from megatron_dlm.commands.common import open_outputs, open_report, prepare_process, running, together, write_output
+from megatron_dlm.commands.weights import complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.run import RunConfig
 from megatron_dlm.config.sections import pick_parts
 from megatron_dlm.config.tokenizer import TokenIdsConfig
-from megatron_dlm.config.validate_generation import check_score
+from megatron_dlm.config.validate_generation import check_score, check_scored_model
 from megatron_dlm.config.validate_training import check_logging
 
 SECTIONS = {
@@ -44,6 +36,7 @@ def main(argv: list[str]) -> None:
     with running():
         session = Session.open(config["model"], parallel, config["tokenizer"], RunConfig().seed)
         model, tokenizer = session.model, session.tokenizer
+        check_scored_model(model)
         limits = Limits(tokenizer.vocab_size, tokenizer.mask_id, model.max_position_embeddings)
         lines = read_traces(settings.input, limits, model.block_size, given_block_size, settings.temperature)
         budget = row_budget(lines, settings.max_tokens_per_row)

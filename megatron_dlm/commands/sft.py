@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from megatron_dlm.commands.common import (
-    checkpointer,
-    complete,
     keep_settings,
     nothing_left,
     open_outputs,
     open_report,
     prepare_process,
-    restore,
     running,
 )
+from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick
 from megatron_dlm.config.validate_training import (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from megatron_dlm.commands.common import (
-    checkpointer,
-    complete,
     keep_settings,
     longest_prompt,
     longest_response,
@@ -13,9 +11,9 @@ from megatron_dlm.commands.common import (
     open_report,
     prepare_process,
     read_prompts,
-    restore,
     running,
 )
+from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick

@@ -11,6 +11,8 @@ class LoadConfig:
 
     load: str | None = None
     """Folder to read a checkpoint from. What is not said about model and tokenizer is taken from it too."""
+    hf_checkpoint: str | None = None
+    """Folder of a HuggingFace checkpoint to take model, weights and tokenizer from, instead of --load."""
     ckpt_step: int | None = None
     """Read the checkpoint of this iteration instead of the newest."""
 

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input. The message is one plain sentence or two: what is wrong, with the values, and what to do."""
+    """Bad input. The message is one plain sentence or two: what is wrong, with the values, and what to do.
+
+    Attributes:
+        told: whether another rank, which found it, tells it.
+    """
+
+    told = False
 
 
 class ConfigError(UserError):

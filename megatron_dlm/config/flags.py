@@ -142,7 +142,7 @@ def _take_flag(field: Field, text: Any, values: dict[str, Any]) -> None:
             key, equals, value = item.partition("=")
             if not (key.isidentifier() and equals and value):
                 raise ConfigError(
-                    f"{field.flag} {item} is not KEY=VALUE. Write for example {field.flag} add_qkv_bias=true."
+                    f"{field.flag} {item} is not KEY=VALUE. Write for example {field.flag} add_bias_linear=true."
                 )
             merged[key] = yaml_file.parse_value(value, f"{field.flag} {item}")
         values[field.name] = merged

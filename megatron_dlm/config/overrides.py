@@ -95,6 +95,7 @@ _REFUSED = {
         "enable_autocast",
         "test_mode",
         "config_logger_dir",
+        "moe_router_bias_update_rate",
     ),
     "Transformer Engine, low precision and CUDA graphs are not supported yet": (
         "transformer_impl",

@@ -10,7 +10,9 @@ class TokenIdsConfig:
     """The tokenizer of a command that reads token ids only."""
 
     tokenizer_model: str | None = None
-    """Folder of a HuggingFace tokenizer; that of --load when it is not given."""
+    """Folder of a tokenizer; that of the checkpoint when it is not given."""
+    mask_token_id: int | None = None
+    """Id of the mask token; that of the checkpoint, else of the tokenizer, when it is not given."""
 
 
 @dataclass(slots=True)

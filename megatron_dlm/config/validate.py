@@ -8,6 +8,7 @@ merged) first. The checks of training and generation are in `validate_training`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,22 @@ from megatron_dlm.config.fields import flag_name, one_of
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.overrides import check_overrides
 from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
+from megatron_dlm.config.validate_experts import check_experts
 
+READ = (
+    ("sft", "data_path"),
+    ("rl", "prompt_data"),
+    ("eval", "eval_prompt_data"),
+    ("generate", "prompts"),
+    ("score", "input"),
+)
+WRITTEN = (
+    ("logging", "metrics_jsonl"),
+    ("eval", "save_eval_samples"),
+    ("generate", "output"),
+    ("score", "output"),
+)
+LOWEST_TEMPERATURE = 1e-4
 LONGEST_TIMEOUT = 10**6  # minutes, about two years
 
 
@@ -78,10 +94,15 @@ def check_model(model: ModelConfig) -> None:
         "num_experts",
         "moe_router_topk",
         "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
         "block_size",
     )
-    above(model, 0, "rotary_base", "norm_epsilon")
-    at_least(model, 0, "init_method_std")
+    above(model, 0, "rotary_base", "norm_epsilon", "moe_router_topk_scaling_factor")
+    at_least(model, 0, "init_method_std", "moe_first_k_dense")
+    within(model, 0, 1, "rotary_percent", low_open=True)
+    within(model, 0, 1, "logit_shift")
     heads, groups = model.num_attention_heads, model.num_query_groups
     if groups is not None and heads % groups:
         raise ConfigError(
@@ -95,12 +116,24 @@ def check_model(model: ModelConfig) -> None:
         )
     if model.kv_channels is not None and model.kv_channels % 2:
         raise ConfigError(
-            f"--kv-channels {model.kv_channels} is odd, and rotary positions turn the channels of a head in pairs. "
-            "Use an even number."
+            f"A head of {model.kv_channels} channels is odd, and rotary positions turn channels in pairs. Give an even "
+            "number with --kv-channels."
+        )
+    if model.kv_channels is not None and model.rotary_percent is not None:
+        turned = int(model.kv_channels * model.rotary_percent)
+        if turned % 2 or not turned:
+            raise ConfigError(
+                f"--rotary-percent {model.rotary_percent} of the {model.kv_channels} channels of a head are {turned}, "
+                "and rotary positions turn channels in pairs. Use a part that gives an even number."
+            )
+    if model.full_attention and model.block_size is not None:
+        raise ConfigError(
+            f"--block-size {model.block_size} does not go with full attention, where the whole text is one block. "
+            "Leave it out, or add --no-full-attention."
         )
     if model.bf16 and model.fp64:
         raise ConfigError("--bf16 and --fp64 are two precisions. Leave one of the two out.")
-    _check_experts(model)
+    check_experts(model)
     check_overrides(model)
 
 
@@ -132,7 +165,15 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int
 
 
 def check_rollout_layout(parallel: LayoutConfig, model: ModelConfig) -> None:
-    """Refuse a split that the rollout engine cannot have. `model` is resolved, `parallel` has been checked."""
+    """Refuse a model that the rollout engine does not decode, or a split that it cannot have. `model` is resolved,
+    `parallel` has been checked.
+    """
+    if model.full_attention or model.logit_shift:
+        kind = "full attention" if model.full_attention else f"--logit-shift {model.logit_shift}"
+        raise ConfigError(
+            f"Generation does not work with models of {kind} yet, and evaluation and TraceRL generate. Use a model "
+            "with attention blocks that predicts tokens in place, or train this one with sft."
+        )
     size, groups = parallel.tensor_model_parallel_size, model.num_query_groups
     if groups % size:  # training may keep a group on several processes, the engine's cache may not
         fitting = [n for n in range(1, groups + 1) if groups % n == 0]
@@ -144,27 +185,6 @@ def check_rollout_layout(parallel: LayoutConfig, model: ModelConfig) -> None:
         raise ConfigError(
             f"--expert-model-parallel-size {parallel.expert_model_parallel_size} does not work with generation yet. "
             "Use 1, and split experts with --tensor-model-parallel-size."
-        )
-
-
-def _check_experts(model: ModelConfig) -> None:
-    if model.num_experts is None:
-        for name in ("moe_router_topk", "moe_ffn_hidden_size"):
-            if getattr(model, name) not in (None, model.ffn_hidden_size):  # a resolved dense model may repeat its width
-                raise ConfigError(
-                    f"{flag_name(name)} {getattr(model, name)} is for a model with experts. "
-                    "Give --num-experts too, or leave it out."
-                )
-        return
-    if model.moe_router_topk is None:
-        raise ConfigError(
-            f"--num-experts {model.num_experts} needs --moe-router-topk, how many experts each token goes to. "
-            "Give both or neither."
-        )
-    if model.moe_router_topk > model.num_experts:
-        raise ConfigError(
-            f"--moe-router-topk {model.moe_router_topk} is more than the {model.num_experts} experts of "
-            f"this model. Use at most {model.num_experts}."
         )
 
 
@@ -186,6 +206,12 @@ def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None
         raise ConfigError(
             f"--tensor-model-parallel-size {size} does not divide --ffn-hidden-size "
             f"{model.ffn_hidden_size}. Use {_divisors(math.gcd(heads, model.ffn_hidden_size))}."
+        )
+    shared = model.moe_shared_expert_intermediate_size
+    if shared is not None and shared % size:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {size} does not divide --moe-shared-expert-intermediate-size {shared}. Use "
+            f"{_divisors(math.gcd(heads, shared))}."
         )
     multiple = model.make_vocab_size_divisible_by
     padded = multiple if model.vocab_size is None else math.ceil(model.vocab_size / multiple) * multiple
@@ -254,6 +280,36 @@ def _check_world(parallel: ParallelConfig, world_size: int) -> None:
             f"{world_size} processes cannot be split into --expert-model-parallel-size {experts} x "
             f"{shard} processes per expert x {stages} pipeline stages. "
             f"Start a multiple of {math.lcm(tensor * stages, experts * shard * stages)}."
+        )
+
+
+def check_files(config: Mapping[str, Any]) -> None:
+    """Refuse a file to write that is also read, or written twice: it would be spoiled.
+
+    Args:
+        config: section name -> its settings.
+    """
+    taken: dict[str, str] = {}
+    for section, name in READ:
+        given = getattr(config.get(section), name, None) or []
+        taken.update(
+            (os.path.realpath(path), flag_name(name)) for path in ([given] if isinstance(given, str) else given)
+        )
+    for section, name in WRITTEN:
+        given = getattr(config.get(section), name, None)
+        if given is not None:
+            other = taken.setdefault(os.path.realpath(given), flag_name(name))
+            if other != flag_name(name):
+                raise ConfigError(f"{flag_name(name)} {given} is the file that {other} names. Give another name.")
+
+
+def check_temperature(config: Any, name: str) -> None:
+    """Refuse temperatures below 0, and those so near to it that dividing by them leaves no number."""
+    at_least(config, 0, name)
+    value = getattr(config, name)
+    if value is not None and 0 < value < LOWEST_TEMPERATURE:
+        raise ConfigError(
+            f"{flag_name(name)} is {value}. Use 0 for the likeliest token, or at least {LOWEST_TEMPERATURE}."
         )
 
 

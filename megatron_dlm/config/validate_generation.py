@@ -11,8 +11,9 @@ from megatron_dlm.config.checkpoint import LoadConfig
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.generate import GenerateConfig
+from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.score import ScoreConfig
-from megatron_dlm.config.validate import at_least, within
+from megatron_dlm.config.validate import at_least, check_temperature, within
 
 
 def check_generate(settings: GenerateConfig, checkpoint: LoadConfig) -> None:
@@ -27,7 +28,8 @@ def check_generate(settings: GenerateConfig, checkpoint: LoadConfig) -> None:
         "max_running_requests",
         "max_tokens_per_pass",
     )
-    at_least(settings, 0, "temperature", "top_k")
+    check_temperature(settings, "temperature")
+    at_least(settings, 0, "top_k")
     within(settings, 0, 1, "top_p", "threshold", low_open=True)
 
 
@@ -43,16 +45,25 @@ def check_denoising_steps(settings: GenerateConfig, block_size: int) -> None:
 def check_score(settings: ScoreConfig, checkpoint: LoadConfig, block_size: int | None) -> None:
     """Refuse settings of `score` that cannot work. `block_size`: of the flag, if given."""
     _files(settings, checkpoint, "input")
-    at_least(settings, 0, "temperature")
+    check_temperature(settings, "temperature")
     at_least(settings, 1, "max_tokens_per_row")
     if block_size is not None and block_size < 1:
         raise ConfigError(f"--block-size is {block_size}. Use 1 or more.")
 
 
+def check_scored_model(model: ModelConfig) -> None:
+    """Refuse a model whose responses `score` cannot lay out."""
+    if model.full_attention:
+        raise ConfigError(
+            "score does not work with models of full attention yet, because its traces are of attention blocks. Give "
+            "--no-full-attention and a --block-size to see the weights under blocks."
+        )
+
+
 def _files(settings: GenerateConfig | ScoreConfig, checkpoint: LoadConfig, source: str) -> None:
     given = getattr(settings, source)
-    if checkpoint.load is None:
-        raise ConfigError("--load is not set. Give the folder of the checkpoint to use.")
+    if checkpoint.load is None and checkpoint.hf_checkpoint is None:
+        raise ConfigError("--load is not set. Give the folder of the checkpoint to use, or --hf-checkpoint.")
     if given is None:
         raise ConfigError(f"{flag_name(source)} is not set. Give a JSONL file.")
     if settings.output is None:

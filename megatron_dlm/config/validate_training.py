@@ -17,7 +17,9 @@ from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
-from megatron_dlm.config.validate import above, at_least, needs, within
+from megatron_dlm.config.validate import above, at_least, check_temperature, needs, within
+
+LONGEST_JUDGEMENT = 86400  # seconds
 
 
 def check_optimizer(optimizer: OptimizerConfig, total_iters: int | None = None) -> None:
@@ -96,7 +98,8 @@ def check_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
         "denoising_steps",
     )
     check_engine(rollout, model)
-    at_least(rollout, 0, "rollout_temperature", "rollout_top_k")
+    check_temperature(rollout, "rollout_temperature")
+    at_least(rollout, 0, "rollout_top_k")
     within(rollout, 0, 1, "rollout_top_p", "threshold", low_open=True)
     _check_steps(rollout.denoising_steps, "--denoising-steps", rollout, model)
     _fits_positions(
@@ -163,7 +166,7 @@ def check_rl(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
 def check_reward(reward: RewardConfig) -> None:
     """Refuse a judge that cannot work."""
     at_least(reward, 1, "reward_workers")
-    above(reward, 0, "reward_timeout")
+    within(reward, 0, LONGEST_JUDGEMENT, "reward_timeout", low_open=True)
 
 
 def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig) -> None:
@@ -187,7 +190,8 @@ def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig
         "eval_max_response_len",
         "eval_denoising_steps",
     )
-    at_least(evaluation, 0, "eval_temperature", "eval_top_k")
+    check_temperature(evaluation, "eval_temperature")
+    at_least(evaluation, 0, "eval_top_k")
     within(evaluation, 0, 1, "eval_top_p", "eval_threshold", low_open=True)
     if len(set(evaluation.eval_remasking)) != len(evaluation.eval_remasking) or not evaluation.eval_remasking:
         raise ConfigError(

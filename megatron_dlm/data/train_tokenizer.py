@@ -11,12 +11,12 @@ transformers.AutoTokenizer, has exactly the vocabulary size asked for or fewer t
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_dlm.config.errors import ConfigError, DataError, DependencyError
 from megatron_dlm.data.jsonl import read_jsonl
+from megatron_dlm.data.tokenizer_huggingface import spell_as_before
 
 MASK_TOKEN, EOS_TOKEN = "<|MASK|>", "<|endoftext|>"  # the stop token pads, too
 BYTES = 256
@@ -60,11 +60,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, w
         The true size of the vocabulary.
 
     Raises:
-        ConfigError: vocab_size is below `smallest_vocabulary`.
+        ConfigError: vocab_size is below `smallest_vocabulary`, or a whole token is empty.
         DataError: the folder cannot be written.
         DependencyError: the transformers package is absent.
     """
     whole_tokens = list(dict.fromkeys(whole_tokens))
+    if "" in whole_tokens:
+        raise ConfigError("A token cannot be empty. Leave '' out of --add-token.")
     smallest = smallest_vocabulary(whole_tokens)
     if vocab_size < smallest:
         raise ConfigError(
@@ -91,7 +93,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, w
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_without(texts, whole_tokens), trainer)
+    backend.train_from_iterator(without(texts, whole_tokens), trainer)
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in whole_tokens])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -103,19 +105,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, w
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         wrapped.save_pretrained(str(folder))
-        _name_the_old_class(Path(folder) / "tokenizer_config.json")
+        spell_as_before(Path(folder))
     except OSError as error:
         raise DataError(f"The tokenizer cannot be saved in {folder} ({error}). Choose another folder.") from None
     return len(wrapped)
 
 
-def _name_the_old_class(config: Path) -> None:
-    """transformers 5 writes a class name that transformers 4 does not know, and reads the old one as well."""
-    values = json.loads(config.read_text())
-    config.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
-
-
-def _without(texts: Iterable[str], whole_tokens: list[str]) -> Iterator[str]:
+def without(texts: Iterable[str], whole_tokens: list[str]) -> Iterator[str]:
     """The texts in pieces between the whole tokens, so that no merge is spent on what is never encoded by merges."""
     for text in texts:
         pieces = [text]

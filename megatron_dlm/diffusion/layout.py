@@ -1,4 +1,4 @@
-"""Who sees whom: the one visibility rule, as masks.
+"""Who sees whom: the one visibility rule, as masks; and who comes before whom.
 
 A row is a [T] sequence of tokens from many samples. Each token carries five integers (`Layout`); a query may attend to
 a key iff the rule in `visible` says so. Every attention pattern of this package is an instance of it
@@ -7,11 +7,13 @@ a key iff the rule in `visible` says so. Every attention pattern of this package
 Invariants (tests/diffusion/test_layout.py):
   - padding (group < 0) sees only itself, and nothing else sees padding;
   - a noisy view sees finished blocks before its own, and itself, nothing else;
-  - two responses of one group never see each other.
+  - two responses of one group never see each other;
+  - a token sees its predecessor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -95,6 +97,50 @@ def visible(q: Layout, k: Layout) -> Tensor:
     real = (q.group[row] >= 0) & (k.group[col] >= 0)
     mask = real & same_text & (own_block | finished_before)
     return mask | _self(q) if q is k else mask  # softmax needs one key per query, padding included
+
+
+def predecessors(layout: Layout, slots: Tensor) -> Tensor:
+    """The slots of the tokens before some tokens, in the text as these see it.
+
+    That is the token at the position before: in the token's own view of its block (under full attention, its own copy
+    of the text); before the first token of a noisy block, in the finished text; before the first token of a response,
+    in the prompt that the group shares. Before the first token of a text there is none, and the token itself stands
+    for it.
+
+    Args:
+        slots: int64 [N], tokens that are not padding, in a row of T tokens.
+
+    Returns:
+        int64 [N].
+    """
+    if not len(slots):
+        return slots
+    columns = [column.long() for column in (layout.group, layout.response, layout.view, layout.position)]
+    group, response, view, position = (column[slots] for column in columns)
+    position = position - 1
+    finished, shared = torch.full_like(slots, CLEAN), torch.full_like(slots, PROMPT)
+    clean = _find(columns, (group, response, finished, position))
+    prompt = _find(columns, (group, shared, finished, position))
+    own = _find(columns, (group, response, view, position))
+    own = torch.where(layout.block[own] == layout.block[slots], own, -1)  # a noisy view is of one block
+    found = slots
+    for candidate in (prompt, clean, own):  # the last that exists
+        found = torch.where(candidate >= 0, candidate, found)
+    return found
+
+
+def _find(table: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Lines of a table, given as int64 columns [T], that equal the wanted lines, columns [N]: int64 [N], -1 where there
+    is none.
+    """
+    keys, sought = torch.zeros_like(table[0]), torch.zeros_like(wanted[0])
+    for column, values in zip(table, wanted, strict=True):
+        both = torch.cat([column, values])
+        low, width = both.min(), both.max() - both.min() + 1
+        keys, sought = keys * width + (column - low), sought * width + (values - low)
+    keys, line = keys.sort()
+    place = torch.searchsorted(keys, sought).clamp(max=len(keys) - 1)
+    return torch.where(keys[place] == sought, line[place], -1)
 
 
 def _self(layout: Layout) -> Tensor:

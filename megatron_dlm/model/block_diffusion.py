@@ -20,20 +20,24 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_dlm.diffusion.layout import predecessors
 from megatron_dlm.diffusion.rows import Row
 from megatron_dlm.model.attention import DenseAttention, LayoutAttention
 from megatron_dlm.model.norm import RMSNorm
 from megatron_dlm.model.rotary import RotaryByPosition
 from megatron_dlm.model.row_params import RowParams
-from megatron_dlm.model.shape import ModelShape
+from megatron_dlm.model.shape import ModelShape, rotary_width
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
     """One transformer layer: megatron-core's local spec with our attention and norm."""
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        num_experts=config.num_moe_experts if with_experts else None,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
     )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
@@ -43,6 +47,19 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     if config.qk_layernorm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     return spec
+
+
+def layer_specs(config: TransformerConfig, first: int, count: int) -> list[ModuleSpec]:
+    """The specs of `count` layers from layer `first` on, counted from 0 over the whole model: with experts where
+    `moe_layer_freq` says so (a list with an entry per layer; a number n stands for every n-th layer).
+    """
+    frequency = config.moe_layer_freq
+    layers = range(first, first + count)
+    wanted = [bool(frequency[i]) if isinstance(frequency, list) else i % frequency == 0 for i in layers]
+    if config.num_moe_experts is None:
+        wanted = [False] * count
+    spec = {with_experts: layer_spec(config, with_experts) for with_experts in set(wanted)}
+    return [spec[with_experts] for with_experts in wanted]
 
 
 class BlockDiffusionModel(GPTModel):
@@ -64,13 +81,13 @@ class BlockDiffusionModel(GPTModel):
         post_process: bool = True,
         vp_stage: int | None = None,
     ) -> None:
-        layers = get_num_layers_to_build(
-            config, vp_stage=vp_stage, pp_rank=torch.distributed.get_rank(pg_collection.pp)
-        )
+        stage = torch.distributed.get_rank(pg_collection.pp)
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(config)] * layers, layer_norm=RMSNorm
+                layer_specs=layer_specs(config, first, layers), layer_norm=RMSNorm
             ),
             vocab_size=shape.padded_vocab_size,
             max_sequence_length=shape.max_position_embeddings,
@@ -82,18 +99,29 @@ class BlockDiffusionModel(GPTModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        self.logit_shift = shape.logit_shift
         wide = config.params_dtype == torch.float64
         self.rotary_pos_emb = RotaryByPosition(
-            config.kv_channels, shape.rotary_base, torch.float64 if wide else torch.float32
+            rotary_width(config.kv_channels, shape.rotary_percent),
+            shape.rotary_base,
+            torch.float64 if wide else torch.float32,
         )
 
     def forward_row(self, row: Row) -> Tensor:
-        """Run this chunk over a packed row; the last stage returns logits at the row's target slots, [N, V / TP]."""
-        params = RowParams(position=row.layout.position, slots=row.targets.slot, attention=DenseAttention(row.layout))
+        """Run this chunk over a packed row; the last stage returns the logits of the row's targets, [N, V / TP].
+
+        A model with a logit shift is read where it predicts a target: at the token before it.
+        """
+        slots = row.targets.slot
+        if self.logit_shift and self.post_process:
+            slots = predecessors(row.layout, slots)
+        params = RowParams(position=row.layout.position, slots=slots, attention=DenseAttention(row.layout))
         return self.forward_tokens(row.tokens, params)
 
     def forward_tokens(self, tokens: Tensor, params: RowParams) -> Tensor:
-        """Run this chunk over tokens [T] that see each other as `params` says."""
+        """Run this chunk over tokens [T] that see each other as `params` says; the head is evaluated at its slots,
+        whatever the model's logit shift.
+        """
         return self(tokens[None], None, None, packed_seq_params=params)
 
     def _postprocess(self, hidden_states: Tensor, *_: object, packed_seq_params: RowParams, **__: object) -> Tensor:

@@ -16,7 +16,7 @@ class RotaryByPosition(nn.Module):
     """Stands where GPTModel keeps its `rotary_pos_emb`, with the same two calls.
 
     Args:
-        head_dim: rotary dimensions of a head.
+        head_dim: rotary dimensions of a head; megatron-core leaves the channels after them as they are.
         base: theta (RoFormer, arXiv 2104.09864).
         dtype: of the angles: float64 in models of float64, which devices then compute alike; float32 in all others.
     """

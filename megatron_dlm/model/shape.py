@@ -17,7 +17,7 @@ from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.model.presets import PRESETS
 
-_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "block_size")
+_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 # Fields of TransformerConfig that our layers, or the programs above them, would silently not follow.
 _NOT_FOLLOWED = frozenset(
@@ -30,7 +30,7 @@ _NOT_FOLLOWED = frozenset(
         # positions are RotaryByPosition, norms are our RMSNorm
         *("rotary_interleaved", "mrope_section"),
         *("normalization", "layernorm_zero_centered_gamma", "qk_l2_norm"),
-        # layers are those of megatron-core's local spec, all alike, in one chunk per pipeline stage
+        # layers are those of megatron-core's local spec, with or without experts, in one chunk per pipeline stage
         *("transformer_impl", "fp8", "fp4", "mtp_num_layers", "heterogeneous_block_specs", "is_hybrid_model"),
         *("virtual_pipeline_model_parallel_size", "enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"),
         # a target's weight is in the loss already; the rollout model draws no weights
@@ -46,7 +46,7 @@ class ModelShape:
     Attributes:
         vocab_size: real tokens.
         padded_vocab_size: rows of the embedding, whatever the tensor-parallel size.
-        max_position_embeddings, rotary_base: as in ModelConfig.
+        max_position_embeddings, rotary_base, rotary_percent, logit_shift: as in ModelConfig.
         tie_embeddings: the head uses the embedding's weights.
     """
 
@@ -55,6 +55,8 @@ class ModelShape:
     max_position_embeddings: int
     rotary_base: float
     tie_embeddings: bool
+    rotary_percent: float = 1.0
+    logit_shift: int = 0
 
 
 def resolve(model: ModelConfig, tokenizer_vocab_size: int | None) -> ModelConfig:
@@ -68,10 +70,12 @@ def resolve(model: ModelConfig, tokenizer_vocab_size: int | None) -> ModelConfig
     filled = dataclasses.replace(model)
     defaults = dict(PRESETS.get(model.model_preset, {}))
     defaults.setdefault("vocab_size", tokenizer_vocab_size)
+    if model.full_attention:
+        defaults.pop("block_size", None)
     for field in dataclasses.fields(filled):
         if getattr(filled, field.name) is None and field.name in defaults:
             setattr(filled, field.name, defaults[field.name])
-    for name in _REQUIRED:
+    for name in _REQUIRED if filled.full_attention else (*_REQUIRED, "block_size"):
         if getattr(filled, name) is None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} is not set. Give it, or choose a --model-preset ({', '.join(PRESETS)})."
@@ -89,10 +93,16 @@ def resolve(model: ModelConfig, tokenizer_vocab_size: int | None) -> ModelConfig
         max_position_embeddings=4096,
         rotary_base=1e6,
         norm_epsilon=1e-6,
+        rotary_percent=1.0,
         qk_layernorm=True,
+        add_qkv_bias=False,
         untie_embeddings_and_output_weights=True,
         moe_ffn_hidden_size=filled.ffn_hidden_size,
+        full_attention=False,
+        logit_shift=0,
     )
+    if filled.num_experts is not None:
+        derived |= dict(moe_first_k_dense=0, moe_router_score_function="softmax", moe_router_enable_expert_bias=False)
     for name, value in derived.items():
         if getattr(filled, name) is None:
             setattr(filled, name, value)
@@ -104,6 +114,17 @@ def _width_of_a_head(hidden_size: int, heads: int) -> int | None:
     return hidden_size // heads if heads > 0 and hidden_size % heads == 0 else None
 
 
+def _layers_with_experts(model: ModelConfig) -> int | list[int]:
+    """megatron-core's `moe_layer_freq`: 1 for all layers, or a 0 or 1 for each."""
+    dense = model.moe_first_k_dense
+    return [0] * dense + [1] * (model.num_layers - dense) if dense else 1
+
+
+def rotary_width(kv_channels: int, rotary_percent: float) -> int:
+    """Channels of a head that rotary positions turn."""
+    return int(kv_channels * rotary_percent)
+
+
 def model_shape(model: ModelConfig) -> ModelShape:
     """Sizes of a resolved ModelConfig."""
     multiple = model.make_vocab_size_divisible_by
@@ -113,6 +134,8 @@ def model_shape(model: ModelConfig) -> ModelShape:
         max_position_embeddings=model.max_position_embeddings,
         rotary_base=model.rotary_base,
         tie_embeddings=not model.untie_embeddings_and_output_weights,
+        rotary_percent=model.rotary_percent,
+        logit_shift=model.logit_shift,
     )
 
 
@@ -144,6 +167,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         activation_func=torch.nn.functional.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -172,7 +196,15 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
             moe_ffn_hidden_size=model.moe_ffn_hidden_size,
             moe_router_load_balancing_type="none",
             moe_token_dispatcher_type="alltoall",
-            moe_router_dtype="fp32",
+            moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+            moe_layer_freq=_layers_with_experts(model),
+            moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
+            moe_router_score_function=model.moe_router_score_function,
+            moe_router_enable_expert_bias=model.moe_router_enable_expert_bias,
+            moe_router_bias_update_rate=0.0,  # training and rollout must choose alike, and the released models keep it
+            moe_router_num_groups=model.moe_router_num_groups,
+            moe_router_group_topk=model.moe_router_group_topk,
+            moe_router_topk_scaling_factor=model.moe_router_topk_scaling_factor,
         )
     values |= extra
     defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
@@ -191,11 +223,16 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     values = {name: value for name, value in values.items() if name in defaults} | model.transformer_overrides
     try:
         return TransformerConfig(**values)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
         if not model.transformer_overrides:
             raise
-        given = ", ".join(f"{name}={value}" for name, value in model.transformer_overrides.items())
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"megatron-core refuses this model ({reason}). Correct or leave out --transformer-override {given}."
-        ) from error
+        raise refused_overrides(model, error) from error
+
+
+def refused_overrides(model: ModelConfig, error: BaseException) -> ConfigError:
+    """What to tell when megatron-core cannot make the model that the user's overrides ask for."""
+    given = ", ".join(f"{name}={value}" for name, value in model.transformer_overrides.items())
+    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    return ConfigError(
+        f"megatron-core refuses this model ({reason}). Correct or leave out --transformer-override {given}."
+    )

@@ -24,8 +24,8 @@ class Judged:
     text: str
     verdict: Verdict
 
-    def record(self) -> dict[str, Any]:
-        return sample_record(self.prompt, self.trace, self.text, self.verdict)
+    def record(self, **earned: float | None) -> dict[str, Any]:
+        return sample_record(self.prompt, self.trace, self.text, self.verdict, **earned)
 
 
 def readable(
@@ -48,7 +48,7 @@ def readable(
     records = []
     for one in sorted(judged, key=lambda one: one.trace.sample)[:count]:
         key = (one.trace.prompt_key, one.trace.sample)
-        records.append({"step": step, "reward": rewards[key], "advantage": advantages.get(key), **one.record()})
+        records.append({"step": step, **one.record(reward=rewards[key], advantage=advantages.get(key))})
     return records
 
 

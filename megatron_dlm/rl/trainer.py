@@ -119,7 +119,7 @@ class TraceRLTrainer:
             rollout = self._grade({prompt.key: prompt for prompt in prompts}, traces)
         learned, advantages = self._advantages(rollout.graded)
         metrics = rollout_metrics(rollout.graded) | learned_metrics(advantages, len(rollout.graded))
-        if report.samples is not None:
+        if report.samples is not None and self.rl.log_samples:
             shown = readable(self.step_index + 1, rollout.judged, rollout.graded, advantages, self.rl.log_samples)
             report.keep_samples(shown)
         if learned:

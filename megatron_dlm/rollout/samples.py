@@ -9,11 +9,12 @@ from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.rewards.base import Verdict
 
 
-def sample_record(prompt: Prompt, trace: Trace, text: str, verdict: Verdict) -> dict[str, Any]:
+def sample_record(prompt: Prompt, trace: Trace, text: str, verdict: Verdict, **earned: float | None) -> dict[str, Any]:
     """One JSON object. `step_map` has the denoising step of each response token.
 
     Args:
         text: the response, decoded.
+        earned: what else the response was worth, to stand after the verdict.
     """
     length, steps = len(trace.response_ids), trace.num_steps
     return {
@@ -22,6 +23,7 @@ def sample_record(prompt: Prompt, trace: Trace, text: str, verdict: Verdict) -> 
         "response": text,
         "correct": verdict.correct,
         "reason": verdict.reason,
+        **earned,
         "finish_reason": trace.finish_reason,
         "length": length,
         "tokens_per_step": round(length / max(steps, 1), 3),

@@ -21,7 +21,7 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
 from megatron_dlm.model.policy import Vocabulary
-from megatron_dlm.model.shape import model_shape, resolve, transformer_config
+from megatron_dlm.model.shape import model_shape, refused_overrides, resolve, transformer_config
 from megatron_dlm.parallel import groups as process_groups
 from megatron_dlm.parallel.groups import Groups
 from megatron_dlm.training.state import TrainState
@@ -46,10 +46,8 @@ class Session:
                 possible.
         """
         if tokenizer.tokenizer_model is None:
-            raise ConfigError(
-                "--tokenizer-model is not set. Give the folder of a HuggingFace tokenizer, or --load a checkpoint."
-            )
-        words = Tokenizer(tokenizer.tokenizer_model)
+            raise ConfigError("--tokenizer-model is not set. Give the folder of a tokenizer, or --load a checkpoint.")
+        words = Tokenizer(tokenizer.tokenizer_model, tokenizer.mask_token_id)
         resolved = resolve(model, words.vocab_size)
         check_model(resolved)
         check_parallel(parallel, resolved, _world_size())
@@ -63,7 +61,7 @@ class Session:
 
     @property
     def grid(self) -> Grid:
-        """The absolute grid of the model's attention blocks."""
+        """The absolute grid of the model's attention blocks; one block under full attention."""
         return Grid(self.model.block_size)
 
     def train_state(self, optimizer: OptimizerConfig | None, train_iters: int) -> TrainState:
@@ -71,7 +69,8 @@ class Session:
         Collective.
 
         Raises:
-            ConfigError: --fp64 with an optimizer, which keeps its master weights in fp32.
+            ConfigError: --fp64 with an optimizer, which keeps its master weights in fp32; or overrides that
+                megatron-core cannot follow here.
         """
         if optimizer is not None and self.model.fp64:
             raise ConfigError(
@@ -82,7 +81,14 @@ class Session:
         shape = model_shape(self.model)
 
         def build(pre_process: bool, post_process: bool, vp_stage: int | None) -> BlockDiffusionModel:
-            model = BlockDiffusionModel(config, shape, self.groups.pg_collection, pre_process, post_process, vp_stage)
+            try:
+                model = BlockDiffusionModel(
+                    config, shape, self.groups.pg_collection, pre_process, post_process, vp_stage
+                )
+            except (AssertionError, ImportError, RuntimeError, ValueError) as error:  # it may need a package, or CUDA
+                if not self.model.transformer_overrides or "memory" in str(error):
+                    raise
+                raise refused_overrides(self.model, error) from error
             return model.requires_grad_(optimizer is not None)
 
         return TrainState.build(build, config, optimizer, self.parallel, self.groups, train_iters)
@@ -91,8 +97,9 @@ class Session:
         """One line about the model and its layout."""
         count = sum(parameter.numel() for chunk in state.unwrapped_chunks() for parameter in chunk.parameters())
         groups = self.groups
+        attention = "full attention" if self.model.full_attention else f"block size {self.model.block_size}"
         return (
-            f"{count:,} parameters on this rank; block size {self.model.block_size}; tensor x pipeline x data parallel "
+            f"{count:,} parameters on this rank; {attention}; tensor x pipeline x data parallel "
             f"{groups.tp_size} x {groups.pp_size} x {groups.dp_size}; {platform.device()}"
         )
 

@@ -185,7 +185,7 @@ def all_of(*steps: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 ADVICE = (
-    "Add Check Choose Complete Correct Delete Export Free Give Leave Lower Make Name Put Raise Remove Run Save Set "
+    "Add Check Choose Complete Correct Delete Export Free Give Leave Lower Make Name Put Raise Remove Run Save See Set "
     "Shorten Start Swap Switch Take Use Write"
 ).split()
 

@@ -82,7 +82,10 @@ ENTRIES = [
         "evaluate --model-preset tiny --load ckpt --tokenizer-model tokenizer --eval-prompt-data prompts.jsonl",
     ),
     _ckpt(
-        "an override that changes the function", None, "add_qkv_bias", flags="--transformer-override add_qkv_bias=true"
+        "an override that changes the function",
+        None,
+        "add_bias_linear",
+        flags="--transformer-override add_bias_linear=true",
     ),
     _ckpt("another optimizer", None, ("adam", "sgd", "--no-load-optim"), flags="--optimizer sgd"),
     _ckpt("a distributed optimizer", None, ("distributed", "--no-load-optim"), flags="--use-distributed-optimizer"),

@@ -23,6 +23,14 @@ ENTRIES = [
     Bad("wandb into a file", "sft", f"{WANDB} --wandb-save-dir sft.jsonl", "--wandb-save-dir sft.jsonl"),
     Bad("wandb without a login", "sft", WANDB, ("--wandb-project p", "wandb login"), environment=NOBODY),
     # ---- packages
+    Bad(
+        "no tensorboard",
+        "sft",
+        "--tensorboard-dir tb",
+        ("tensorboard", "pip install"),
+        kind="DependencyError",
+        absent=("tensorboard", "torch.utils.tensorboard"),
+    ),
     Bad("no wandb", "sft", WANDB, ("wandb", "pip install"), kind="DependencyError", absent=("wandb",)),
     Bad(
         "no wandb for an evaluation",

@@ -10,6 +10,7 @@ A command has its own exit code, standard output and standard error, as if it ha
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -92,8 +93,9 @@ def serve() -> None:
     prepare_process()
     import transformers  # noqa: F401
 
-    with contextlib.suppress(ImportError):
-        import matplotlib.pyplot  # noqa: F401
+    for optional in ("matplotlib.pyplot", "reasoning_gym", "wandb", "torch.utils.tensorboard"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(optional)
     import megatron_dlm.__main__
     import megatron_dlm.commands.evaluate
     import megatron_dlm.commands.generate

@@ -18,7 +18,7 @@ ENTRIES = [
     Bad("no layers", "sft", "--num-layers 0", "--num-layers is 0"),
     Bad("no heads", "sft", "--num-attention-heads 0", "--num-attention-heads is 0"),
     Bad("no width", "sft", "--hidden-size 0", "--hidden-size is 0"),
-    Bad("an odd width of a head", "sft", "--kv-channels 7", "--kv-channels 7"),
+    Bad("an odd width of a head", "sft", "--kv-channels 7", ("7 channels", "--kv-channels")),
     Bad("no rotary base", "sft", "--rotary-base 0", "--rotary-base is 0"),
     Bad("a block size of zero", "sft", "--block-size 0", "--block-size is 0"),
     Bad("a vocabulary too small", "sft", "--vocab-size 10", "--vocab-size 10"),

@@ -42,7 +42,6 @@ def start(words: list[str], folder: Path, **settings: object) -> subprocess.Pope
     [
         (BASES["sft"] + " --lr fast", "ConfigError"),
         (BASES["resume"] + " --load nowhere", "CheckpointError"),
-        (BASES["evaluate"] + " --eval-prompt-data nowhere.jsonl", "DataError"),
     ],
 )
 def test_from_a_shell(words: str, kind: str, world: Path) -> None:
@@ -80,6 +79,15 @@ def test_ctrl_c_is_one_line_and_loses_nothing(world: Path) -> None:
     assert process.returncode == 130
     assert stderr.strip() == "Interrupted. What was saved can be resumed with --load."
     assert bench.lost(before, bench.tree(world), late=True) == []
+
+
+def test_a_reader_that_has_gone(world: Path) -> None:
+    """As in `megatron-dlm sft ... | head -1`."""
+    process = start([*PYTHON, *shlex.split(BASES["sft"] + " --train-iters 100000 --log-interval 1")], world)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
 def test_a_disk_that_is_full_when_a_checkpoint_is_written(world: Path) -> None:

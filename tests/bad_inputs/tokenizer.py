@@ -7,10 +7,19 @@ from pathlib import Path
 from tests.bad_inputs.bench import Bad, all_of, binary, edit_json, folder_at, remove, text, truncate
 
 FILE, SETTINGS = "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"
+PIECES = "tokenizer/tokenizer.model"
 
 
 def _words(id: str, write, says: str | tuple[str, ...], base: str = "sft", flags: str = "", kind="DataError") -> Bad:
     return Bad(id, base, flags, says, write=write, kind=kind)
+
+
+def _pieces(folder: Path) -> None:
+    """A sentencepiece tokenizer in the place of the other."""
+    from megatron_dlm.data.train_sentencepiece import train_sentencepiece
+
+    remove("tokenizer")(folder)
+    train_sentencepiece(["one two three four " * 3], 300, folder / "tokenizer")
 
 
 def _other_words(folder: Path) -> None:
@@ -37,6 +46,42 @@ ENTRIES = [
     _words("no stop token", edit_json(SETTINGS, eos_token=None), "eos_token"),
     _words("a stop token that is a number", edit_json(SETTINGS, eos_token=5), "tokenizer"),
     _words("no settings", remove("tokenizer/tokenizer_config.json"), "eos_token"),
+    _words(
+        "the checkpoint's own is damaged",
+        truncate("ckpt/iter_0000002/tokenizer/tokenizer.json"),
+        "iter_0000002/tokenizer",
+        "generate",
+    ),
+    _words(
+        "the checkpoint's own is gone",
+        remove("ckpt/iter_0000002/tokenizer"),
+        "--tokenizer-model is not set",
+        "generate",
+        kind="ConfigError",
+    ),
+    _words(
+        "vocab.json alone",
+        all_of(remove(FILE), text("tokenizer/vocab.json", "{}"), text("tokenizer/merges.txt", "")),
+        ("only vocab.json and merges.txt", "save_pretrained"),
+    ),
+    _words("a mask id out of place", None, ("mask id 300", "free id is 2"), flags="--mask-token-id 300"),
+    _words("a mask id below zero", None, "mask id -1", flags="--mask-token-id=-1"),
+    _words("the stop token as the mask", None, "both mask and stop token", flags="--mask-token-id 1"),
+    _words("a mask id that is a word", None, "--mask-token-id", flags="--mask-token-id x", kind="ConfigError"),
+    _words("a truncated tokenizer.model", all_of(_pieces, truncate(PIECES)), "tokenizer/tokenizer.model is cut short"),
+    _words("an empty tokenizer.model", all_of(_pieces, text(PIECES, "")), "tokenizer/tokenizer.model is cut short"),
+    _words(
+        "no stop token in tokenizer.model", all_of(_pieces, edit_json(SETTINGS, eos_token="<no>")), "eos_token <no>"
+    ),
+    _words("no chat template beside tokenizer.model", _pieces, "no chat template", flags="--apply-chat-template"),
+    Bad(
+        "no sentencepiece",
+        "sft",
+        says=("tokenizer.model", "pip install sentencepiece"),
+        write=_pieces,
+        kind="DependencyError",
+        absent=("sentencepiece",),
+    ),
     _words("no chat template", None, ("tokenizer", "chat template"), flags="--apply-chat-template"),
     _words("no chat template for prompts", None, "chat template", "tracerl", "--apply-chat-template"),
     _words(

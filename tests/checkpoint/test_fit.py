@@ -42,6 +42,7 @@ def test_another_stage_needs_finetune(there, here):
     (dict(bf16=True, init_method_std=0.1, model_preset="tiny", make_vocab_size_divisible_by=64), False),
     (dict(transformer_overrides={"recompute_granularity": "full"}), False),
     (dict(block_size=8), True),
+    (dict(block_size=None, full_attention=True), True),
 ])  # fmt: skip
 def test_what_may_differ(changes, finetune):
     check_same_model(SAVED, dataclasses.replace(MODEL, **changes), "ckpt", finetune)
@@ -53,6 +54,8 @@ def test_what_may_differ(changes, finetune):
     (dict(norm_epsilon=1e-5), ["--norm-epsilon 1e-06", "1e-05"]),
     (dict(num_attention_heads=8), ["--num-attention-heads 4", "8"]),
     (dict(num_layers=3, rotary_base=1e6), ["--num-layers 2", "3"]),  # the first that differs
+    (dict(rotary_percent=0.5), ["--rotary-percent unset", "0.5"]),
+    (dict(logit_shift=1), ["--logit-shift unset", "1"]),
     (dict(num_experts=4), ["--num-experts unset", "4", "Leave it out."]),
     (dict(transformer_overrides={"softmax_scale": 1.0}), ["--transformer-override softmax_scale unset", "1.0"]),
 ])  # fmt: skip

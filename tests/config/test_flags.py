@@ -118,7 +118,7 @@ def test_null_in_the_file_is_none(tmp_path):
         (["--seed", "1.5"], ["--seed needs a whole number, not '1.5'"]),
         (["--optimizer", "adma"], ["--optimizer needs adam or sgd, not 'adma'", "Did you mean adam?"]),
         (["--output-dir", "out"], ["no flag --output-dir."]),
-        (["--transformer-override", "gelu"], ["--transformer-override gelu is not KEY=VALUE", "add_qkv_bias=true"]),
+        (["--transformer-override", "gelu"], ["--transformer-override gelu is not KEY=VALUE", "add_bias_linear=true"]),
         (["--transformer-override", "a="], ["a= is not KEY=VALUE"]),
         (["--transformer-override", "=1"], ["=1 is not KEY=VALUE"]),
         (["--transformer-override", "a=[1"], ["--transformer-override a=[1", "not YAML"]),

@@ -13,7 +13,7 @@ from megatron_dlm.config.overrides import _REFUSED, _hints, check_overrides, of_
     "overrides",
     [
         {},
-        {"add_qkv_bias": True},
+        {"add_bias_linear": True},
         {"softmax_scale": 1},  # a whole number is a number
         {"softmax_scale": None},
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -32,9 +32,11 @@ def test_what_passes(overrides):
     [
         ("num_layers", 3, ["Use --num-layers."]),
         ("num_moe_experts", 3, ["Use --num-experts."]),
-        ("add_qkv_bais", True, ["no such field", "Did you mean add_qkv_bias?"]),
-        ("add_qkv_bias", "yes", ["needs true or false, not 'yes'"]),
-        ("add_qkv_bias", 1, ["needs true or false, not 1"]),
+        ("add_qkv_bias", True, ["Use --add-qkv-bias."]),
+        ("moe_router_bias_update_rate", 0.1, ["decides on it"]),
+        ("moe_shared_expert_overlpa", True, ["no such field", "Did you mean moe_shared_expert_overlap?"]),
+        ("moe_shared_expert_overlap", "yes", ["needs true or false, not 'yes'"]),
+        ("moe_shared_expert_overlap", 1, ["needs true or false, not 1"]),
         ("softmax_scale", "high", ["needs a number or null, not 'high'"]),
         ("softmax_scale", True, ["needs a number or null, not True"]),
         ("recompute_granularity", "ful", ["needs full, selective or null, not 'ful'"]),
@@ -66,5 +68,5 @@ def test_every_refused_name_is_one_of_megatron_core():
 
 
 def test_what_changes_the_function():
-    overrides = {"recompute_granularity": "full", "add_qkv_bias": True, "moe_aux_loss_coeff": 0.1}
-    assert of_the_function(overrides) == {"add_qkv_bias": True}
+    overrides = {"recompute_granularity": "full", "softmax_scale": 1.0, "moe_aux_loss_coeff": 0.1}
+    assert of_the_function(overrides) == {"softmax_scale": 1.0}

@@ -21,6 +21,18 @@ DENSE = dict(
     block_size=4,
 )
 MOE = dict(DENSE, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=32)
+GROUPS = dict(
+    MOE,
+    num_experts=16,
+    moe_router_topk=4,
+    moe_router_num_groups=4,
+    moe_router_group_topk=2,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_topk_scaling_factor=2.5,
+    moe_first_k_dense=1,
+    moe_shared_expert_intermediate_size=48,
+)
 TP2_SP = dict(tensor_model_parallel_size=2, sequence_parallel=True)
 
 
@@ -38,7 +50,10 @@ def refused(check, *arguments) -> str:
         MOE,
         dict(DENSE, moe_ffn_hidden_size=96),
         dict(DENSE, kv_channels=None),
-        dict(DENSE, transformer_overrides={"add_qkv_bias": True}),
+        dict(DENSE, transformer_overrides={"add_bias_linear": True}),
+        dict(DENSE, block_size=None, full_attention=True, add_qkv_bias=True, logit_shift=1, rotary_percent=0.5),
+        GROUPS,
+        dict(MOE, transformer_overrides={"moe_layer_freq": [0, 1, 0, 1]}),
     ],
 )
 def test_a_possible_model_passes(values):
@@ -65,6 +80,33 @@ def test_a_possible_model_passes(values):
         (dict(num_experts=8), ["--num-experts 8", "--moe-router-topk"]),
         (dict(num_experts=8, moe_router_topk=9), ["--moe-router-topk 9", "8 experts", "at most 8"]),
         (dict(num_experts=8, moe_router_topk=0), ["--moe-router-topk is 0"]),
+        (
+            dict(GROUPS, num_experts=None, moe_router_topk=None),
+            ["--moe-ffn-hidden-size 32 is for a model with experts"],
+        ),
+        (dict(moe_first_k_dense=0), ["--moe-first-k-dense 0 is for a model with experts"]),
+        (dict(GROUPS, moe_first_k_dense=-1), ["--moe-first-k-dense is -1"]),
+        (dict(GROUPS, moe_first_k_dense=4), ["--moe-first-k-dense 4", "none of the 4 layers", "at most 3"]),
+        (dict(GROUPS, moe_shared_expert_intermediate_size=0), ["--moe-shared-expert-intermediate-size is 0"]),
+        (dict(GROUPS, moe_router_score_function="softmax"), ["--moe-router-enable-expert-bias", "sigmoid only"]),
+        (dict(GROUPS, moe_router_score_function=None), ["sigmoid only, not softmax"]),
+        (dict(GROUPS, moe_router_group_topk=None), ["--moe-router-num-groups needs --moe-router-group-topk"]),
+        (dict(GROUPS, moe_router_num_groups=None), ["--moe-router-group-topk needs --moe-router-num-groups"]),
+        (dict(GROUPS, moe_router_num_groups=3), ["--moe-router-num-groups 3", "16 experts"]),
+        (dict(GROUPS, moe_router_group_topk=5), ["--moe-router-group-topk 5", "4 groups", "at most 4"]),
+        (dict(GROUPS, moe_router_num_groups=16), ["16 groups are 1 in each", "fewer groups"]),
+        (dict(GROUPS, moe_router_group_topk=1), ["--moe-router-topk 4", "best 2", "--moe-router-topk 2."]),
+        (dict(GROUPS, moe_router_group_topk=4), ["--moe-router-topk 4", "best 2", "--moe-router-topk 8."]),
+        (dict(GROUPS, moe_router_topk_scaling_factor=0.0), ["--moe-router-topk-scaling-factor is 0.0", "above 0"]),
+        (dict(GROUPS, transformer_overrides={"moe_layer_freq": 2}), ["moe_layer_freq", "--moe-first-k-dense"]),
+        (dict(MOE, transformer_overrides={"moe_layer_freq": [0, 1]}), ["[0, 1]", "4 layers", "entry per layer"]),
+        (dict(MOE, transformer_overrides={"moe_layer_freq": 0}), ["moe_layer_freq is 0"]),
+        (dict(rotary_percent=0.0), ["--rotary-percent is 0.0"]),
+        (dict(rotary_percent=1.5), ["--rotary-percent is 1.5"]),
+        (dict(rotary_percent=0.4), ["--rotary-percent 0.4 of the 8 channels", "are 3", "even number"]),
+        (dict(rotary_percent=0.1), ["are 0"]),
+        (dict(logit_shift=2), ["--logit-shift is 2"]),
+        (dict(full_attention=True), ["--block-size 4", "full attention", "--no-full-attention"]),
         (dict(transformer_overrides={"num_layers": 3}), ["num_layers", "Use --num-layers."]),
         (dict(transformer_overrides={"tensor_model_parallel_size": 2}), ["Use --tensor-model-parallel-size."]),
         (dict(transformer_overrides={"num_moe_experts": 2}), ["num_moe_experts", "Use --num-experts."]),
@@ -197,6 +239,12 @@ def test_a_possible_split_passes(model, values, world_size):
         ),
         (dict(MOE, moe_ffn_hidden_size=33), TP2_SP, 2, ["width 33", "2 processes"]),
         (
+            dict(MOE, moe_shared_expert_intermediate_size=33),
+            TP2_SP,
+            2,
+            ["--tensor-model-parallel-size 2", "--moe-shared-expert-intermediate-size 33", "Use 1."],
+        ),
+        (
             MOE,
             dict(expert_model_parallel_size=4),
             6,
@@ -221,6 +269,9 @@ def test_an_impossible_split_is_refused(model, values, world_size, words):
         ),
         (dict(DENSE, num_query_groups=8), dict(tensor_model_parallel_size=4), None),
         (MOE, TP2_SP, None),
+        (GROUPS, TP2_SP, None),
+        (dict(DENSE, full_attention=True, block_size=None), {}, ["full attention", "yet", "sft"]),
+        (dict(DENSE, logit_shift=1), {}, ["--logit-shift 1", "yet", "sft"]),
         (MOE, dict(expert_model_parallel_size=2), ["--expert-model-parallel-size 2", "generation", "Use 1"]),
     ],
 )

@@ -7,8 +7,14 @@ import pytest
 from megatron_dlm.config.checkpoint import LoadConfig
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.generate import GenerateConfig
+from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.score import ScoreConfig
-from megatron_dlm.config.validate_generation import check_denoising_steps, check_generate, check_score
+from megatron_dlm.config.validate_generation import (
+    check_denoising_steps,
+    check_generate,
+    check_score,
+    check_scored_model,
+)
 
 FILES = dict(prompts="in.jsonl", output="out.jsonl")
 LOAD = LoadConfig(load="ckpt")
@@ -80,6 +86,11 @@ def test_settings_of_score(changes: dict, block_size: int | None, words: str | N
     settings = ScoreConfig(**dict(input="in.jsonl", output="out.jsonl") | changes)
     message = refused(check_score, settings, LOAD, block_size)
     assert message is None if words is None else words in message
+
+
+def test_models_that_score_cannot_lay_out() -> None:
+    assert refused(check_scored_model, ModelConfig(block_size=4, logit_shift=1)) is None
+    assert "full attention yet" in refused(check_scored_model, ModelConfig(full_attention=True))
 
 
 def test_both_need_a_checkpoint() -> None:

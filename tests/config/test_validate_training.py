@@ -259,6 +259,8 @@ SAMPLED = dict(use_rollout_logprobs=True)
         (dict(min_group_accuracy=0.0, max_group_accuracy=1.0), {}, None),
         (dict(min_group_accuracy=0.9), {}, ["--min-group-accuracy 0.9", "--max-group-accuracy 0.8", "Swap"]),
         (dict(overlong_margin=-1), {}, ["--overlong-margin is -1"]),
+        (dict(log_samples=-1), {}, ["--log-samples is -1"]),
+        (dict(log_samples=0), {}, None),
         (dict(overlong_margin=256), {}, ["--overlong-margin 256", "--rollout-max-response-len 256"]),
         ({}, dict(n_samples_per_prompt=1), ["--n-samples-per-prompt 1", "2 or more"]),
         (dict(num_steps_per_rollout=None), {}, ["--global-batch-size", "--num-steps-per-rollout", "neither is given"]),

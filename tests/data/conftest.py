@@ -1,4 +1,4 @@
-"""Tokenizers for the tests of data: a tiny one, trained here, and a real one where the shared test data are present."""
+"""Tokenizers for the tests of data: tiny ones of both kinds, trained here, and a real one where there are test data."""
 
 from __future__ import annotations
 
@@ -26,8 +26,29 @@ def tiny(tiny_folder) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def qwen() -> Tokenizer:
+def pieces_folder(tmp_path_factory) -> Path:
+    pytest.importorskip("sentencepiece")
+    from megatron_dlm.data.train_sentencepiece import train_sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    texts = ["12+34+56=", "46+56=\\boxed{102}", "how many apples are there", "how many, how are"]
+    train_sentencepiece(texts, 310, folder, ["\\boxed{", "}"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pieces(pieces_folder) -> Tokenizer:
+    return Tokenizer(pieces_folder)
+
+
+@pytest.fixture(scope="session")
+def qwen_folder() -> Path:
     folder = TEST_DATA / "qwen3_tokenizer"
     if not folder.is_dir():
         pytest.skip("no qwen3_tokenizer in MEGATRON_DLM_TEST_DATA")
-    return Tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_folder) -> Tokenizer:
+    return Tokenizer(qwen_folder)

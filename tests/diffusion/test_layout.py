@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Grid, Layout, visible
-from tests.diffusion.oracles import block_index, visibility
+from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Grid, Layout, predecessors, visible
+from megatron_dlm.diffusion.rows import build_row
+from tests.diffusion.oracles import MASK_ID, PAD_ID, block_index, random_group, trace_item, visibility
 
 
 def layout_of(tokens: list[tuple[int, int, int, int, int]]) -> Layout:
@@ -188,6 +189,33 @@ def test_denoising_reads_the_whole_cache_and_its_own_block(block_size: int) -> N
         mask = visible(query, layout_of(cache + tokens(now, end, CLEAN) + tokens(end, end + block_size, 1)))
         assert mask[:block_size, :end].all() and not mask[:block_size, end:].any()
         assert mask[block_size:].all()
+
+
+def test_predecessors_by_hand() -> None:
+    """A prompt of 3 in blocks of 2, two responses; in the row, noisy copies stand in a muddle."""
+    prompt = [(0, PROMPT, CLEAN, 0, 0), (0, PROMPT, CLEAN, 0, 1)]
+    first = [(0, 0, CLEAN, 1, 2), (0, 0, CLEAN, 1, 3), (0, 0, 2, 2, 4), (0, 0, 2, 2, 5), (0, 0, 1, 1, 3)]
+    first += [(0, 0, 1, 1, 2), (0, 0, 3, 2, 5), (0, 0, 3, 2, 4)]
+    second = [(0, 1, 1, 1, 2), (0, 1, 1, 1, 3)]
+    other = [(1, 0, 1, 0, 0), (1, 0, 1, 0, 1), (PADDING, PROMPT, CLEAN, 0, 0)]
+    layout = layout_of(prompt + first + second + other)
+    expected = [0, 0, 1, 2, 3, 4, 7, 1, 9, 3, 1, 10, 12, 12]
+    assert predecessors(layout, torch.arange(14)).tolist() == expected
+    assert predecessors(layout, torch.tensor([8, 12, 10])).tolist() == [9, 12, 1]
+    assert predecessors(layout, torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, None])
+def test_predecessors_are_seen_and_one_position_before(block: int | None) -> None:
+    """Of every target of rows of traces: the only visible token at the position before that is not in another copy."""
+    rng, grid = np.random.default_rng(block or 0), Grid(block)
+    traces = [trace for n in range(3) for trace in random_group(1 + 2 * n, [3, 6], block or 4, rng, f"p{n}")]
+    items = [trace_item(trace, grid) for trace in traces]
+    row = build_row(list(enumerate(items)), 600, MASK_ID, PAD_ID)
+    found, slots = predecessors(row.layout, row.targets.slot), row.targets.slot
+    position, mask = row.layout.position, visible(row.layout, row.layout)
+    assert (position[found] == position[slots] - 1).all() and mask[slots, found].all()
+    assert ((mask[slots] & (position == position[slots, None] - 1)).sum(1) == 1).all()
 
 
 def test_to_keeps_every_field() -> None:

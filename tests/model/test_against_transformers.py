@@ -118,6 +118,20 @@ def test_presets_have_the_published_number_of_parameters(preset: str, layers: in
     assert (one + (layers - 1) * (two - one)) / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    "preset, layers, tensors",
+    [("llada-8b", 32, 8_015_581_184), ("dream-7b", 28, 7_615_616_512), ("llada2-mini", 20, 16_255_643_392)],
+)
+def test_presets_have_exactly_the_published_number_of_values(preset: str, layers: int, tensors: int) -> None:
+    """Those of the released checkpoints, whose LLaDA2 counts a bias for each expert of a layer too."""
+    from megatron_dlm.model.presets import PRESETS
+
+    assert PRESETS[preset]["num_layers"] == layers
+    two, three = (parameters(count, model_preset=preset) for count in (2, 3))
+    biases = 256 * (layers - 1) if preset == "llada2-mini" else 0
+    assert two + (layers - 2) * (three - two) + biases == tensors
+
+
 def test_a_mixture_of_experts_is_the_sum_over_the_chosen_experts() -> None:
     """Router of one layer by hand: softmax over all experts, the two best, renormalised (Qwen3-MoE)."""
     model = make_model(torch.float32, num_layers=1, num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24)

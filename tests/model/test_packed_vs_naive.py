@@ -27,6 +27,11 @@ def model():
     return make_model(torch.float64)
 
 
+@pytest.fixture(scope="module")
+def shifted():
+    return make_model(torch.float64, logit_shift=1)
+
+
 def weight_of(response: int, index: int) -> float:
     """A weight of its own for every token, of either sign, so that no two can be exchanged unseen."""
     return float(np.sin(1.0 + 7 * response + 0.37 * index))
@@ -47,10 +52,12 @@ def packed(model, rows) -> tuple[torch.Tensor, int]:
 
 
 def naive_state_loss(model, shown, block_of, decided, tokens, weights) -> torch.Tensor:
-    """One state: the shown text under "my block and all before it"; decided positions are read at their own slots."""
+    """One state: the shown text under "my block and all before it"; decided positions are read at their own slots, or
+    with a logit shift at the one before."""
+    read = [max(position - model.logit_shift, 0) for position in decided]
     blocks = torch.tensor(block_of)
     logits = explicit_logits(
-        model, torch.tensor(shown), torch.arange(len(shown)), blocks[None, :] <= blocks[:, None], torch.tensor(decided)
+        model, torch.tensor(shown), torch.arange(len(shown)), blocks[None, :] <= blocks[:, None], torch.tensor(read)
     )
     logprob = allowed_logprobs(logits, 0.8)
     return -sum(weight * logprob[n, tokens[position]] for n, (position, weight) in enumerate(zip(decided, weights)))
@@ -113,6 +120,15 @@ def test_full_attention(model, shrinkage: int) -> None:
     traces = random_group(3, [4, 7], 4, rng, "p0") + random_group(5, [3], 4, rng, "p1")
     items = [trace_item(trace, Grid(None), shrinkage) for trace in traces]
     compare(model, traces, Grid(None), shrinkage, [build_row(list(enumerate(items)), 400, MASK_ID, PAD_ID)])
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 3, 4])
+@pytest.mark.parametrize("block", [1, 4, None])
+def test_a_model_that_predicts_one_position_ahead(shifted, block: int | None, prompt: int) -> None:
+    rng, grid = np.random.default_rng([block or 0, prompt]), Grid(block)
+    traces = random_group(prompt, [4, 7], block or 4, rng, "p0") + random_group(prompt + 2, [3], block or 4, rng, "p1")
+    items = [trace_item(trace, grid) for trace in traces]
+    compare(shifted, traces, grid, 1, [build_row(list(enumerate(items)), 400, MASK_ID, PAD_ID)])
 
 
 @pytest.mark.parametrize("block, train_block", [(4, 8), (8, 4), (2, 8)])

@@ -20,7 +20,7 @@ LAST, MIDDLE = 4, 2
 
 def open_trainer(stage: str, parallel: dict, load: Path | None):
     """A trainer as the commands put it together, and what saves it."""
-    from megatron_dlm.commands.common import restore
+    from megatron_dlm.commands.weights import restore
     from megatron_dlm.config.checkpoint import CheckpointConfig
     from megatron_dlm.config.optimizer import OptimizerConfig
     from megatron_dlm.config.parallel import ParallelConfig
@@ -50,7 +50,7 @@ def open_trainer(stage: str, parallel: dict, load: Path | None):
 
 def train(stage: str, parallel: dict, load: Path | None, until: int, save: Path | None) -> tuple[dict, list[float]]:
     """Train up to step `until`; returns this rank's weights and the losses."""
-    from megatron_dlm.commands.common import checkpointer
+    from megatron_dlm.commands.weights import checkpointer
     from megatron_dlm.config.checkpoint import CheckpointConfig
     from tests.tiny import quiet
 

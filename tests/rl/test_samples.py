@@ -70,7 +70,8 @@ def test_there_are_as_many_samples_as_asked_for(tmp_path: Path, count: int) -> N
     whole = everything(tmp_path, 0)
     expected = [whole[prompt * GROUP + sample] for sample in range(GROUP) for prompt in range(PROMPTS)][:count]
     file = tmp_path / "save" / "samples.jsonl"
-    found = lines(file) if file.exists() else []
+    assert file.exists() == (count > 0)
+    found = lines(file) if count else []
     assert [line["step_map"] for line in found] == [line["step_map"] for line in expected]
     assert [line["response"] for line in found] == [line["response"] for line in expected]
 

@@ -8,6 +8,21 @@ import pytest
 
 from tests.harness import pool
 
+MIXED = dict(
+    num_layers=4,
+    num_experts=8,
+    moe_router_topk=4,
+    moe_ffn_hidden_size=16,
+    moe_first_k_dense=1,
+    moe_shared_expert_intermediate_size=16,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_num_groups=4,
+    moe_router_group_topk=2,
+    moe_router_topk_scaling_factor=2.5,
+    rotary_percent=0.5,
+    add_qkv_bias=True,
+)
 LAYOUTS = {
     "tp2": (2, dict(tensor_model_parallel_size=2), {}),
     "ep2": (2, dict(expert_model_parallel_size=2), dict(num_experts=4, moe_router_topk=2)),
@@ -16,6 +31,8 @@ LAYOUTS = {
         dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True),
         dict(num_experts=4, moe_router_topk=2),
     ),
+    "tp2 mixed layers": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True), MIXED),
+    "pp2 mixed layers": (2, dict(pipeline_model_parallel_size=2), MIXED),
 }
 
 

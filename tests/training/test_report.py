@@ -90,6 +90,12 @@ def test_without_training_steps_there_is_no_picture(tmp_path: Path, capsys, reco
     assert not (tmp_path / "curves.png").exists() and capsys.readouterr().out == ""
 
 
+def test_a_run_that_has_nothing_left_to_do_leaves_the_picture_alone(tmp_path: Path, capsys) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in SFT))
+    run([], tmp_path)
+    assert not (tmp_path / "curves.png").exists() and capsys.readouterr().out == ""
+
+
 def test_without_matplotlib_a_run_ends_with_a_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run(SFT, tmp_path)

@@ -1,0 +1,1 @@
+"""HuggingFace checkpoints: import into any layout, export, comparison. One small table per model family."""

@@ -1,0 +1,115 @@
+"""From HuggingFace to a model in its layout, or to a distributed checkpoint.
+
+Each shard reads its own slices from the mapped files, so a rank needs memory for what it keeps, and no rank ever holds
+a whole model that it does not keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_dlm import platform
+from megatron_dlm.checkpoint.hf.families import Family
+from megatron_dlm.checkpoint.hf.safetensors_folder import DTYPES, SafetensorsFolder
+from megatron_dlm.checkpoint.hf.source import HFSource, main_dtype
+from megatron_dlm.checkpoint.hf.spans import Stored, within
+from megatron_dlm.checkpoint.hf.stored import place_of, shard_of, whole_model
+from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.training.state import TrainState
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def load_into(state: TrainState, source: HFSource, model: ModelConfig) -> None:
+    """Fill a model with the weights of a HuggingFace checkpoint. Every rank reads what it keeps; not collective.
+
+    Args:
+        model: resolved, from `source.fields`.
+
+    Raises:
+        CheckpointError: the weights are damaged or do not fit.
+    """
+    weights = source.check(whole_model(model), model)
+    with torch.no_grad():
+        for shard in _shards(state):
+            stored, offset = place_of(shard)
+            fill(shard.data, stored, offset, source.family, model, weights)
+    if state.optimizer is not None:
+        with platform.cuda_calls_on_cpu():
+            state.optimizer.reload_model_params()  # the fp32 master copies follow the new weights
+
+
+def _shards(state: TrainState) -> Iterator[ShardedTensor]:
+    """This rank's tensors as parts of the whole model; their data are the parameters themselves."""
+    metadata = {"dp_cp_group": state.groups.pg_collection.dp_cp}
+    for chunk in state.unwrapped_chunks():
+        for value in nested_values(chunk.sharded_state_dict(metadata=metadata)):
+            parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+            yield from (part for part in parts if isinstance(part, ShardedTensor))
+
+
+def fill(
+    target: Tensor,
+    stored: Stored,
+    offset: tuple[int, ...],
+    family: Family,
+    model: ModelConfig,
+    weights: SafetensorsFolder,
+) -> None:
+    """Read one shard: rows from offset[0] and, of matrices, columns from offset[1]. Rows without a source become 0."""
+    columns = None
+    if target.ndim > 1 and target.shape[1] != stored.shape[1]:
+        columns = slice(offset[1], offset[1] + target.shape[1])
+    spans = within(family.table[stored.key].spans(stored, model), offset[0], target.shape[0])
+    if sum(span.count for span in spans) < target.shape[0]:
+        target.zero_()
+    for span in spans:
+        target[span.start : span.start + span.count].copy_(weights.read(span.name, span.source, span.count, columns))
+
+
+def describe(source: HFSource, weights: SafetensorsFolder) -> dict[str, Any]:
+    """What an export must know to write the same checkpoint again; JSON can hold it."""
+    main = main_dtype(weights.tensors)
+    odd = {name: _DTYPE_NAMES[info.dtype] for name, info in weights.tensors.items() if info.dtype != main}
+    return {"family": source.family.name, "dtype": _DTYPE_NAMES[main], "odd_dtypes": odd}
+
+
+def content_of(source: HFSource, model: ModelConfig) -> dict[str, ShardedTensor]:
+    """This rank's share of the weights, to be written as a distributed checkpoint without building a model.
+
+    The ranks' shares together are the whole model, whatever layout will load it.
+
+    Raises:
+        CheckpointError: the weights are damaged or do not fit.
+    """
+    everything = whole_model(model)
+    weights = source.check(everything, model)
+    content = {}
+    for index, stored in enumerate(_share(everything, dist.get_rank(), dist.get_world_size())):
+        data = torch.empty(stored.shape, dtype=_dtype(stored, source, model, weights))
+        fill(data, stored, (0,) * data.ndim, source.family, model, weights)
+        content[str(index)] = shard_of(stored, data, model)
+    return content
+
+
+def _dtype(stored: Stored, source: HFSource, model: ModelConfig, weights: SafetensorsFolder) -> torch.dtype:
+    if stored.key.endswith("expert_bias"):
+        return torch.float32  # megatron-core's buffer
+    return weights.tensors[source.family.table[stored.key].spans(stored, model)[0].name].dtype
+
+
+def _share(everything: list[Stored], rank: int, size: int) -> Iterable[Stored]:
+    """A rank's part: a run of tensors, about equal in elements."""
+    total, before = sum(torch.Size(stored.shape).numel() for stored in everything), 0
+    for stored in everything:
+        middle = before + torch.Size(stored.shape).numel() / 2
+        before += torch.Size(stored.shape).numel()
+        if int(middle * size / total) == rank:
+            yield stored
