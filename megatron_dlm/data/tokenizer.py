@@ -190,8 +190,8 @@ def _open(folder: Path) -> Backend:
             return kind(folder)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         raise DataError(
-            f"There is no tokenizer.json in {folder}, only vocab.json and merges.txt, of which it can be made for Dream "
-            'and others of the Qwen family. Run: python -c "from transformers import Qwen2TokenizerFast as T; '
+            f"There is no tokenizer.json in {folder}, only vocab.json and merges.txt. For Dream and others of the Qwen "
+            'family it can be made of them. Run: python -c "from transformers import Qwen2TokenizerFast as T; '
             f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     raise DataError(

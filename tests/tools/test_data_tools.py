@@ -43,6 +43,16 @@ def test_quickstart_then_a_tokenizer_on_its_data(tmp_path):
     assert len(Tokenizer(tmp_path / "t").encode("\\boxed{12")) == 3
 
 
+def test_sentencepiece(tmp_path):
+    pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text("12+34=46\nso \\boxed{46}\n")
+    arguments = ["--input", "text.txt", "--vocab-size", 290, "--output", "t", "--add-token", "\\boxed{"]
+    done = _run("train_tokenizer.py", "--type", "sentencepiece", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "t" / "tokenizer.model").is_file()
+    assert len(Tokenizer(tmp_path / "t").encode("\\boxed{12")) == 3
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments", "words"),
     [

@@ -109,29 +109,37 @@ def check_equal(one: Path, other: Path) -> None:
         assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
 
 
-def all_cases() -> list[tuple[str, str, str, int]]:
-    """Every family through every layout that it can have, resharded to another on the way; each on some number of
-    processes."""
-    cases = []
-    for number, kind in enumerate(KINDS):
-        fitting = [name for name in LAYOUTS if name != "ep2" or kind in EXPERTS]
-        for index, layout in enumerate(fitting):
-            cases.append((kind, layout, fitting[(index + 1 + number) % len(fitting)], 1 + (index + number) % 4))
-    return cases
+def all_cases() -> list[tuple[str, str, int]]:
+    """Every family through every layout that it can have, and out again on some number of processes."""
+    return [
+        (kind, layout, 1 + (index + number) % 4)
+        for number, kind in enumerate(KINDS)
+        for index, layout in enumerate(name for name in LAYOUTS if name != "ep2" or kind in EXPERTS)
+    ]
 
 
-@pytest.mark.parametrize("kind, layout, other, processes", all_cases())
-def test_in_and_out_again(folders, tmp_path, kind: str, layout: str, other: str, processes: int) -> None:
+@pytest.mark.parametrize("kind, layout, processes", all_cases())
+def test_in_and_out_again(folders, tmp_path, kind: str, layout: str, processes: int) -> None:
+    world, parallel = LAYOUTS[layout]
+    pool(world).run(through, parallel, folders[kind], tmp_path / "saved")
+    pool(processes).run(export, tmp_path / "saved", tmp_path / "back", 1e-4)
+    check_equal(folders[kind], tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    "kind, layout, other", [("sdar", "tp4", "pp2"), ("llada2", "ep2", "tp2 pp2"), ("dream", "pp2", "tp2")]
+)
+def test_resharded_on_the_way(folders, tmp_path, kind: str, layout: str, other: str) -> None:
     world, parallel = LAYOUTS[layout]
     pool(world).run(through, parallel, folders[kind], tmp_path / "saved")
     world, parallel = LAYOUTS[other]
     pool(world).run(resharded, parallel, tmp_path / "saved", tmp_path / "again")
-    pool(processes).run(export, tmp_path / "again", tmp_path / "back", 1e-4)
+    pool(1).run(export, tmp_path / "again", tmp_path / "back", 1e-4)
     check_equal(folders[kind], tmp_path / "back")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [3])
 def test_convert(folders, tmp_path, kind: str, processes: int) -> None:
     """Without a model in between; the settings and the code of the checkpoint come along."""
     pool(processes).run(convert, folders[kind], tmp_path / "saved", tmp_path / "back")
