@@ -56,7 +56,7 @@ class Pool:
         key = os.urandom(16)
         with Listener(("127.0.0.1", 0), backlog=world_size, authkey=key) as listener:
             _nursery().fork(
-                {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())},
+                {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
                 listener.address[1],
                 key,
             )
@@ -129,7 +129,7 @@ def _nursery() -> Nursery:
     return nursery
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below the range from which the system gives ports to connections: between now and its use nobody takes it."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)

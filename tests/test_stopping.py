@@ -1,4 +1,4 @@
-"""Runs that stop and go on, as a person or a scheduler does it: exit intervals, SIGTERM, SIGKILL in the middle of a save."""
+"""Runs that stop and go on, as a person or a scheduler does it: exit intervals, SIGTERM, SIGKILL within a save."""
 
 from __future__ import annotations
 

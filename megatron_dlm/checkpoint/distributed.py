@@ -3,9 +3,7 @@
     DIR/iter_0000010/                          model, optimizer, schedule, the caller's `extra` and files
     DIR/latest_checkpointed_iteration.txt      "10"
 
-A checkpoint is written beside its place, moved there when it is whole, and named in the text file last. One of the same
-iteration that is already there changes places with it in one system call. So at every moment, and whatever a crash
-leaves behind, the text file names a whole checkpoint.
+Whatever a crash leaves behind, the text file names a whole checkpoint (checkpoint/places.py).
 
 Tensors are stored by their name and place in the whole model (megatron-core's dist_checkpointing, optimizer state
 included), so tensor, pipeline and data-parallel sizes may change between saving and loading. Whether the optimizer is
@@ -18,13 +16,10 @@ Invariants (tests/checkpoint/test_distributed.py):
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import pickle
 import shutil
 import signal
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -34,54 +29,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm import platform
 from megatron_dlm.checkpoint import optimizer_state
+from megatron_dlm.checkpoint.places import find, iteration_folder, name_as_latest, put_in_place, reading, reason_of
 from megatron_dlm.config.errors import CheckpointError, ResourceError
 from megatron_dlm.parallel.exchange import broadcast_object
 from megatron_dlm.training.state import TrainState
 
 _EXTRA = "_extra_state"
-LATEST = "latest_checkpointed_iteration.txt"
-DAMAGE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    AssertionError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    CheckpointingException,
-    CheckpointException,
-)  # what torch and megatron-core raise over files that are missing, cut short or overwritten
 
-
-def iteration_folder(directory: str | Path, iteration: int) -> Path:
-    return Path(directory) / f"iter_{iteration:07d}"
-
-
-def latest_iteration(directory: str | Path) -> int | None:
-    """The iteration of the newest whole checkpoint in a folder, or None if there is none (or no folder)."""
-    path = Path(directory) / LATEST
-    try:
-        iteration = int(path.read_text(encoding="ascii"))
-        if iteration < 0:
-            raise ValueError(iteration)
-        return iteration
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} does not hold an iteration number, so no finished save of this package wrote it. Write the number "
-            "of a checkpoint in that folder into it, or choose one with --ckpt-step."
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}). Check the folder.") from error
 
 
 def save(
@@ -139,64 +99,14 @@ def write(
     if is_main:
         if add_files is not None:
             add_files(partial)
-        _put_in_place(partial, final)
-        _name_as_latest(Path(directory), iteration)
+        put_in_place(partial, final)
+        name_as_latest(Path(directory), iteration)
     dist.barrier()
-
-
-def find(directory: str | Path, iteration: int | None = None) -> Path:
-    """The folder of a checkpoint: of this iteration, or of the newest.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"There is no checkpoint folder {directory}. Give --load a folder that a run wrote with --save."
-        )
-    if iteration is None:
-        iteration = latest_iteration(directory)
-    if iteration is None:
-        raise CheckpointError(
-            f"{directory} holds no finished checkpoint ({LATEST} is missing). Give --load a folder that a run wrote "
-            "with --save."
-        )
-    folder = iteration_folder(directory, iteration)
-    if not _is_distributed(folder):
-        raise CheckpointError(
-            f"{folder} is missing or not a whole checkpoint. Choose another iteration of {directory} with --ckpt-step."
-        )
-    return folder
-
-
-def _is_distributed(folder: Path) -> bool:
-    try:
-        return dist_checkpointing.check_is_distributed_checkpoint(str(folder))
-    except (*DAMAGE, TypeError):  # its metadata.json is no JSON, or not what megatron-core wrote there
-        return False
 
 
 def read_extra(folder: Path) -> dict[str, Any]:
     """What the caller of `save` stored beside the weights of a checkpoint. Reads no tensor; not collective."""
     return _read_run(folder)["extra"]
-
-
-def keep_newest(directory: str | Path, current: int, count: int) -> list[int]:
-    """Delete all but the `count` newest checkpoints up to iteration `current`, which always stays; returns what went.
-
-    Later iterations stay too: a run that was started again from an earlier one has not reached them yet.
-    """
-    found = sorted(int(entry.name[5:]) for entry in Path(directory).glob("iter_*") if entry.name[5:].isdigit())
-    old = [iteration for iteration in found if iteration < current]
-    old = old[: max(0, len(old) - (count - 1))]
-    for iteration in old:
-        folder = iteration_folder(directory, iteration)
-        doomed = folder.with_name(f".{folder.name}.deleted")  # so that a half deleted one is not taken for a whole one
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    return old
 
 
 def load(
@@ -232,7 +142,7 @@ def load(
         with platform.cuda_calls_on_cpu():
             content["optimizer"] = optimizer_state.to_load(state.optimizer, _model_content(state), _metadata(state))
     with torch.no_grad(), platform.cuda_calls_on_cpu():
-        with _reading(folder):
+        with reading(folder):
             loaded = dist_checkpointing.load(content, str(folder))
         for index, chunk in enumerate(state.unwrapped_chunks()):
             missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
@@ -284,7 +194,7 @@ def _find(state: TrainState, directory: str | Path, iteration: int | None) -> Pa
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    with _reading(folder):
+    with reading(folder):
         os.stat(folder / "common.pt")  # megatron-core stumbles over its absence
         common = dist_checkpointing.load_common_state_dict(str(folder))
     if "run" not in common:
@@ -301,33 +211,14 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except (CheckpointException, OSError) as error:
         raise ResourceError(
-            f"The checkpoint {folder} could not be written ({_reason(error)}); the disk may be full. Make room, and go "
-            "on from the last checkpoint that was saved."
+            f"The checkpoint {folder} could not be written ({reason_of(error)}); the disk may be full. Make room, and "
+            "go on from the last checkpoint that was saved."
         ) from error
-
-
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except DAMAGE as error:
-        raise CheckpointError(
-            f"The checkpoint {folder} is damaged: a file of it is missing or cut short ({_reason(error)}). Choose "
-            "another iteration, or write it again."
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What the libraries said, short enough for a sentence."""
-    if isinstance(error, CheckpointException) and error.failures:  # says only that some rank failed
-        error = next(iter(error.failures.values()))[0]
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:120]}".rstrip(" :.")
 
 
 def _check_fit(content: dict[str, Any], folder: Path) -> None:
     """Compare the model with what is stored, by name and global shape, before anything is read."""
-    with _reading(folder):
+    with reading(folder):
         stored = dist_checkpointing.load_tensors_metadata(str(folder))
     for wanted in nested_values(content):
         tensors = nested_values(wanted.build()) if isinstance(wanted, ShardedTensorFactory) else [wanted]
@@ -371,33 +262,3 @@ def _sigterm_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    """Move a whole checkpoint to its name; one of the same iteration that is already there is replaced."""
-    if not final.exists():
-        partial.rename(final)
-        return
-    if not _exchange(partial, final):  # a file system that cannot: the old one steps aside for a moment
-        aside = final.with_name(f".{final.name}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
-        partial.rename(final)
-        aside.rename(partial)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change names in one step (Linux, renameat2); False where that is not possible."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _name_as_latest(directory: Path, iteration: int) -> None:
-    temporary = directory / f".{LATEST}.new"
-    with open(temporary, "w", encoding="ascii") as file:
-        file.write(str(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / LATEST)

@@ -33,12 +33,13 @@ def check_stage(saved: dict[str, Any], stage: str, directory: str) -> None:
         )
 
 
-def check_same_model(saved: dict[str, Any], model: ModelConfig, directory: str, finetune: bool = False) -> None:
+def check_same_model(saved: dict[str, Any], model: ModelConfig, source: str, finetune: bool = False) -> None:
     """Refuse weights of a model that computes something else.
 
     Args:
         saved: what was stored beside the weights; without "model" there is nothing to compare.
         model: resolved.
+        source: the flag that named the weights, with its value.
         finetune: whether a run starts from these weights; its block size may then be another, or its attention full
             (diffusion models grow their blocks this way).
     """
@@ -50,15 +51,15 @@ def check_same_model(saved: dict[str, Any], model: ModelConfig, directory: str, 
         if name in _MAY_DIFFER or name not in stored or (name in _OF_ATTENTION and finetune):
             continue
         if stored[name] != getattr(model, name):
-            raise CheckpointError(_sentence(flag_name(name), stored[name], getattr(model, name), directory))
+            raise CheckpointError(_sentence(flag_name(name), stored[name], getattr(model, name), source))
     one, other = of_the_function(stored.get("transformer_overrides", {})), of_the_function(model.transformer_overrides)
     for name in sorted({*one, *other}):
         if one.get(name) != other.get(name):
-            raise CheckpointError(_sentence(f"{FLAG} {name}", one.get(name), other.get(name), directory))
+            raise CheckpointError(_sentence(f"{FLAG} {name}", one.get(name), other.get(name), source))
 
 
-def _sentence(flag: str, stored: object, wanted: object, directory: str) -> str:
+def _sentence(flag: str, stored: object, wanted: object, source: str) -> str:
     grow = ", or --finetune to go on with another block size" if flag == "--block-size" else ""
     shown = [("unset" if value is None else str(value)) for value in (stored, wanted)]
     advice = f"Use {shown[0]}{grow}" if stored is not None else "Leave it out"
-    return f"The model in --load {directory} has {flag} {shown[0]}, and this one {shown[1]}. {advice}."
+    return f"The model in {source} has {flag} {shown[0]}, and this one {shown[1]}. {advice}."

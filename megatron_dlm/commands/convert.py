@@ -95,16 +95,16 @@ def _tokenizer(source, kind):
 
 
 def export_hf(settings: ExportConfig) -> None:
-    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.checkpoint import distributed, places
     from megatron_dlm.checkpoint.hf import exporter
-    from megatron_dlm.checkpoint.hf.origin import Origin
+    from megatron_dlm.checkpoint.hf.origin import FOLDER, Origin
     from megatron_dlm.checkpoint.hf.safetensors_folder import DTYPES
     from megatron_dlm.checkpoint.hf.source import CONFIG, read_companions
     from megatron_dlm.checkpoint.hf.stored import StoredReader
     from megatron_dlm.data.tokenizer import Tokenizer
 
     began = time.perf_counter()
-    folder = distributed.find(settings.load, settings.ckpt_step)
+    folder = places.find(settings.load, settings.ckpt_step)
     extra = distributed.read_extra(folder)
     model = _model_of(extra, settings.load)
     origin = Origin.of_checkpoint(folder, extra)
@@ -117,8 +117,6 @@ def export_hf(settings: ExportConfig) -> None:
     if settings.max_shard_gb <= 0:
         raise ConfigError(f"--max-shard-gb is {settings.max_shard_gb}. Use a number above 0.")
     files = {} if origin is None else dict(origin.files)
-    if (folder / TOKENIZER).is_dir():
-        files |= {name: text for name, text in read_companions(folder / TOKENIZER).items() if name not in files}
     config = json.loads(files.pop(CONFIG, b"{}"))
     if not same:  # settings and code of another family would contradict what is written
         config = {}
@@ -126,7 +124,10 @@ def export_hf(settings: ExportConfig) -> None:
     if (folder / TOKENIZER).is_dir():
         words = Tokenizer(folder / TOKENIZER)
         config |= {"mask_token_id": words.mask_id}
-        config = {"eos_token_id": words.eos_id, "pad_token_id": words.pad_id} | config
+        if not _is_that_of(words, folder / FOLDER, Tokenizer):
+            files = {name: text for name, text in files.items() if not _of_a_tokenizer(name)}
+            files |= read_companions(folder / TOKENIZER)
+            config |= {"eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
     target = Path(os.path.abspath(settings.save))
     together(lambda: _free(target, settings.save) if _is_main() else None)
     odd = info.get("odd_dtypes", {}) if same and settings.export_dtype is None else {}
@@ -137,28 +138,48 @@ def export_hf(settings: ExportConfig) -> None:
     _say(f"Exported {folder} to {settings.save} as {family.name}: {_speed(nbytes, began)}")
 
 
+_PROBE = "The sum of 12 and 345.6 is \\boxed{357.6}.\n\tdéjà vu, 数学 <|endoftext|>"
+
+
+def _is_that_of(words, folder: Path, kind) -> bool:
+    """Whether the tokenizer of a run is the one that lies in a folder: the files there are then the better ones."""
+    try:
+        other = kind(folder, words.mask_id)
+    except DataError:
+        return False
+    same = ("vocab_size", "mask_id", "eos_id", "pad_id")
+    return all(getattr(words, name) == getattr(other, name) for name in same) and (
+        words.encode(_PROBE) == other.encode(_PROBE)
+    )
+
+
+def _of_a_tokenizer(name: str) -> bool:
+    """Whether a file beside a checkpoint belongs to its tokenizer."""
+    known = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
+    return name.startswith("token") or name in known
+
+
 def verify(settings: VerifyConfig) -> None:
-    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.checkpoint import distributed, places
     from megatron_dlm.checkpoint.hf.exporter import compare
     from megatron_dlm.checkpoint.hf.source import HFSource
     from megatron_dlm.checkpoint.hf.stored import StoredReader
 
     source = HFSource.open(settings.hf_checkpoint)
-    folder = distributed.find(settings.load, settings.ckpt_step)
+    folder = places.find(settings.load, settings.ckpt_step)
     model = _model_of(distributed.read_extra(folder), settings.load)
     found = compare(source, StoredReader(folder, model), model)
     if found.different:
         raise CheckpointError(
-            f"{found.different} of {found.tensors} tensors in {settings.hf_checkpoint} differ from {folder}, most of all "
-            f"{found.name}, by {found.largest:.3e}. One of the two was trained further, or converted wrongly; convert it "
-            "again."
+            f"{found.different} of {found.tensors} tensors in {settings.hf_checkpoint} differ from {folder}, most of "
+            f"all {found.name}, by {found.largest:.3e}. One of the two was trained further; convert it again."
         )
     _say(f"All {found.tensors} tensors of {settings.hf_checkpoint} and {folder} are equal, bit by bit.")
 
 
 def _model_of(extra: dict[str, Any], load: str) -> ModelConfig:
     if "model" not in extra:
-        raise CheckpointError(f"The checkpoint in {load} does not say which model it holds. Write it again with --save.")
+        raise CheckpointError(f"The checkpoint in {load} does not say which model it holds. Write it again.")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     return ModelConfig(**{name: value for name, value in extra["model"].items() if name in known})
 

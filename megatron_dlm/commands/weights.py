@@ -30,9 +30,9 @@ def complete(config: dict[str, Any]) -> None:
             raise ConfigError("--load and --hf-checkpoint both name weights. Leave one of the two out.")
         _complete_from_hf(checkpoint.hf_checkpoint, model, words)
     elif checkpoint.load is not None:
-        from megatron_dlm.checkpoint import distributed
+        from megatron_dlm.checkpoint import distributed, places
 
-        folder = distributed.find(checkpoint.load, checkpoint.ckpt_step)
+        folder = places.find(checkpoint.load, checkpoint.ckpt_step)
         stored = distributed.read_extra(folder).get("model", {})
         if stored.get("num_experts") is None:
             stored.pop("moe_ffn_hidden_size", None)  # repeats the width of a dense model
@@ -56,6 +56,8 @@ def _fill(model: ModelConfig, known: dict[str, Any]) -> None:
     """Give the fields that are at their defaults what is known of them."""
     for field in dataclasses.fields(ModelConfig):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        if field.name == "transformer_overrides":  # each of its keys is a setting
+            model.transformer_overrides = {**known.get(field.name, {}), **model.transformer_overrides}
         if field.name not in known or field.name in _OF_THIS_RUN or getattr(model, field.name) != default:
             continue
         if field.name == "block_size" and model.full_attention:
@@ -86,10 +88,16 @@ def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None
         What was saved beside the weights; empty after a fresh start or with --finetune.
     """
     if checkpoint.hf_checkpoint is not None:
+        from megatron_dlm.checkpoint import fit
         from megatron_dlm.checkpoint.hf.importer import load_into
         from megatron_dlm.checkpoint.hf.source import HFSource
+        from megatron_dlm.model.shape import resolve
 
-        load_into(state, HFSource.open(checkpoint.hf_checkpoint), model)
+        source = HFSource.open(checkpoint.hf_checkpoint)
+        stored = dataclasses.asdict(resolve(ModelConfig(**source.fields), None))
+        # Blocks may be those of this run: that is how an autoregressive model becomes one of block diffusion.
+        fit.check_same_model({"model": stored}, model, f"--hf-checkpoint {checkpoint.hf_checkpoint}", finetune=True)
+        load_into(state, source, model)
         return {}
     if checkpoint.load is None:
         return {}
@@ -100,7 +108,7 @@ def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None
     def check(saved: dict[str, Any]) -> None:
         if stage is not None and not finetune:
             fit.check_stage(saved, stage, checkpoint.load)
-        fit.check_same_model(saved, model, checkpoint.load, finetune or any_block_size)
+        fit.check_same_model(saved, model, f"--load {checkpoint.load}", finetune or any_block_size)
 
     resume = state.optimizer is not None and not (finetune or checkpoint.no_load_optim)
     extra = distributed.load(state, checkpoint.load, checkpoint.ckpt_step, with_optimizer=resume, check=check)
@@ -124,7 +132,7 @@ def checkpointer(
     Stage and model are stored beside the weights, with what `progress` returns; so is the tokenizer, and what an export
     to HuggingFace needs of the checkpoint that the model came from.
     """
-    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.checkpoint import distributed, places
 
     origin = _origin(checkpoint) if checkpoint.save is not None and session.groups.is_main else None
     written: list[int] = []
@@ -147,7 +155,7 @@ def checkpointer(
         written.append(step)
         say(f"Saved iteration {step} to {checkpoint.save}")
         if checkpoint.keep_last_n is not None and session.groups.is_main:
-            distributed.keep_newest(checkpoint.save, step, checkpoint.keep_last_n)
+            places.keep_newest(checkpoint.save, step, checkpoint.keep_last_n)
 
     return save
 
@@ -161,7 +169,7 @@ def add_files(folder: Path, tokenizer, origin) -> None:
 
 def _origin(checkpoint: LoadConfig):
     """The HuggingFace checkpoint that the weights once came from, read before anything of it is replaced."""
-    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.checkpoint import distributed, places
     from megatron_dlm.checkpoint.hf.origin import Origin
     from megatron_dlm.checkpoint.hf.source import HFSource
 
@@ -169,5 +177,5 @@ def _origin(checkpoint: LoadConfig):
         return Origin.of_source(HFSource.open(checkpoint.hf_checkpoint))
     if checkpoint.load is None:
         return None
-    folder = distributed.find(checkpoint.load, checkpoint.ckpt_step)
+    folder = places.find(checkpoint.load, checkpoint.ckpt_step)
     return Origin.of_checkpoint(folder, distributed.read_extra(folder))

@@ -29,7 +29,7 @@ class ExportConfig:
     """Kind of checkpoint to write (sdar, sdar-moe, qwen3, qwen3-moe, llada, dream or llada2); that which the model came
     from, else sdar, when it is not given."""
     export_dtype: str | None = None
-    """Type of the weights (bfloat16, float16 or float32); that of the checkpoint which the model came from, else of this
+    """Type of the weights (bfloat16, float16 or float32); that of the checkpoint that the model came from, else of this
     one, when it is not given."""
     max_shard_gb: float = 5.0
     """Largest file, in gigabytes."""

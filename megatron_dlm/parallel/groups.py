@@ -112,6 +112,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         create_gloo_process_groups=False,
     )
+    # Until every rank has come this far none may leave, not even over a mistake: the others still ask rank 0's store.
+    dist.barrier()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return _describe(ProcessGroupCollection.use_mpu_process_groups())

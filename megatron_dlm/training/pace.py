@@ -72,8 +72,9 @@ class Pace:
         limit, interval = self.run.exit_duration_in_mins, self.run.exit_interval
         minutes = (time.perf_counter() - self.began) / 60
         # Signals and clocks differ between ranks: they decide together.
-        self.terminated, late = anywhere(self.terminated, limit is not None and minutes >= limit)
-        if self.terminated:
+        terminated, late = anywhere(self.terminated, limit is not None and minutes >= limit)
+        if terminated:  # and a signal that came meanwhile is not forgotten: the next step sees it
+            self.terminated = True
             return "on SIGTERM"
         if late:
             return f"after {minutes:.1f} minutes"

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.bad_inputs.bench import make_world
-from tests.bad_inputs.server import Server
+from tests.command_server import Server, command_server
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
+def server() -> Server:
+    return command_server()
 
 
 @pytest.fixture(scope="session")

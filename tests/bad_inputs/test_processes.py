@@ -14,7 +14,7 @@ import pytest
 
 from tests.bad_inputs import bench
 from tests.bad_inputs.bench import BASES
-from tests.bad_inputs.server import OF_A_JOB, ROOT
+from tests.command_server import OF_A_JOB, ROOT
 
 PYTHON = [sys.executable, "-m", "megatron_dlm"]
 LAUNCHER = [

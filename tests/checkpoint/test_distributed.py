@@ -223,28 +223,28 @@ def test_a_checkpoint_of_another_package_is_told_in_a_sentence(tmp_path: Path) -
 
 
 def same_again(folder: Path) -> None:
-    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.checkpoint import distributed, places
 
     state = make(Setup())
     distributed.save(state, folder, 4, {"n": 1})
-    original, seen = distributed.shutil.rmtree, []
+    original, seen = places.shutil.rmtree, []
 
     def watch(path: Path, **options: object) -> None:
-        seen.append(distributed.latest_iteration(folder) == 4 and (folder / "iter_0000004" / "common.pt").exists())
+        seen.append(places.latest_iteration(folder) == 4 and (folder / "iter_0000004" / "common.pt").exists())
         original(path, **options)
 
-    distributed.shutil.rmtree = watch
+    places.shutil.rmtree = watch
     try:
         distributed.save(state, folder, 4, {"n": 2})
     finally:
-        distributed.shutil.rmtree = original
+        places.shutil.rmtree = original
     assert seen == [True]  # after the exchange
     assert distributed.load(state, folder) == {"n": 2}
-    exchange, distributed._exchange = distributed._exchange, lambda one, other: False  # a file system that cannot
+    exchange, places._exchange = places._exchange, lambda one, other: False  # a file system that cannot
     try:
         distributed.save(state, folder, 4, {"n": 3})
     finally:
-        distributed._exchange = exchange
+        places._exchange = exchange
     assert distributed.load(state, folder) == {"n": 3}
     assert sorted(path.name for path in folder.iterdir()) == ["iter_0000004", "latest_checkpointed_iteration.txt"]
 
@@ -254,7 +254,7 @@ def test_the_same_iteration_can_be_saved_again(tmp_path: Path) -> None:
 
 
 def test_two_folders_change_names_in_one_step(tmp_path: Path) -> None:
-    from megatron_dlm.checkpoint.distributed import _exchange
+    from megatron_dlm.checkpoint.places import _exchange
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -267,7 +267,7 @@ def test_two_folders_change_names_in_one_step(tmp_path: Path) -> None:
 
 
 def crash(folder: Path, where: str) -> None:
-    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.checkpoint import distributed, places
     from megatron_dlm.training.step import train_step
 
     state = make(Setup())
@@ -280,8 +280,8 @@ def crash(folder: Path, where: str) -> None:
 
     owner, name = {
         "write": (distributed.dist_checkpointing, "save"),
-        "move": (distributed, "_put_in_place"),
-        "name": (distributed, "_name_as_latest"),
+        "move": (distributed, "put_in_place"),
+        "name": (distributed, "name_as_latest"),
     }[where]
     original = getattr(owner, name)
     setattr(owner, name, fail)
@@ -290,7 +290,7 @@ def crash(folder: Path, where: str) -> None:
             distributed.save(state, folder, 1, {"n": 1})
     finally:
         setattr(owner, name, original)
-    assert distributed.latest_iteration(folder) == 0
+    assert places.latest_iteration(folder) == 0
     assert distributed.load(state, folder) == {"n": 0}
     for name, value in state.named_parameters():
         assert torch.equal(value, before[name])
@@ -309,7 +309,7 @@ def test_a_failed_save_leaves_the_previous_one_in_use(where: str, tmp_path: Path
 )
 def test_keep_newest(tmp_path: Path, current: int, count: int, left: list[int]) -> None:
     """The one just written stays, and so do later ones, which belong to a run that this one has gone back behind."""
-    from megatron_dlm.checkpoint.distributed import iteration_folder, keep_newest
+    from megatron_dlm.checkpoint.places import iteration_folder, keep_newest
 
     for iteration in (2, 4, 6, 8):
         iteration_folder(tmp_path, iteration).mkdir()
@@ -320,13 +320,13 @@ def test_keep_newest(tmp_path: Path, current: int, count: int, left: list[int]) 
 
 
 def with_files(folder: Path) -> tuple[dict, str]:
-    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.checkpoint import distributed, places
 
     state = make(Setup())
     distributed.save(state, folder, 3, {"n": 3}, add_files=lambda path: (path / "words").write_text("hello"))
     distributed.save(state, folder, 5, {"n": 5})
-    found = distributed.find(folder, 3)
-    return distributed.read_extra(found), (found / "words").read_text(), distributed.read_extra(distributed.find(folder))
+    found = places.find(folder, 3)
+    return distributed.read_extra(found), (found / "words").read_text(), distributed.read_extra(places.find(folder))
 
 
 def test_a_checkpoint_carries_what_its_writer_adds(tmp_path: Path) -> None:

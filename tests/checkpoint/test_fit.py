@@ -45,7 +45,7 @@ def test_another_stage_needs_finetune(there, here):
     (dict(block_size=None, full_attention=True), True),
 ])  # fmt: skip
 def test_what_may_differ(changes, finetune):
-    check_same_model(SAVED, dataclasses.replace(MODEL, **changes), "ckpt", finetune)
+    check_same_model(SAVED, dataclasses.replace(MODEL, **changes), "--load ckpt", finetune)
 
 
 @pytest.mark.parametrize("finetune", [False, True])
@@ -61,14 +61,14 @@ def test_what_may_differ(changes, finetune):
 ])  # fmt: skip
 def test_what_may_not_differ(changes, words, finetune):
     with pytest.raises(CheckpointError) as caught:
-        check_same_model(SAVED, dataclasses.replace(MODEL, **changes), "ckpt", finetune)
+        check_same_model(SAVED, dataclasses.replace(MODEL, **changes), "--load ckpt", finetune)
     assert all(word in str(caught.value) for word in ["--load ckpt", *words]), str(caught.value)
 
 
 def test_a_larger_block_needs_finetune():
     with pytest.raises(CheckpointError, match="--block-size 4, and this one 8. Use 4, or --finetune to go on"):
-        check_same_model(SAVED, dataclasses.replace(MODEL, block_size=8), "ckpt")
+        check_same_model(SAVED, dataclasses.replace(MODEL, block_size=8), "--load ckpt")
 
 
 def test_a_checkpoint_that_says_nothing_is_not_compared():
-    check_same_model({}, MODEL, "ckpt")
+    check_same_model({}, MODEL, "--load ckpt")

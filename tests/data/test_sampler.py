@@ -63,7 +63,7 @@ def test_the_place_in_the_data_survives_a_change_of_the_data():
 def test_the_same_content_twice_comes_twice():
     twice = [*_prompts(5), *_prompts(5)]
     whole = _keys(_sampler(twice).take(20))
-    assert Counter(whole[:10]) == {key: 2 for key in _keys(_prompts(5))}
+    assert Counter(whole[:10]) == dict.fromkeys(_keys(_prompts(5)), 2)
     for place in range(10):
         sampler = _sampler(twice)
         sampler.take(place)

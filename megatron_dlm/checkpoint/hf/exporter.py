@@ -6,6 +6,7 @@ the end, so an interrupted export leaves nothing that looks complete.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -17,13 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.checkpoint.hf.families import FAMILIES, Family
+from megatron_dlm.checkpoint import fit
+from megatron_dlm.checkpoint.hf.families import FAMILIES, Family, HFConfig
 from megatron_dlm.checkpoint.hf.safetensors_folder import DTYPES, INDEX, SINGLE, SafetensorsFolder, SafetensorsWriter
 from megatron_dlm.checkpoint.hf.source import CONFIG, HFSource
 from megatron_dlm.checkpoint.hf.spans import Piece, tensors_of
 from megatron_dlm.checkpoint.hf.stored import StoredReader, whole_model
-from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.errors import CheckpointError, ConfigError
 from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.model.shape import resolve
 
 _TYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 
@@ -64,6 +67,28 @@ def family_for(model: ModelConfig, named: str | None, origin: str | None) -> Fam
             f"A {family.name} checkpoint has no place for {extra[0]}, which this model has. Use another --hf-family."
         )
     return family
+
+
+def check_described(family: Family, model: ModelConfig, config: dict[str, Any]) -> None:
+    """Refuse a config.json that would be read back as another model: a family has no words for everything.
+
+    The block may differ: a model is used with the block size of whoever loads it.
+
+    Raises:
+        ConfigError: it would.
+    """
+    try:
+        described = resolve(ModelConfig(**family.read(HFConfig(config, CONFIG))), None)
+        fit.check_same_model(
+            {"model": dataclasses.asdict(described)}, model, f"a {family.name} checkpoint", finetune=True
+        )
+        if bool(described.full_attention) != bool(model.full_attention):
+            raise CheckpointError(f"{family.name} checkpoints and this model differ in --full-attention.")
+    except (CheckpointError, TypeError) as error:
+        raise ConfigError(
+            f"A {family.name} checkpoint cannot describe this model ({str(error).rstrip('.')}). Use another "
+            "--hf-family."
+        ) from None
 
 
 def targets(
@@ -126,6 +151,8 @@ def export(
 
     Returns: bytes of all weights.
     """
+    written = config | _described(family, model)
+    check_described(family, model, written)
     wanted = targets(family, model, reader, dtype, odd)
     files = split_into_files(wanted, limit)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -145,8 +172,8 @@ def export(
     if rank == 0:
         for name, content in companions.items():
             (partial / name).write_bytes(content)
-        written = config | family.write(model) | {"architectures": [family.architecture]}
-        written |= {"torch_dtype": _TYPE_NAMES[_most_common(wanted)]}
+        kind = _TYPE_NAMES[_most_common(wanted)]
+        written |= {"torch_dtype": kind} | ({"dtype": kind} if "dtype" in written else {})  # two spellings of it
         (partial / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if len(files) > 1:
             places = {one.name: name for name, content in zip(names, files) for one in content}
@@ -155,6 +182,13 @@ def export(
         partial.rename(folder)
     dist.barrier()
     return total
+
+
+def _described(family: Family, model: ModelConfig) -> dict[str, Any]:
+    try:
+        return family.write(model) | {"architectures": [family.architecture]}
+    except TypeError:  # a number that this model does not have
+        raise ConfigError(f"A {family.name} checkpoint cannot describe this model. Use another --hf-family.") from None
 
 
 def _file_name(index: int, count: int) -> str:
@@ -190,7 +224,7 @@ def compare(source: HFSource, reader: StoredReader, model: ModelConfig) -> Diffe
     different, largest, worst = 0, 0.0, ""
     for one in wanted[rank::size]:
         ours, theirs = read(one, reader), weights.read(one.name, 0, one.shape[0])
-        if torch.equal(ours, theirs.to(ours.dtype)) and torch.equal(ours.to(theirs.dtype), theirs):
+        if _bits_equal(ours, theirs.to(ours.dtype)) and _bits_equal(ours.to(theirs.dtype), theirs):
             continue
         different += 1
         gap = float((ours.double() - theirs.double()).abs().max())
@@ -200,3 +234,7 @@ def compare(source: HFSource, reader: StoredReader, model: ModelConfig) -> Diffe
     dist.all_gather_object(found, (different, largest, worst))
     _, top, name = max(found, key=lambda part: (part[1] != part[1], part[1]))
     return Difference(len(wanted), sum(part[0] for part in found), top, name)
+
+
+def _bits_equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

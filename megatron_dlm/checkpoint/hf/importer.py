@@ -7,6 +7,7 @@ a whole model that it does not keep.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -102,7 +103,8 @@ def content_of(source: HFSource, model: ModelConfig) -> dict[str, ShardedTensor]
 def _dtype(stored: Stored, source: HFSource, model: ModelConfig, weights: SafetensorsFolder) -> torch.dtype:
     if stored.key.endswith("expert_bias"):
         return torch.float32  # megatron-core's buffer
-    return weights.tensors[source.family.table[stored.key].spans(stored, model)[0].name].dtype
+    names = {span.name for span in source.family.table[stored.key].spans(stored, model)}
+    return reduce(torch.promote_types, (weights.tensors[name].dtype for name in names))
 
 
 def _share(everything: list[Stored], rank: int, size: int) -> Iterable[Stored]:

@@ -81,11 +81,11 @@ def _files(folder: Path) -> list[tuple[Path, set[str]]]:
             files: dict[str, set[str]] = {}
             for name, file in places.items():
                 files.setdefault(file, set()).add(name)
+            return [(folder / file, names) for file, names in sorted(files.items())]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(
                 f"{folder / INDEX} is not the index of a checkpoint. Download the checkpoint again."
             ) from None
-        return [(folder / file, names) for file, names in sorted(files.items())]
     if (folder / SINGLE).is_file():
         return [(folder / SINGLE, set())]
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
@@ -115,6 +115,9 @@ def _header(file: Path) -> dict[str, Info]:
                     "a checkpoint that is not quantized."
                 )
             infos[name] = Info(file, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            begin, stop = entry["data_offsets"]
+            if stop - begin != torch.Size(infos[name].shape).numel() * infos[name].dtype.itemsize:
+                raise ValueError(f"{name} has other bytes than its shape asks for")
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing. Download the checkpoint again, all files of it.") from None
     except OSError as error:

@@ -45,7 +45,13 @@ class HFSource:
         folder = Path(folder)
         config = read_config(folder)
         family = family_of(config, folder / CONFIG)
-        return cls(folder, family, config, family.read(HFConfig(config, str(folder / CONFIG))))
+        try:
+            fields = family.read(HFConfig(config, str(folder / CONFIG)))
+        except (TypeError, ValueError, ZeroDivisionError, AttributeError, KeyError) as error:
+            raise CheckpointError(
+                f"{folder / CONFIG} has a value of the wrong kind ({error}). Correct it, or download it again."
+            ) from None
+        return cls(folder, family, config, fields)
 
     @property
     def mask_id(self) -> int | None:
@@ -62,6 +68,12 @@ class HFSource:
             CheckpointError: a file is missing or damaged; a tensor is missing, left over, or of another shape.
         """
         weights = SafetensorsFolder(self.folder)
+        extra = sorted({one.key for one in stored} - self.family.table.keys())
+        if extra:
+            raise CheckpointError(
+                f"The model has a weight {extra[0]}, which no {self.family.name} checkpoint holds, such as "
+                f"{self.folder}. Leave out the setting that adds it."
+            )
         wanted = tensors_of(self.family.table, list(stored), model)
         for name, (shape, _) in wanted.items():
             if name not in weights.tensors:
@@ -127,7 +139,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def family_of(config: dict[str, Any], where: Path) -> Family:
     named = config.get("architectures") or ["none"]
-    for architecture in named if isinstance(named, list) else [named]:
+    named = [str(one) for one in (named if isinstance(named, list) else [named])]
+    for architecture in named:
         if architecture in BY_ARCHITECTURE:
             return BY_ARCHITECTURE[architecture]
     raise CheckpointError(

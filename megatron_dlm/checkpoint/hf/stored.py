@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from megatron_dlm.checkpoint.hf.spans import Stored
+from megatron_dlm.checkpoint.places import reading
 from megatron_dlm.config.errors import CheckpointError
 from megatron_dlm.config.model import ModelConfig
 
@@ -124,8 +125,9 @@ class StoredReader:
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.folder, self.model = folder, model
         self.reader = FileSystemReader(str(folder))
-        self.metadata = self.reader.read_metadata()
-        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+        with reading(folder):
+            self.metadata = self.reader.read_metadata()
+            self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     def dtype(self, stored: Stored) -> torch.dtype:
         return self._entry(stored)[1].properties.dtype
@@ -140,7 +142,8 @@ class StoredReader:
         )
         items = _read_items(name, entry, wanted)
         planner = _IntoOne(out.view(wanted.sizes))
-        self.reader.read_data(LoadPlan(items), planner).wait()
+        with reading(self.folder):
+            self.reader.read_data(LoadPlan(items), planner).wait()
         if planner.filled != out.numel():
             raise CheckpointError(
                 f"The checkpoint {self.folder} holds only a part of {name}. Choose another iteration with --ckpt-step."

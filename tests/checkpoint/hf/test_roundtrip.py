@@ -57,14 +57,14 @@ def resharded(parallel: dict, saved: Path, again: Path) -> None:
     """Load in another layout, and save it."""
     import shutil
 
-    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.checkpoint import distributed, places
     from megatron_dlm.config.model import ModelConfig
     from megatron_dlm.config.parallel import ParallelConfig
     from megatron_dlm.parallel.groups import initialize
     from megatron_dlm.training.setup import Session
     from tests.tiny import Words, vocabulary
 
-    folder = distributed.find(saved)
+    folder = places.find(saved)
     extra = distributed.read_extra(folder)
     settings = ParallelConfig(**parallel)
     session = Session(ModelConfig(**extra["model"]), settings, Words(), initialize(settings, seed=1), vocabulary())

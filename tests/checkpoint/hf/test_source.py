@@ -42,7 +42,9 @@ def test_it_opens(tmp_path, sdar) -> None:
     folder = sdar(tmp_path / "hf")
     open_whole(folder)
     source = HFSource.open(folder)
-    assert (source.family.name, source.mask_id, source.fields["block_size"]) == ("sdar", 151669, 4)
+    assert (source.family.name, source.mask_id, source.fields["block_size"]) == ("sdar", None, 4)
+    edit(folder, vocab_size=151936)  # large enough for the usual mask token
+    assert HFSource.open(folder).mask_id == 151669
     edit(folder, mask_token_id=7, block_size=16)
     assert (HFSource.open(folder).mask_id, HFSource.open(folder).fields["block_size"]) == (7, 16)
 

@@ -1,15 +1,16 @@
 """Runs commands in forked processes: imports cost seconds, forks do not, and what a command leaves behind in its
 process (process groups, signal handlers, environment) cannot reach the next one.
 
-    with Server() as server:
-        result = server.run(["sft", "--lr", "fast"], folder)
+    result = command_server().run(["sft", "--lr", "fast"], folder)
 
 A command has its own exit code, standard output and standard error, as if it had been started by a shell.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -22,7 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.harness import free_port
+
+ROOT = Path(__file__).resolve().parents[1]
 GRACE = 0.5  # seconds between the first failure in a job and the end of its other ranks
 OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -37,9 +40,9 @@ class Result:
 
 
 class Server:
-    """One process that has imported everything. Use it as a context manager."""
+    """One process that has imported everything."""
 
-    def __enter__(self) -> Server:
+    def __init__(self) -> None:
         environment = {
             **{name: value for name, value in os.environ.items() if name not in OF_A_JOB},
             "OMP_NUM_THREADS": "1",
@@ -48,16 +51,15 @@ class Server:
             "PYTHONWARNINGS": "ignore",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bad_inputs.server"],
+            [sys.executable, "-m", "tests.command_server"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
 
@@ -83,6 +85,14 @@ class Server:
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return Result(**json.loads(self._process.stdout.readline()))
+
+
+@functools.cache
+def command_server() -> Server:
+    """The server of this test session, started when first asked for."""
+    server = Server()
+    atexit.register(server.close)
+    return server
 
 
 def serve() -> None:
@@ -183,12 +193,7 @@ def _meeting_place(ranks: int) -> Iterator[dict[str, str]]:
     if ranks == 1:
         yield {}
         return
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    yield {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    yield {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 if __name__ == "__main__":
