@@ -5,7 +5,8 @@
 
 A checkpoint is written beside its place, moved there when it is whole, and named in the text file last. One of the same
 iteration that is already there changes places with it in one system call. So at every moment, and whatever a crash
-leaves behind, the text file names a whole checkpoint.
+leaves behind, the text file names a whole checkpoint. (Where the file system has no such call, as NFS may not, a crash
+in the instant between two renames leaves the replaced one under .iter_0000010.replaced.)
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def keep_newest(directory: str | Path, current: int, count: int) -> list[int]:
 
     Later iterations stay too: a run that was started again from an earlier one has not reached them yet.
     """
-    found = sorted(int(entry.name[5:]) for entry in Path(directory).glob("iter_*") if entry.name[5:].isdigit())
+    found = sorted(int(entry.name[5:]) for entry in Path(directory).glob("iter_" + 7 * "[0-9]"))
     old = [iteration for iteration in found if iteration < current]
     old = old[: max(0, len(old) - (count - 1))]
     for iteration in old:
