@@ -149,3 +149,36 @@ def test_convert(folders, tmp_path, kind: str, processes: int) -> None:
         assert after[name] == value or name in ("dtype", "torch_dtype"), name
     assert (tmp_path / "back" / "modeling_sdar.py").exists() == (folders[kind] / "modeling_sdar.py").exists()
     assert not list(tmp_path.glob(".*partial"))
+
+
+def broken_off(hf: Path, saved: Path, back: Path) -> bool:
+    """Whether anything stands under the name of an export that died at its sixth tensor."""
+    from megatron_dlm.checkpoint.hf import exporter
+
+    through({}, hf, saved)
+    original, count = exporter.read, iter(range(6))
+
+    def read_some(target, reader):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        return original(target, reader)
+
+    exporter.read = read_some
+    try:
+        from megatron_dlm.commands.convert import export_hf
+        from megatron_dlm.config.convert import ExportConfig
+
+        with pytest.raises(KeyboardInterrupt):
+            export_hf(ExportConfig(load=str(saved), save=str(back)))
+    finally:
+        exporter.read = original
+    return back.exists()
+
+
+def test_an_export_that_is_broken_off_leaves_nothing_that_looks_complete(folders, tmp_path) -> None:
+    back = tmp_path / "back"
+    assert pool(1).run(broken_off, folders["sdar"], tmp_path / "saved", back) == [False]
+    assert (tmp_path / ".back.partial").is_dir()  # it had begun
+    pool(1).run(export, tmp_path / "saved", back, 5.0)
+    check_equal(folders["sdar"], back)
+    assert not (tmp_path / ".back.partial").exists()
