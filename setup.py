@@ -44,5 +44,8 @@ setup(
         "math-verify",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["megatron-dlm=megatron_dlm.__main__:main"]},
+    entry_points={
+        "console_scripts": ["megatron-dlm=megatron_dlm.__main__:main"],
+        "sglang.srt.plugins": ["megatron_dlm=megatron_dlm.rollout.sglang.plugin:register"],  # for an SGLang beside it
+    },
 )

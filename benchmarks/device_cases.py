@@ -12,6 +12,7 @@ their steps, with the clipping written out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, adam_eps=1e-3, clip_grad=0.5, weight_decay=
 SFT_STEPS, RL_STEPS = 3, 2
 LONGEST_PROMPT, LONGEST_RESPONSE, ROW = 11, 32, 256  # tokens
 HEAD_SCALE = 3.0
+PAGES = (16, 256)  # tokens per page of the KV cache
 TEMPERATURE = 0.8  # of the policy on made-up traces
 SAMPLING = {
     "static": SamplingParams(remasking="static", max_new_tokens=LONGEST_RESPONSE, ignore_eos=True),
@@ -102,6 +104,14 @@ class Cases:
         for way, sampling in SAMPLING.items():
             with self.watch.phase(f"rollout, {way}"):
                 results[f"rollout, {way}"] = traces = self.rollout(state, sampling)
+            with self.watch.phase(f"rollout against trainer, {way}"):
+                results[f"trainer, {way}"] = self.judge(state, traces)
+        for backend, page in self.attention_backends():
+            way = f"dynamic by {backend}"
+            with self.watch.phase(f"attention, {backend}"):
+                results[f"attention, {backend}"] = self.attention_difference(backend, page)
+            with self.watch.phase(f"rollout, {way}"):
+                results[f"rollout, {way}"] = traces = self.rollout(state, SAMPLING["dynamic"], backend, page)
             with self.watch.phase(f"rollout against trainer, {way}"):
                 results[f"trainer, {way}"] = self.judge(state, traces)
         del state
@@ -234,13 +244,45 @@ class Cases:
         weights = whole_tensors(state, dict(state.named_parameters()))
         return {"losses": losses, "norms": norms, "moved": {name: weights[name] - start[name] for name in weights}}
 
-    def rollout(self, state, sampling: SamplingParams) -> list[Trace]:
+    def attention_backends(self) -> list[tuple[str, int]]:
+        """The backends beside sdpa that serve this model here, each with the smallest of some sizes of pages."""
+        from megatron_dlm.config.errors import UserError
+        from megatron_dlm.rollout.attention.backends import BACKENDS, served
+
+        found = []
+        for backend in sorted(BACKENDS.keys() - {"auto", "sdpa"}):
+            for page in PAGES:
+                with contextlib.suppress(UserError):
+                    served(backend, self.cache_shape(page), platform.device())
+                    found.append((backend, page))
+                    break
+        return found
+
+    def cache_shape(self, page: int):
+        from megatron_dlm.rollout.kv_cache import CacheShape
+
+        model = self.session.model
+        dtype = torch.bfloat16 if model.bf16 else torch.float64 if model.fp64 else torch.float32
+        return CacheShape(1, page, 2, model.kv_channels, dtype)
+
+    def attention_difference(self, backend: str, page: int) -> float:
+        """Largest difference between the outputs of a backend and of sdpa, on random passes."""
+        from megatron_dlm.rollout.attention.backends import KINDS, served
+        from megatron_dlm.rollout.attention.self_test import largest_difference
+
+        shape, device = self.cache_shape(page), platform.device()
+        mine, sdpa = KINDS[served(backend, shape, device)].build(), KINDS["sdpa"].build()
+        return max(largest_difference(mine, sdpa, shape, device, seed) for seed in range(3))
+
+    def rollout(self, state, sampling: SamplingParams, backend: str = "sdpa", page: int = 16) -> list[Trace]:
         """Responses of all replicas, in the order of the requests."""
         from megatron_dlm.parallel.exchange import gather_objects
         from megatron_dlm.rollout.replicas import Job, generate, requests_for
         from megatron_dlm.rollout.rig import RolloutRig
 
-        config = RolloutConfig(max_running_requests=6, max_tokens_per_pass=64)
+        config = RolloutConfig(
+            max_running_requests=6, max_tokens_per_pass=64, kv_page_size=page, rollout_attention_backend=backend
+        )
         rig = RolloutRig.open(self.session, state, config, LONGEST_PROMPT, LONGEST_RESPONSE)
         sampling = dataclasses.replace(sampling, block_size=self.block, denoising_steps=self.block)
         prompts = random_prompts(5, lambda n: 1 + 2 * n, self.session.model.vocab_size, 3)

@@ -4,9 +4,10 @@
     python benchmarks/gpu_check.py                  # float64, float32 (TF32 off) and bfloat16 on the GPU
     python benchmarks/gpu_check.py --device cpu     # the same checks with the CPU in its place
 
-The oracle is a float64 run on the CPU. Every run is a process of its own (benchmarks/device_cases.py), because a
-process has one device for its life. With two GPUs or more, tensor and data parallelism over NCCL are checked too; with
-`--device cpu --processes 2`, over gloo.
+The oracle is a float64 run on the CPU, where sdpa computes the attention of rollouts. Every other attention backend
+that serves the model here is held against sdpa, and the responses that it generates against the oracle's. Every run is
+a process of its own (benchmarks/device_cases.py), because a process has one device for its life. With two GPUs or more,
+tensor and data parallelism over NCCL are checked too; with `--device cpu --processes 2`, over gloo.
 
 Exit code 0: all checks passed. 1: one failed, or a run did not end. 2: there is no GPU.
 """
@@ -45,6 +46,7 @@ TOLERANCES: dict[str, tuple[float, float, float]] = {
     "losses": (1e-9, 1e-4, 1e-1),
     "gradient norms": (1e-9, 1e-4, 5e-2),
     "weights": (1e-7, 1e-3, 7e-1),
+    "attention": (1e-10, 1e-5, 3e-2),
     "rollout, responses that differ": (0.0, 0.1, float("nan")),
     "rollout, log-probabilities": (1e-9, 1e-4, 4e-1),
     "rollout against trainer": (1e-9, 1e-4, 4e-1),
@@ -225,10 +227,14 @@ def compare(run: Run, found: dict[str, Any], oracle: dict[str, Any], judged: dic
                 scale = np.maximum(np.abs(other), 1e-3 * np.abs(other).max())
                 check(f"{case}: {name}", name, "rel", float((np.abs(one - other) / scale).max()), case)
             check(f"{case}: weights", "weights", "rel", relative_difference(mine["moved"], theirs["moved"]), case)
+    for case in found:
+        if case.startswith("attention, "):
+            check(f"rollout {case} against sdpa", "attention", "abs", found[case], case)
     for case in judged:
         way, traces = case.removeprefix("rollout, "), found[case]
         name = "rollout, responses that differ"
-        check(f"{name}, {way}", name, "share", _share_that_differs(traces, oracle[case]), case)
+        expected = oracle[case.partition(" by ")[0]]  # whatever computes attention, the responses are the same
+        check(f"{name}, {way}", name, "share", _share_that_differs(traces, expected), case)
         recorded = np.concatenate([trace.logprobs for trace in traces])
         name = "rollout, log-probabilities"
         check(f"{name}, {way}", name, "abs", float(np.abs(recorded - judged[case]).max()), case)

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -29,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import torch
 
 from benchmarks.common import LAYOUTS, PACKED, relative_difference, table
-from benchmarks.update_worker import PHASES, Generated, Job, Updated, serve
+from benchmarks.update_worker import PHASES, Bench, Generated, Job, Updated
+from benchmarks.workers import Worker
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.rollout import RolloutConfig
 
@@ -128,35 +128,12 @@ def _job(options: argparse.Namespace) -> Job:
     )
 
 
-class _Worker:
-    """The parent's end of a worker process."""
-
-    def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")  # a process of its own, which chooses its device by itself
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, job), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        self._pipe.send((name, arguments))
-        good, answer = self._pipe.recv()
-        if not good:
-            raise RuntimeError(f"the worker failed at {name}:\n{answer}")
-        return answer
-
-    def close(self) -> None:
-        self._pipe.close()
-        self._process.join(10)
-        self._process.kill()
-
-
 @contextlib.contextmanager
-def _workers(job: Job, layouts: Sequence[str]) -> Iterator[dict[str, _Worker]]:
+def _workers(job: Job, layouts: Sequence[str]) -> Iterator[dict[str, Worker]]:
     """A worker for each layout; the same one for all on CUDA, whose memory they would compete for."""
     shared = torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    first = _Worker(job)
-    workers = {layout: first if shared or layout == PACKED else _Worker(job) for layout in layouts}
+    first = Worker(Bench, job)
+    workers = {layout: first if shared or layout == PACKED else Worker(Bench, job) for layout in layouts}
     try:
         yield workers
     finally:
@@ -164,7 +141,7 @@ def _workers(job: Job, layouts: Sequence[str]) -> Iterator[dict[str, _Worker]]:
             worker.close()
 
 
-def _warm_up(workers: dict[str, _Worker]) -> None:
+def _warm_up(workers: dict[str, Worker]) -> None:
     """A small rollout and an update of it: optimizer states are made, libraries loaded."""
     short = workers[PACKED].ask("generate", "static", 8).traces
     for layout, worker in workers.items():
@@ -172,7 +149,7 @@ def _warm_up(workers: dict[str, _Worker]) -> None:
 
 
 def _measure(
-    remasking: str, layouts: Sequence[str], workers: dict[str, _Worker], repeats: int, folder: Path
+    remasking: str, layouts: Sequence[str], workers: dict[str, Worker], repeats: int, folder: Path
 ) -> dict[str, Any]:
     """One rollout, and `repeats` rounds of updates in which each layout has its turn."""
     generated: Generated = workers[PACKED].ask("generate", remasking)

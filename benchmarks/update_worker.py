@@ -7,9 +7,7 @@ process's memory is that of one layout, and gives them their turns.
 from __future__ import annotations
 
 import dataclasses
-import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -70,24 +68,6 @@ class Updated:
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
-
-
-def serve(pipe: Connection, job: Job) -> None:
-    """Answer orders (name of a method of `Bench`, arguments) until the pipe is closed.
-
-    Answers are (True, result) or (False, traceback).
-    """
-    bench = None
-    while True:
-        try:
-            name, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            bench = bench or Bench(job)
-            pipe.send((True, getattr(bench, name)(*arguments)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
 
 
 class Bench:

@@ -83,9 +83,12 @@ def _shortage(error: BaseException) -> ResourceError | None:
             return ResourceError(f"No room is left{what} ({error.strerror}). Make room, and go on from what was saved.")
         if isinstance(error, MemoryError) or any(words in f"{type(error).__name__} {error}" for words in NO_MEMORY):
             reason = " ".join(str(error).split())[:150] or "Python has none left"
-            return ResourceError(
+            shortage = ResourceError(
                 f"There is not enough memory ({reason}). Use a smaller model, shorter rows or more processes."
             )
+            for note in getattr(error, "__notes__", ()):  # who held what (training/ledger.py)
+                shortage.add_note(note)
+            return shortage
         pending += [error.__cause__, error.__context__]
     return None
 
@@ -115,6 +118,8 @@ def _tell(error: UserError) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
     sys.stdout.flush()
     message = " ".join(str(error).split("\n"))  # a value may hold a line break
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
     print(f"{type(error).__name__}: {message}{f' (rank {rank})' if rank else ''}", file=sys.stderr)
 
 

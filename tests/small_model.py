@@ -36,6 +36,7 @@ class Setup:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    virtual: int | None = None
     sequence_parallel: bool = False
     distributed: bool = False
     overlap: bool = False
@@ -128,6 +129,7 @@ def transformer_config(setup: Setup):
         tensor_model_parallel_size=setup.tp,
         pipeline_model_parallel_size=setup.pp,
         pipeline_dtype=dtype,
+        virtual_pipeline_model_parallel_size=setup.virtual,
         sequence_parallel=setup.sequence_parallel,
         qk_layernorm=True,
         **moe,

@@ -150,7 +150,7 @@ def test_mistakes_that_are_found_before_anything_is_generated(folder) -> None:
         (["generate"], "--load is not set"),
         (["generate", "--load", "x"], "--prompts is not set"),
         (["generate", "--load", "x", "--prompts", "a", "--output", "a"], "--output a is the file that --prompts names"),
-        (["generate", "--load", "x", "--remasking", "random"], "--remasking needs static, dynamic or sequential"),
+        (["generate", "--load", "x", "--remasking", "random"], "--remasking needs static, dynamic, sequential or entropy_bounded"),
         (["generate", "--load", "x", "--save", "y"], "generate has no flag --save"),
         (["generate", "--load", "/nowhere", "--prompts", "a", "--output", "b"], "no checkpoint folder /nowhere"),
         (["score", "--load", "x"], "--input is not set"),
@@ -163,3 +163,26 @@ def test_a_mistake_is_told_in_one_sentence(capsys, words: list[str], sentence: s
     assert main(words) == 2
     said = capsys.readouterr()
     assert sentence in said.err and len(said.err.splitlines()) == 1 and not said.out
+
+
+def test_models_of_full_attention_and_with_logits_ahead(data) -> None:  # noqa: F811
+    """Fine-tuned, then generated from and evaluated: the checkpoint says how such a model decodes."""
+    flags = ["--tokenizer-model", data / "tokenizer", "--data-path", data / "sft.jsonl", "--train-iters", 1]
+    wide = [flag for flag in MODEL if flag not in ("--block-size", "4")] + ["--full-attention", "--logit-shift", 1]
+    whole, ahead = data / "whole", data / "ahead"
+    command("sft", *wide, "--num-attention-heads", 4, *flags, "--save", whole)
+    command("sft", *MODEL, "--logit-shift", 1, *flags, "--save", ahead)
+    (data / "one.jsonl").write_text(json.dumps({"question": "1+2="}) + "\n")
+    for folder, more in ((whole, ["--rollout-block-size", 4]), (ahead, [])):
+        output = folder / "out.jsonl"
+        asked = ["--load", folder, "--prompts", data / "one.jsonl", "--output", output, "--max-new-tokens", 10]
+        command("generate", *asked, *more)
+        (record,) = lines(output)
+        assert 0 < len(record["token_ids"]) <= 10 and record["num_forwards"] == max(
+            record["step_map"] + record["tail_step_map"]
+        )
+        asked = ["--load", folder, "--eval-prompt-data", data / "prompts.jsonl", "--eval-num-prompts", 3]
+        said = command("evaluate", *asked, *more, "--rollout-max-response-len", 10)
+        assert "accuracy" in said.stdout
+    refused = command("score", "--load", whole, "--input", output, "--output", data / "no.jsonl", expect=2)
+    assert "full attention" in refused.stderr

@@ -38,6 +38,7 @@ from megatron_dlm.checkpoint import optimizer_state
 from megatron_dlm.checkpoint.places import find, iteration_folder, name_as_latest, put_in_place, reading, reason_of
 from megatron_dlm.config.errors import CheckpointError, ResourceError
 from megatron_dlm.parallel.exchange import broadcast_object
+from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
 
 _EXTRA = "_extra_state"
@@ -52,7 +53,7 @@ def save(
     with_optimizer: bool = True,
     add_files: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint. Collective.
+    """Write a checkpoint. Collective. A sleeping state wakes for its optimizer.
 
     Args:
         extra: what else the caller wants back; anything that JSON can hold. Rank 0's is stored.
@@ -65,6 +66,7 @@ def save(
     optimizer_kind = optimizer_state.kind(state.optimizer) if with_optimizer and state.optimizer is not None else None
     content = _model_content(state)
     if optimizer_kind is not None:
+        wake(state)
         with platform.cuda_calls_on_cpu():
             content["optimizer"] = optimizer_state.to_save(state.optimizer, _model_content(state), _metadata(state))
         content["scheduler"] = state.scheduler.state_dict()
@@ -135,6 +137,7 @@ def load(
     run = _read_run(folder)
     if check is not None:
         check(run["extra"])
+    wake(state)
     content = _model_content(state)
     _check_fit(content, folder)
     if with_optimizer and state.optimizer is not None:

@@ -12,6 +12,7 @@ from megatron_dlm.commands.common import (
     prepare_process,
     read_prompts,
     running,
+    together,
 )
 from megatron_dlm.commands.weights import check_given, complete, restore
 from megatron_dlm.config.errors import ConfigError
@@ -19,7 +20,7 @@ from megatron_dlm.config.flags import parse
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sections import pick_parts
-from megatron_dlm.config.validate import check_rollout_layout
+from megatron_dlm.config.validate_rollout import check_rollout_layout
 from megatron_dlm.config.validate_training import (
     check_eval,
     check_logging,
@@ -48,12 +49,17 @@ def main(argv: list[str]) -> None:
     from megatron_dlm.evaluation.evaluate import Evaluator
     from megatron_dlm.evaluation.report import table
     from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
+    from megatron_dlm.rollout.attention.backends import check_attention
     from megatron_dlm.rollout.rig import RolloutRig
+    from megatron_dlm.rollout.sglang.check import check_backend
     from megatron_dlm.training.setup import Session
 
     with running():
         session = Session.open(config["model"], parallel, words, config["run"].seed)
-        check_rollout_layout(parallel, session.model)
+        check_rollout_layout(parallel, session.model, rollout, session.groups.world_size)
+        tensor_size = rollout.rollout_tensor_model_parallel_size or parallel.tensor_model_parallel_size
+        together(lambda: check_backend(rollout, session.model, tensor_size))
+        together(lambda: check_attention(rollout, session.model))
         check_eval(evaluation, rollout, session.model)
         check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
         prompts, found = read_prompts(evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_dlm.commands.common import (
     keep_settings,
     longest_prompt,
@@ -12,12 +14,15 @@ from megatron_dlm.commands.common import (
     prepare_process,
     read_prompts,
     running,
+    together,
 )
 from megatron_dlm.commands.weights import checkpointer, complete, restore
+from megatron_dlm.config.checkpoint import CheckpointConfig
 from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick
-from megatron_dlm.config.validate import check_rollout_layout
+from megatron_dlm.config.validate_rollout import check_learned_model, check_rollout_layout
 from megatron_dlm.config.validate_training import (
     check_checkpoint,
     check_eval,
@@ -61,23 +66,31 @@ def main(argv: list[str]) -> None:
     from megatron_dlm.evaluation.evaluate import Evaluator
     from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
     from megatron_dlm.rl.trainer import STAGE, TraceRLTrainer
+    from megatron_dlm.rollout.attention.backends import check_attention
     from megatron_dlm.rollout.rig import RolloutRig
+    from megatron_dlm.rollout.sglang.check import check_backend
     from megatron_dlm.training.pace import Pace
     from megatron_dlm.training.setup import Session
+    from megatron_dlm.training.sleep import sleep
 
     with running():
         session = Session.open(config["model"], config["parallel"], words, run.seed)
-        check_rollout_layout(config["parallel"], session.model)
+        check_learned_model(session.model)
+        check_rollout_layout(config["parallel"], session.model, rollout, session.groups.world_size)
+        tensor_size = rollout.rollout_tensor_model_parallel_size or config["parallel"].tensor_model_parallel_size
+        together(lambda: check_backend(rollout, session.model, tensor_size))
+        together(lambda: check_attention(rollout, session.model))
         check_rollout(rollout, session.model)
         check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
         check_rl(rl, rollout, session.model)
         check_eval(evaluation, rollout, session.model)
         prompts, found = read_prompts(rl.prompt_data, session, words, rollout.rollout_max_prompt_len)
-        if len(prompts) < rollout.rollout_batch_size:
-            raise ConfigError(
-                f"--rollout-batch-size {rollout.rollout_batch_size} is more than the {len(prompts)} prompts there are. "
-                "Lower it, or give more prompts."
-            )
+        for flag in ("rollout_batch_size", "over_sampling_batch_size"):
+            if len(prompts) < (getattr(rollout, flag) or 0):
+                raise ConfigError(
+                    f"{flag_name(flag)} {getattr(rollout, flag)} is more than the {len(prompts)} prompts there are. "
+                    "Lower it, or give more prompts."
+                )
         held_out = []
         if evaluation.eval_interval is not None:
             held_out, others = read_prompts(evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len)
@@ -94,11 +107,14 @@ def main(argv: list[str]) -> None:
             restored = restore(state, config["checkpoint"], session.model, STAGE)
             if nothing_left(report, restored.get("rl_step", 0), rl.num_rollout):
                 return
+            if rl.offload_train and rl.offload_rollout:  # the KV cache is sized by the memory that it finds free
+                sleep(state)
             rig = RolloutRig.open(
                 session, state, rollout, longest_prompt(prompts, held_out), longest_response(rollout, evaluation)
             )
             with make_scorer(reward.reward, reward.reward_workers, reward.reward_timeout) as scorer:
                 trainer = TraceRLTrainer(session, state, rig, scorer, prompts, rl, rollout, run.seed, restored)
+                resume_rollouts(trainer.supply, config["checkpoint"], restored, report.say)
                 keep_settings(config, session.groups.is_main)
                 evaluator = (
                     Evaluator(rig, scorer, session.tokenizer, held_out, evaluation, rollout, run.seed)
@@ -107,8 +123,25 @@ def main(argv: list[str]) -> None:
                 )
 
                 def evaluate(step: int) -> dict[str, float]:
-                    return evaluator(report, step) if step % evaluation.eval_interval == 0 else {}
+                    if step % evaluation.eval_interval != 0:
+                        return {}
+                    with trainer.turns.phase("eval"):
+                        return evaluator(report, step)
 
-                save = checkpointer(session, state, config["checkpoint"], STAGE, trainer.progress, report.say)
+                supply, where = trainer.supply, config["checkpoint"]
+                save = checkpointer(session, state, where, STAGE, trainer.progress, report.say, supply.files)
                 pace = Pace(run, save, report.say)
-                trainer.run(report, pace, evaluate if evaluator else None, config["logging"].log_interval)
+                logging = config["logging"]
+                trainer.run(report, pace, evaluate if evaluator else None, logging.log_interval, logging.log_memory)
+
+
+def resume_rollouts(supply, checkpoint: CheckpointConfig, restored: dict, say: Callable[[str], None]) -> None:
+    """Take up what the run had in work when it was saved. `supply`: of the trainer."""
+    if not restored.get("kept_groups"):
+        return
+    from megatron_dlm.checkpoint import places
+    from megatron_dlm.rl import kept
+
+    anew = supply.restore(kept.read(places.find(checkpoint.load, checkpoint.ckpt_step)))
+    if anew:
+        say(f"{anew} of the prompts in work start anew, for they or the settings of the rollout are others now.")

@@ -125,12 +125,17 @@ def checkpointer(
     stage: str,
     progress: Callable[[], dict],
     say: Callable[[str], None],
+    files: Callable[[], Callable[[Path], None] | None] = lambda: None,
 ) -> Callable[[int, bool], None]:
     """save(step, force): writes a checkpoint when --save-interval says so, always with `force`, never the same step
     twice; and deletes those that --keep-last-n leaves over.
 
     Stage and model are stored beside the weights, with what `progress` returns; so is the tokenizer, and what an export
     to HuggingFace needs of the checkpoint that the model came from.
+
+    Args:
+        files: called on all ranks when a checkpoint is written; what it returns, if anything, is called on rank 0 and
+            writes more files into the checkpoint's folder.
     """
     from megatron_dlm.checkpoint import distributed, places
 
@@ -144,13 +149,20 @@ def checkpointer(
         extra = {"stage": stage, "model": dataclasses.asdict(session.model), **progress()}
         if origin is not None:
             extra["hf"] = origin.info
+        write_more = files()
+
+        def add(folder: Path) -> None:
+            add_files(folder, session.tokenizer, origin)
+            if write_more is not None:
+                write_more(folder)
+
         distributed.save(
             state,
             checkpoint.save,
             step,
             extra,
             with_optimizer=not checkpoint.no_save_optim,
-            add_files=lambda folder: add_files(folder, session.tokenizer, origin),
+            add_files=add,
         )
         written.append(step)
         say(f"Saved iteration {step} to {checkpoint.save}")

@@ -24,10 +24,17 @@ class EvalConfig:
     """Sample among the likeliest tokens that together reach this probability."""
     eval_max_response_len: int | None = None
     """Longest response in tokens; that of the rollout when it is not given."""
-    eval_remasking: list[Literal["static", "dynamic", "sequential"]] = field(default_factory=lambda: ["dynamic"])
+    eval_remasking: list[Literal["static", "dynamic", "sequential", "entropy_bounded"]] = field(
+        default_factory=lambda: ["dynamic"]
+    )
     """Ways of unmasking to evaluate, each on its own (see --remasking)."""
     eval_threshold: float = 0.9
     """Confidence above which dynamic remasking unmasks a token."""
+    eval_confidence: Literal["sampled", "untempered", "margin", "entropy"] = "sampled"
+    """What makes a token sure: its probability when it was drawn, that without temperature and filters, the lead of the
+    likeliest token, or a low entropy, which is what entropy-bounded remasking always goes by."""
+    eval_entropy_bound: float = 0.35
+    """Entropy, in nats, below which the tokens that entropy-bounded remasking unmasks together must stay in sum."""
     eval_denoising_steps: int | None = None
     """Denoising steps per block; the block size when it is not given."""
     save_eval_samples: str | None = None

@@ -30,3 +30,6 @@ class LoggingConfig(ReportConfig):
 
     log_interval: int = 10
     """Print a line of metrics every so many steps."""
+    log_memory: bool = False
+    """Print who holds how much memory: after each phase of an RL step, and with the metrics of supervised
+    fine-tuning."""

@@ -33,7 +33,8 @@ class RLConfig:
     grid_anchor: Literal["absolute", "response"] = "absolute"
     """Where training counts its blocks from: the start of the sequence, as generation does, or of the response."""
     use_rollout_logprobs: bool = False
-    """Take the log-probabilities of the rollout as the old policy instead of computing them again (not with --bf16)."""
+    """Take the log-probabilities of the rollout as the old policy instead of computing them again (not with --bf16).
+    With --partial-rollout they are those of the weights that decided each token, some older than this step's."""
     normalize_advantages_by_std: bool = True
     """Divide advantages by the standard deviation of the rewards in their group."""
     min_group_accuracy: float = 0.2
@@ -46,5 +47,10 @@ class RLConfig:
     """A response that ends within this many tokens of the longest allowed length counts as wrong."""
     log_samples: int = 4
     """Responses of each RL step that are appended to samples.jsonl in --save, to be read; 0 for none."""
+    offload_train: bool = False
+    """Move the policy's optimizer state to host memory, and free its gradients, while responses are generated. It makes
+    room for a larger KV cache; every RL step pays for two transfers of the optimizer state, so it is off by default."""
+    offload_rollout: bool = False
+    """Free the KV cache while the policy is trained. With --offload-train it may be as large as what then is free."""
     save_debug_rollout_data: str | None = None
     """Folder to which all rollouts are written as JSONL."""

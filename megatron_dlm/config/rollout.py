@@ -18,10 +18,41 @@ class EngineConfig:
     """Block in which tokens are generated; the attention block size when it is not given."""
     max_running_requests: int = 256
     """Responses that one engine works on at the same time."""
-    max_tokens_per_pass: int = 8192
-    """Most tokens in one pass of the engine; when its responses need more, they take turns."""
+    max_tokens_per_pass: int | None = None
+    """Most tokens in one pass of the engine; when its responses need more, they take turns, and prompts are cut into
+    chunks. 8192 on a GPU and 1024 on a CPU when it is not given."""
+    kv_page_size: int = 16
+    """Tokens per page of the KV cache."""
+    kv_cache_gib: float | None = None
+    """Memory for the KV cache of each process, in GiB; a share of what is free when it is not given."""
+    kv_cache_memory_fraction: float = 0.5
+    """Share of the free memory that the KV cache may take, if it needs so much."""
+    longest_first: bool = False
+    """Start the responses that have most tokens left before others."""
+    rollout_attention_backend: Literal["auto", "sdpa", "flex", "flash", "flashinfer"] = "auto"
+    """What computes attention over the pages of the KV cache: torch's own kernels (sdpa, or flex, which it compiles),
+    FlashAttention (3, or 2 with pages of 256 tokens), or FlashInfer. auto is the best that works here."""
     stop_token_ids: list[int] | None = None
     """Token ids that end a response; the tokenizer's end token when they are not given."""
+    prefix_cache: bool = True
+    """Under full attention, read the text before a block once per block, not at each of its steps."""
+    horizon: int | None = None
+    """Under full attention, how many positions after the block a model sees as masks; all that are left when it is not
+    given."""
+    rollout_tensor_model_parallel_size: int | None = None
+    """Number of processes that share each layer of the engine's model; as in training when it is not given."""
+    rollout_expert_model_parallel_size: int | None = None
+    """Number of processes that share the experts of the engine's model; as in training when it is not given."""
+    refit_bucket_mib: int = 512
+    """Most memory, in MiB, that a process uses while weights are carried to an engine of another layout."""
+    verify_refit: bool = False
+    """Compare all weights of the engine with those of training each time they are carried to it."""
+    rollout_backend: Literal["native", "sglang"] = "native"
+    """Who generates: the engine of this package, in the training processes, or SGLang, in processes beside them."""
+    sglang_python: str | None = None
+    """Python of the environment that SGLang is installed in; it needs nothing of this package."""
+    sglang_mem_fraction_static: float = 0.4
+    """Share of a device's memory that SGLang takes for its weights and its cache, beside those of training."""
 
 
 @dataclass(slots=True)
@@ -30,6 +61,14 @@ class RolloutConfig(EngineConfig):
 
     rollout_batch_size: int = 64
     """Prompts per RL step."""
+    over_sampling_batch_size: int | None = None
+    """Prompts that an RL step works on; it is over, and the rest is stopped, when --rollout-batch-size of them have all
+    their responses. When it is not given, a step waits for all."""
+    partial_rollout: bool = False
+    """Keep the responses that over-sampling stops, and go on with them in the next step, by the weights of then.
+    Without it they are dropped, and their prompts start anew in the next step."""
+    mask_offpolicy_in_partial_rollout: bool = False
+    """Learn nothing of the tokens that were decided in earlier steps, by older weights."""
     n_samples_per_prompt: int = 16
     """Responses per prompt."""
     rollout_temperature: float = 1.0
@@ -38,9 +77,15 @@ class RolloutConfig(EngineConfig):
     """Sample among this many likeliest tokens; 0 is all of them."""
     rollout_top_p: float = 1.0
     """Sample among the likeliest tokens that together reach this probability."""
-    remasking: Literal["static", "dynamic", "sequential"] = "dynamic"
-    """Tokens that a denoising step unmasks: the surest at a fixed rate, all above the threshold, or left to right."""
+    remasking: Literal["static", "dynamic", "sequential", "entropy_bounded"] = "dynamic"
+    """Tokens that a denoising step unmasks: the surest at a fixed rate, all above the threshold, left to right, or as
+    many of the least uncertain as the entropy bound allows."""
     denoising_steps: int | None = None
     """Denoising steps per block; the block size (one token per step) when it is not given."""
     threshold: float = 0.9
     """Confidence above which dynamic remasking unmasks a token."""
+    confidence: Literal["sampled", "untempered", "margin", "entropy"] = "sampled"
+    """What makes a token sure: its probability when it was drawn, that without temperature and filters, the lead of the
+    likeliest token, or a low entropy, which is what entropy-bounded remasking always goes by."""
+    entropy_bound: float = 0.35
+    """Entropy, in nats, below which the tokens that entropy-bounded remasking unmasks together must stay in sum."""

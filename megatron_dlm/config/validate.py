@@ -2,7 +2,8 @@
 
 Pure functions: settings in, nothing out, or one `ConfigError` sentence that names the flags, their values, and what to
 do. They look at values only: no file, no device, no process group. The model's settings must be resolved (preset
-merged) first. The checks of training and generation are in `validate_training`.
+merged) first. The checks of training and generation are in `validate_training`, those
+of the engine's layout in `validate_rollout`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name, one_of
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.overrides import check_overrides
-from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.validate_experts import check_experts
 
 READ = (
@@ -164,62 +165,43 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int
             )
 
 
-def check_rollout_layout(parallel: LayoutConfig, model: ModelConfig) -> None:
-    """Refuse a model that the rollout engine does not decode, or a split that it cannot have. `model` is resolved,
-    `parallel` has been checked.
-    """
-    if model.full_attention or model.logit_shift:
-        kind = "full attention" if model.full_attention else f"--logit-shift {model.logit_shift}"
-        raise ConfigError(
-            f"Generation does not work with models of {kind} yet, and evaluation and TraceRL generate. Use a model "
-            "with attention blocks that predicts tokens in place, or train this one with sft."
-        )
-    size, groups = parallel.tensor_model_parallel_size, model.num_query_groups
-    if groups % size:  # training may keep a group on several processes, the engine's cache may not
-        fitting = [n for n in range(1, groups + 1) if groups % n == 0]
-        raise ConfigError(
-            f"--tensor-model-parallel-size {size} does not divide the {groups} query groups of this model, "
-            f"which generation needs. Use {one_of(fitting)}."
-        )
-    if parallel.expert_model_parallel_size > 1:
-        raise ConfigError(
-            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} does not work with generation yet. "
-            "Use 1, and split experts with --tensor-model-parallel-size."
-        )
-
-
-def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
-    size, heads = parallel.tensor_model_parallel_size, model.num_attention_heads
+def check_tensor_size(size: int, model: ModelConfig, flag: str) -> None:
+    """Refuse a tensor-parallel size, named by `flag`, that does not divide what is split."""
+    heads = model.num_attention_heads
     if heads % size:
         raise ConfigError(
-            f"--tensor-model-parallel-size {size} does not divide the {heads} attention heads of this "
-            f"model. Use {_divisors(heads)}."
+            f"{flag} {size} does not divide the {heads} attention heads of this model. Use {_divisors(heads)}."
         )
     groups = heads if model.num_query_groups is None else model.num_query_groups
     if groups % size and size % groups:  # more processes than groups works: each group is then kept by several of them
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
         raise ConfigError(
-            f"--tensor-model-parallel-size {size} neither divides the {groups} query groups of this "
-            f"model nor is a multiple of them. Use {one_of(fitting)}."
+            f"{flag} {size} neither divides the {groups} query groups of this model nor is a multiple of them. "
+            f"Use {one_of(fitting)}."
         )
     if model.ffn_hidden_size is not None and model.ffn_hidden_size % size:
         raise ConfigError(
-            f"--tensor-model-parallel-size {size} does not divide --ffn-hidden-size "
-            f"{model.ffn_hidden_size}. Use {_divisors(math.gcd(heads, model.ffn_hidden_size))}."
+            f"{flag} {size} does not divide --ffn-hidden-size {model.ffn_hidden_size}. "
+            f"Use {_divisors(math.gcd(heads, model.ffn_hidden_size))}."
         )
     shared = model.moe_shared_expert_intermediate_size
     if shared is not None and shared % size:
         raise ConfigError(
-            f"--tensor-model-parallel-size {size} does not divide --moe-shared-expert-intermediate-size {shared}. Use "
+            f"{flag} {size} does not divide --moe-shared-expert-intermediate-size {shared}. Use "
             f"{_divisors(math.gcd(heads, shared))}."
         )
     multiple = model.make_vocab_size_divisible_by
     padded = multiple if model.vocab_size is None else math.ceil(model.vocab_size / multiple) * multiple
     if padded % size:
         raise ConfigError(
-            f"--tensor-model-parallel-size {size} does not divide the vocabulary, which is padded to a "
-            f"multiple of {multiple}. Use --make-vocab-size-divisible-by {math.lcm(multiple, size)}."
+            f"{flag} {size} does not divide the vocabulary, which is padded to a multiple of {multiple}. "
+            f"Use --make-vocab-size-divisible-by {math.lcm(multiple, size)}."
         )
+
+
+def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
+    size = parallel.tensor_model_parallel_size
+    check_tensor_size(size, model, "--tensor-model-parallel-size")
     if parallel.sequence_parallel and size == 1:
         raise ConfigError(
             "--sequence-parallel needs --tensor-model-parallel-size 2 or more, not 1. "

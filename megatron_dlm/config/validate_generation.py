@@ -14,32 +14,37 @@ from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.score import ScoreConfig
 from megatron_dlm.config.validate import at_least, check_temperature, within
+from megatron_dlm.config.validate_sampling import (
+    check_decoding_block,
+    check_steps_of_block,
+    check_unmasking,
+    check_window,
+)
+from megatron_dlm.config.validate_training import check_stop_tokens
 
 
 def check_generate(settings: GenerateConfig, checkpoint: LoadConfig) -> None:
     """Refuse settings of `generate` that no model could work with."""
     _files(settings, checkpoint, "prompts")
-    at_least(
-        settings,
-        1,
-        "num_samples",
-        "max_new_tokens",
-        "denoising_steps",
-        "max_running_requests",
-        "max_tokens_per_pass",
-    )
+    at_least(settings, 1, "num_samples", "max_running_requests", "max_tokens_per_pass")
+    check_draw(settings)
+
+
+def check_draw(settings: GenerateConfig) -> None:
+    """Refuse sampling that no model could work with."""
+    at_least(settings, 1, "max_new_tokens", "rollout_block_size", "denoising_steps")
     check_temperature(settings, "temperature")
-    at_least(settings, 0, "top_k")
-    within(settings, 0, 1, "top_p", "threshold", low_open=True)
+    at_least(settings, 0, "top_k", "horizon")
+    within(settings, 0, 1, "top_p", low_open=True)
+    check_unmasking(settings, [settings.remasking])
 
 
-def check_denoising_steps(settings: GenerateConfig, block_size: int) -> None:
-    """Refuse more steps than a block has tokens."""
-    if settings.denoising_steps is not None and settings.denoising_steps > block_size:
-        raise ConfigError(
-            f"--denoising-steps {settings.denoising_steps} is more than the {block_size} tokens of a block, and a step "
-            f"unmasks at least one. Use 1 to {block_size}."
-        )
+def check_draw_of_model(settings: GenerateConfig, model: ModelConfig, vocab_size: int, mask_id: int) -> None:
+    """Refuse sampling that does not go with this model. `vocab_size`: number of ids of the tokenizer."""
+    block = check_decoding_block(settings.rollout_block_size, model)
+    check_steps_of_block(settings.denoising_steps, block, "--denoising-steps")
+    check_window(settings, model)
+    check_stop_tokens(settings, vocab_size, mask_id)
 
 
 def check_score(settings: ScoreConfig, checkpoint: LoadConfig, block_size: int | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from megatron_dlm.config.checkpoint import CheckpointConfig
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.eval import EvalConfig, TrainingEvalConfig
+from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
@@ -18,6 +19,12 @@ from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate import above, at_least, check_temperature, needs, within
+from megatron_dlm.config.validate_sampling import (
+    check_decoding_block,
+    check_steps_of_block,
+    check_unmasking,
+    check_window,
+)
 
 LONGEST_JUDGEMENT = 86400  # seconds
 
@@ -97,11 +104,15 @@ def check_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
         "n_samples_per_prompt",
         "denoising_steps",
     )
+    _check_over_sampling(rollout)
     check_engine(rollout, model)
     check_temperature(rollout, "rollout_temperature")
     at_least(rollout, 0, "rollout_top_k")
-    within(rollout, 0, 1, "rollout_top_p", "threshold", low_open=True)
-    _check_steps(rollout.denoising_steps, "--denoising-steps", rollout, model)
+    within(rollout, 0, 1, "rollout_top_p", low_open=True)
+    check_unmasking(rollout, [rollout.remasking])
+    check_steps_of_block(
+        rollout.denoising_steps, check_decoding_block(rollout.rollout_block_size, model), "--denoising-steps"
+    )
     _fits_positions(
         rollout.rollout_max_prompt_len + rollout.rollout_max_response_len,
         f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and --rollout-max-response-len "
@@ -110,15 +121,30 @@ def check_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
     )
 
 
+def _check_over_sampling(rollout: RolloutConfig) -> None:
+    wanted, batch = rollout.over_sampling_batch_size, rollout.rollout_batch_size
+    if wanted is not None and wanted < batch:
+        raise ConfigError(
+            f"--over-sampling-batch-size {wanted} is below --rollout-batch-size {batch}, the prompts that a step has "
+            "to complete. Use at least as many, or leave it out."
+        )
+    if rollout.partial_rollout and (wanted is None or wanted == batch):
+        raise ConfigError(
+            "--partial-rollout has nothing to keep where a step waits for all its prompts. Give "
+            f"--over-sampling-batch-size more than --rollout-batch-size {batch}, or leave it out."
+        )
+    needs(rollout, "mask_offpolicy_in_partial_rollout", "partial_rollout", "without which no token is older")
+
+
 def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
     """Refuse what no generation can work with."""
     at_least(engine, 1, "rollout_max_prompt_len", "rollout_max_response_len", "rollout_block_size")
     at_least(engine, 1, "max_running_requests", "max_tokens_per_pass")
-    if engine.rollout_block_size is None and model.block_size is None:
-        raise ConfigError("Generation does not know its block size. Give --block-size or --rollout-block-size.")
+    check_decoding_block(engine.rollout_block_size, model)
+    check_window(engine, model)
 
 
-def check_stop_tokens(engine: EngineConfig, vocab_size: int, mask_id: int) -> None:
+def check_stop_tokens(engine: EngineConfig | GenerateConfig, vocab_size: int, mask_id: int) -> None:
     """Refuse stop tokens that are never generated. `vocab_size`: number of ids of the tokenizer."""
     for token in engine.stop_token_ids or []:
         if not 0 <= token < vocab_size:
@@ -192,13 +218,18 @@ def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig
     )
     check_temperature(evaluation, "eval_temperature")
     at_least(evaluation, 0, "eval_top_k")
-    within(evaluation, 0, 1, "eval_top_p", "eval_threshold", low_open=True)
+    within(evaluation, 0, 1, "eval_top_p", low_open=True)
+    check_unmasking(evaluation, evaluation.eval_remasking, "eval_")
     if len(set(evaluation.eval_remasking)) != len(evaluation.eval_remasking) or not evaluation.eval_remasking:
         raise ConfigError(
             f"--eval-remasking {' '.join(evaluation.eval_remasking) or '(empty)'} must name each way "
-            "once. Use one or more of static, dynamic and sequential."
+            "once. Use one or more of static, dynamic, sequential and entropy_bounded."
         )
-    _check_steps(evaluation.eval_denoising_steps, "--eval-denoising-steps", rollout, model)
+    check_steps_of_block(
+        evaluation.eval_denoising_steps,
+        check_decoding_block(rollout.rollout_block_size, model),
+        "--eval-denoising-steps",
+    )
     own = evaluation.eval_max_response_len
     length = rollout.rollout_max_response_len if own is None else own
     _fits_positions(
@@ -221,15 +252,6 @@ def _fits_positions(tokens: int, what: str, model: ModelConfig) -> None:
         raise ConfigError(
             f"{what}: {tokens} positions are needed, and this model has {longest} (--max-position-embeddings). "
             f"Use at most {longest}."
-        )
-
-
-def _check_steps(steps: int | None, flag: str, rollout: EngineConfig, model: ModelConfig) -> None:
-    block = rollout.rollout_block_size if rollout.rollout_block_size is not None else model.block_size
-    if steps is not None and steps > block:
-        raise ConfigError(
-            f"{flag} {steps} is more than the {block} tokens of a block, and a step unmasks at least "
-            f"one. Use 1 to {block}."
         )
 
 

@@ -17,6 +17,21 @@ from megatron_dlm.data.records import token_ids_of
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
 
 _LARGE = 1e30
+_SAMPLING = {
+    "top_k": int,
+    "top_p": float,
+    "max_new_tokens": int,
+    "denoising_steps": int,
+    "remasking": str,
+    "threshold": float,
+    "confidence": str,
+    "entropy_bound": float,
+    "prefix_cache": bool,
+    "horizon": int,
+}
+"""What a line says of its draw for the record, and lines of older files or other programs need not say: scoring reads
+the block size and the temperature alone."""
+_NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def trace_record(trace: Trace, index: int, sample: int, text: str) -> dict:
@@ -42,6 +57,7 @@ def trace_record(trace: Trace, index: int, sample: int, text: str) -> dict:
         "num_forwards": trace.num_forwards,
         "block_size": trace.sampling.block_size,
         "temperature": trace.sampling.temperature,
+        **{name: getattr(trace.sampling, name) for name in _SAMPLING},
     }
 
 
@@ -122,7 +138,9 @@ def _read_line(
         sampling_logprobs=np.zeros(count),
         weight_versions=np.zeros(count, dtype=np.int64),
         sampling=SamplingParams(
-            temperature=1.0 if temperature is None else temperature, block_size=block, denoising_steps=block
+            temperature=1.0 if temperature is None else temperature,
+            block_size=block,
+            **{"denoising_steps": block} | _for_the_record(record, where),
         ),
         prompt_key="",
         sample=0,
@@ -195,6 +213,21 @@ def _number(record: dict, field: str, where: str, whole: bool, lowest: int) -> f
             "or more."
         )
     return value
+
+
+def _for_the_record(record: dict, where: str) -> dict[str, object]:
+    """The fields of `_SAMPLING` that the line has."""
+    found = {}
+    for name, kind in _SAMPLING.items():
+        value = record.get(name)
+        if value is None:
+            continue
+        if not (_is_number(value) if kind is float else type(value) is kind):
+            raise DataError(
+                f"{where}: the field '{name}' is {str(value)[:40]!r}, not {_NOUNS[kind]}. Correct it, or leave it out."
+            )
+        found[name] = value
+    return found
 
 
 def _is_number(value: object) -> bool:

@@ -23,10 +23,16 @@ class SamplingParams:
         max_new_tokens: longest response, in tokens.
         block_size: tokens that are decoded together.
         denoising_steps: most denoising steps per block, 1 to block_size.
-        remasking: 'static', 'dynamic' or 'sequential' (unmasking.Remasking).
+        remasking: 'static', 'dynamic', 'sequential' or 'entropy_bounded' (unmasking.Remasking).
         threshold: confidence above which the dynamic policy unmasks.
+        confidence: what positions are ranked by: 'sampled', 'untempered', 'margin' or 'entropy' (sampling.Confidence);
+            under 'entropy_bounded' always 'entropy', whatever is set.
+        entropy_bound: nats that the tokens of one step may add up to under the entropy-bounded policy.
         stop_token_ids: tokens that end a response, the stop token included in it.
         ignore_eos: do not stop at them.
+        prefix_cache: full attention only: within a block's steps keep the keys of the text before it as its first step
+            wrote them.
+        horizon: full attention only: how many positions after the block are shown to the model, as masks; None is all.
     """
 
     temperature: float = 1.0
@@ -37,12 +43,21 @@ class SamplingParams:
     denoising_steps: int = 4
     remasking: str = "dynamic"
     threshold: float = 0.9
+    confidence: str = "sampled"
+    entropy_bound: float = 0.35
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    prefix_cache: bool = True
+    horizon: int | None = None
 
     @property
     def policy_temperature(self) -> float:
         return self.temperature if self.temperature > 0 else 1.0
+
+    @property
+    def ranked_by(self) -> str:
+        """The confidence that is in force (sampling.Confidence, in lower case)."""
+        return "entropy" if self.remasking == "entropy_bounded" else self.confidence
 
 
 @dataclass(slots=True)

@@ -94,10 +94,11 @@ def _no_views(grid: Grid, length: int) -> Views:
     return Views(np.zeros(0, np.int64), whole, truth, truth, empty)
 
 
-def trace_views(trace: Trace, grid: Grid, shrinkage: int = 1) -> Views:
+def trace_views(trace: Trace, grid: Grid, shrinkage: int = 1, oldest_version: int = 0) -> Views:
     """One view per block and (shrunk) denoising step, each token predicted in the state in which it was decided.
 
-    The tail after the stop token is hidden in the states in which it was hidden, and never predicted. Weights are 1.
+    The tail after the stop token is hidden in the states in which it was hidden, and never predicted. Nor are tokens
+    that weights before `oldest_version` decided; they are context. Weights are 1.
 
     Source: TraceRL, arXiv 2509.06949, section 4.1.
     """
@@ -112,7 +113,10 @@ def trace_views(trace: Trace, grid: Grid, shrinkage: int = 1) -> Views:
     if shrinkage > 1:
         for row, mine in zip(steps, is_response):
             row[mine] = shrink(row[mine], shrinkage)
-    predicted = is_response & (position < prompt + len(trace.response_ids))
+    learned = np.append(trace.weight_versions >= oldest_version, np.zeros(len(trace.tail_ids), dtype=bool))
+    predicted = is_response & learned[np.where(is_response, position - prompt, 0)]
+    if not predicted.any():
+        return _no_views(grid, length)
     # (window, step) pairs in which some token is predicted, in order of window, then step
     pairs = np.unique(
         np.stack([np.broadcast_to(np.arange(len(blocks))[:, None], steps.shape)[predicted], steps[predicted]]), axis=1

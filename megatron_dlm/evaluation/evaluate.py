@@ -19,7 +19,7 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
 from megatron_dlm.parallel.exchange import exchange_objects, gather_objects
 from megatron_dlm.rewards.base import Scorer, Verdict
-from megatron_dlm.rollout.replicas import Job, generate, requests_for
+from megatron_dlm.rollout.replicas import Job, requests_for, roll
 from megatron_dlm.rollout.rig import RolloutRig
 from megatron_dlm.rollout.samples import sample_record
 from megatron_dlm.training.report import Report
@@ -95,6 +95,8 @@ class Evaluator:
             denoising_steps=config.eval_denoising_steps or training.block_size,
             remasking=remasking,
             threshold=config.eval_threshold,
+            confidence=config.eval_confidence,
+            entropy_bound=config.eval_entropy_bound,
         )
 
     def __call__(self, report: Report, step: int = 0) -> dict[str, float]:
@@ -105,16 +107,8 @@ class Evaluator:
         """
         metrics = {}
         for remasking in self.config.eval_remasking:
-            mine = self.prompts[self.rig.replica :: self.rig.num_replicas]
-            requests = requests_for(
-                mine,
-                self.config.n_samples_per_eval_prompt,
-                self.sampling(remasking),
-                Job(self.seed, 0, f"eval-{remasking}"),
-            )
-            with report.bar(len(requests), f"evaluation, {remasking}") as bar:
-                traces = generate(self.rig.engine, requests, bar.update)
-            texts, verdicts = self._judge(mine, traces) if self.rig.is_leader else ([], [])
+            traces = self._generate(remasking, report)
+            texts, verdicts = self._judge(traces) if self.rig.is_leader else ([], [])
             if self.config.save_eval_samples is not None:
                 self._keep_samples(step, remasking, list(zip(traces, texts, verdicts)), report.is_main)
             outcomes = [outcome_of(trace, verdict) for trace, verdict in zip(traces, verdicts)]
@@ -122,8 +116,18 @@ class Evaluator:
             metrics |= {f"eval/{remasking}/{name}": value for name, value in summarize(everyone).items()}
         return metrics
 
-    def _judge(self, prompts: Sequence[Prompt], traces: Sequence[Trace]) -> tuple[list[str], list[Verdict]]:
-        by_key = {prompt.key: prompt for prompt in prompts}
+    def _generate(self, remasking: str, report: Report) -> list[Trace]:
+        """The responses that fell to this replica, in the order of the prompts."""
+        samples, sampling = self.config.n_samples_per_eval_prompt, self.sampling(remasking)
+        job, name = Job(self.seed, 0, f"eval-{remasking}"), f"evaluation, {remasking}"
+        group = lambda number: requests_for([self.prompts[number]], samples, sampling, job)
+        with report.bar(len(self.prompts) * samples // self.rig.num_replicas, name) as bar:
+            traces = roll(self.rig, job.tag, len(self.prompts), samples, group, progress=bar.update).finished
+        place = {prompt.key: number for number, prompt in enumerate(self.prompts)}
+        return sorted(traces, key=lambda trace: (place[trace.prompt_key], trace.sample))
+
+    def _judge(self, traces: Sequence[Trace]) -> tuple[list[str], list[Verdict]]:
+        by_key = {prompt.key: prompt for prompt in self.prompts}
         texts = [self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True) for trace in traces]
         return texts, self.scorer.score([(by_key[trace.prompt_key], text) for trace, text in zip(traces, texts)])
 

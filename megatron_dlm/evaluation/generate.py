@@ -20,7 +20,7 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.data.traces import trace_record
 from megatron_dlm.diffusion.trace import SamplingParams
 from megatron_dlm.parallel.exchange import exchange_objects
-from megatron_dlm.rollout.replicas import generate
+from megatron_dlm.rollout.replicas import roll
 from megatron_dlm.rollout.request import Request, rollout_stream
 from megatron_dlm.rollout.rig import RolloutRig
 from megatron_dlm.training.report import Report
@@ -36,6 +36,7 @@ class PromptLine:
         token_ids: the prompt as the model sees it.
         key: of its token ids.
         occurrence: how often the same token ids stand on earlier lines.
+        sampling: what the line says of its sampling, as it stands there; None where it says nothing.
     """
 
     where: str
@@ -43,6 +44,7 @@ class PromptLine:
     token_ids: tuple[int, ...]
     key: str
     occurrence: int
+    sampling: object = None
 
 
 def read_prompt_lines(
@@ -58,26 +60,38 @@ def read_prompt_lines(
         where = f"{path}, line {number}"
         token_ids = tuple(prompt_ids_of(record, where, tokenizer, prompt_template, apply_chat_template))
         key = content_key(" ".join(map(str, token_ids)))
-        lines.append(PromptLine(where, index, token_ids, key, seen[key]))
+        lines.append(PromptLine(where, index, token_ids, key, seen[key], record.get("sampling")))
         seen[key] += 1
     return lines
 
 
-def check_room(lines: Sequence[PromptLine], max_new_tokens: int, block_size: int, max_length: int) -> None:
+def check_room(
+    lines: Sequence[PromptLine], sampling: Sequence[SamplingParams], full_attention: bool, max_length: int
+) -> int:
     """Refuse a prompt whose longest response would pass the model's last position.
+
+    Args:
+        sampling: of each line.
+        full_attention: whether a text ends at its last token, instead of the end of its terminal block.
+
+    Returns:
+        tokens of the longest text that may come about.
 
     Raises:
         DataError: there is one; the message names its line.
     """
-    for line in lines:
-        prompt = len(line.token_ids)
-        needed = -(-(prompt + max_new_tokens) // block_size) * block_size
+    longest = 0
+    for line, own in zip(lines, sampling, strict=True):
+        prompt, block = len(line.token_ids), 1 if full_attention else own.block_size
+        needed = -(-(prompt + own.max_new_tokens) // block) * block
+        longest = max(longest, needed)
         if needed > max_length:
             raise DataError(
-                f"{line.where}: this prompt has {prompt} tokens; with --max-new-tokens {max_new_tokens} it needs "
-                f"{needed} positions in blocks of {block_size}, and the model has {max_length} "
+                f"{line.where}: this prompt has {prompt} tokens; with {own.max_new_tokens} new ones (--max-new-tokens) "
+                f"it needs {needed} positions in blocks of {own.block_size}, and the model has {max_length} "
                 "(--max-position-embeddings). Shorten the prompt or the response."
             )
+    return longest
 
 
 def generate_records(
@@ -85,25 +99,30 @@ def generate_records(
     tokenizer: Tokenizer,
     lines: Sequence[PromptLine],
     num_samples: int,
-    sampling: SamplingParams,
+    sampling: Sequence[SamplingParams],
     seed: int,
     report: Report,
 ) -> list[dict]:
     """Generate `num_samples` responses to each prompt. Collective over all ranks.
 
+    Args:
+        sampling: of each line.
+
     Returns:
         On rank 0 all responses as JSON objects (data/traces.py), in order of line, then sample; elsewhere none.
     """
-    wanted = [
-        (line, sample) for line in lines[rig.replica :: rig.num_replicas] for sample in range(num_samples)
-    ]  # a prompt's samples stay together
-    requests = [_request(line, line.occurrence * num_samples + sample, sampling, seed) for line, sample in wanted]
-    with report.bar(len(requests), "responses") as bar:
-        traces = generate(rig.engine, requests, bar.update)
-    records = [
-        trace_record(trace, line.index, sample, tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True))
-        for (line, sample), trace in zip(wanted, traces)
+    first = [line.occurrence * num_samples for line in lines]  # those of earlier lines with the same prompt come before
+    group = lambda number: [
+        _request(lines[number], first[number] + sample, sampling[number], seed) for sample in range(num_samples)
     ]
+    with report.bar(len(lines) * num_samples // rig.num_replicas, "responses") as bar:
+        traces = roll(rig, "generate", len(lines), num_samples, group, progress=bar.update).finished
+    place = {(line.key, line.occurrence): line.index for line in lines}
+    records = []
+    for trace in traces:
+        occurrence, sample = divmod(trace.sample, num_samples)
+        text = tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True)
+        records.append(trace_record(trace, place[trace.prompt_key, occurrence], sample, text))
     received = exchange_objects({0: records} if rig.is_leader else {})
     return sorted(received, key=lambda record: (record["index"], record["sample"]))
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 
@@ -52,6 +51,14 @@ def policy_scores(
     return (scores / temperature).masked_fill(banned, float("-inf"))
 
 
+def _sum_over(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the shards, differentiable."""
+    # Here, because an interpreter of a foreign engine, which has no megatron-core, takes the policy from this file too.
+    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+
+    return reduce_from_tensor_model_parallel_region(value, group)
+
+
 def log_normaliser(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """log of the sum of exp over the whole vocabulary, [N], differentiable."""
     highest = scores.detach().amax(-1)
@@ -59,7 +66,7 @@ def log_normaliser(scores: Tensor, group: dist.ProcessGroup | None = None) -> Te
         dist.all_reduce(highest, dist.ReduceOp.MAX, group)
     total = (scores - highest[:, None]).exp().sum(-1)
     if group is not None:
-        total = reduce_from_tensor_model_parallel_region(total, group)
+        total = _sum_over(total, group)
     return total.log() + highest
 
 
@@ -77,7 +84,7 @@ def label_logprobs(scores: Tensor, labels: Tensor, group: dist.ProcessGroup | No
     picked = scores.gather(1, local.clamp(0, scores.shape[-1] - 1)[:, None])[:, 0]
     picked = torch.where(here, picked, torch.zeros_like(picked))
     if group is not None:
-        picked = reduce_from_tensor_model_parallel_region(picked, group)
+        picked = _sum_over(picked, group)
     return picked - log_normaliser(scores, group)
 
 

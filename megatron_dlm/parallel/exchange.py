@@ -32,6 +32,13 @@ def broadcast_object(obj: Any, src: int, group: dist.ProcessGroup | None = None)
     return box[0]
 
 
+def broadcast_integers(values: Sequence[int], src: int, group: dist.ProcessGroup) -> list[int]:
+    """The integers that rank `src` of the group passed; the others pass as many."""
+    numbers = torch.tensor(values, dtype=torch.int64, device=platform.device())
+    dist.broadcast(numbers, src=dist.get_global_rank(group, src), group=group)
+    return numbers.tolist()
+
+
 def anywhere(*marks: bool) -> list[bool]:
     """For each mark, whether it is set on any rank. Collective.
 

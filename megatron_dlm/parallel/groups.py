@@ -5,13 +5,14 @@ that everything above gets as an argument. Nothing outside this folder asks mega
 
 Ranks are laid out as in Megatron, fastest first: tensor, context, expert, data, pipeline. So the ranks of one pipeline
 group agree in their tensor, expert and data coordinates; together they hold one whole (tensor-sharded) model. The
-rollout layout uses that: each rank of a pipeline group becomes a replica with the same tensor (and expert) shard and
-all layers, and the pipeline group is where refit finds what a rank lacks.
+rollout layout has all layers on each rank, and its own tensor and expert sizes: ranks that follow each other are a
+model, and with the sizes of training a rank has the tensor and expert shards that it trains, so refit moves only what
+its pipeline stage lacks.
 
 Invariants (tests/parallel/test_groups.py):
   - tp_size x pp_size x dp_size is the world size; `dp` counts context-parallel ranks, because each of them gets its own
     rows;
-  - the rollout layout has the tensor groups of the training layout, and replicas world_size / tp_size.
+  - the rollout layout has world_size / tp_size replicas; with the sizes of training, its tensor and expert groups.
 """
 
 from __future__ import annotations
@@ -119,31 +120,64 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
     return _describe(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def rollout_groups(training: Groups) -> Groups:
-    """The groups of the rollout layout: tensor and expert groups of training, no pipeline, everything else data
-    parallel. Collective.
+def rollout_groups(training: Groups, tensor_size: int | None = None, expert_size: int | None = None) -> Groups:
+    """The groups of the rollout layout: no pipeline, everything that is not tensor or expert parallel is data parallel.
+    Collective.
 
-    Without pipeline parallelism that is the training layout itself, and `training` is returned.
+    Where ranks do not share out the experts, tensor-parallel ranks split each, as they split other layers. Where they
+    do, an expert is split as in training if as many ranks share them there, otherwise not at all. Where nothing differs
+    from the training layout, `training` itself is returned.
+
+    Args:
+        tensor_size, expert_size: tensor- and expert-parallel size; None as in training.
+
+    Raises:
+        ConfigError: a size that does not divide the world size.
     """
-    if training.pp_size == 1:
+    trained, world = training.pg_collection, training.world_size
+    tensor = tensor_size or training.tp_size
+    experts = expert_size or training.ep_size
+    for size, flag in (
+        (tensor, "--rollout-tensor-model-parallel-size"),
+        (experts, "--rollout-expert-model-parallel-size"),
+    ):
+        if world % size:
+            raise ConfigError(
+                f"{world} processes cannot be divided into rollout models of {flag} {size}. Use a size that divides "
+                f"{world}."
+            )
+    shard = tensor if experts == 1 else trained.expt_tp.size() if experts == training.ep_size else 1
+    same_experts = (experts, shard) == (training.ep_size, trained.expt_tp.size())
+    if training.pp_size == 1 and tensor == training.tp_size and same_experts:
         return training
-    trained = training.pg_collection
-    alone = _new_groups([[rank] for rank in range(training.world_size)])
-    replicas = _same_coordinates(training, trained.tp)
-    expert_replicas = replicas if trained.tp_ep is None else _same_coordinates(training, trained.tp_ep)
+    ranks = range(world)
+    alone = _new_groups([[rank] for rank in ranks])
+    replicas = _new_groups([list(ranks[place::tensor]) for place in range(tensor)])
+    tp = trained.tp if tensor == training.tp_size else _new_groups(_blocks(world, tensor))
+    if experts == 1:
+        ep, expert_tp, tp_ep, expert_replicas = alone, tp, tp, replicas
+    else:
+        size = experts * shard
+        expert_replicas = _new_groups([list(ranks[place::size]) for place in range(size)])
+        if same_experts:
+            ep, expert_tp, tp_ep = trained.ep, trained.expt_tp, trained.tp_ep
+        else:
+            tp_ep = _new_groups(_blocks(world, size))
+            expert_tp = _new_groups(_blocks(world, shard))
+            ep = _new_groups([block[place::shard] for block in _blocks(world, size) for place in range(shard)])
     collection = ProcessGroupCollection(
-        tp=trained.tp,
+        tp=tp,
         pp=alone,
-        mp=trained.tp,
+        mp=tp,
         embd=alone,
         pos_embd=alone,
         cp=alone,
-        tp_cp=trained.tp,
+        tp_cp=tp,
         hcp=None,
-        ep=trained.ep,
-        expt_tp=trained.expt_tp,
-        tp_ep=trained.tp_ep,
-        tp_ep_pp=trained.tp_ep,
+        ep=ep,
+        expt_tp=expert_tp,
+        tp_ep=tp_ep,
+        tp_ep_pp=tp_ep,
         tp_dp_cp=dist.group.WORLD,
         dp=replicas,
         dp_cp=replicas,
@@ -239,15 +273,9 @@ def _new_groups(partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
     return mine
 
 
-def _same_coordinates(training: Groups, shard: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group of all ranks that have this rank's place in their own `shard` group: they hold the same parameters in
-    the rollout layout.
-    """
-    places: list[int] = [0] * training.world_size
-    dist.all_gather_object(places, shard.rank())
-    return _new_groups(
-        [[rank for rank, place in enumerate(places) if place == wanted] for wanted in sorted(set(places))]
-    )
+def _blocks(world: int, size: int) -> list[list[int]]:
+    """The world in runs of `size` ranks that follow each other."""
+    return [list(range(first, first + size)) for first in range(0, world, size)]
 
 
 def _process_groups(values: Iterable[object]) -> list[dist.ProcessGroup]:

@@ -27,6 +27,8 @@ class Graded:
         truncated: it was cut at the limit. overlong: it ended so near the limit that it counts as wrong.
         judge_failed: its judge crashed or ran out of time, and so it counts as wrong.
         load: its size in a row. num_targets: tokens that would be learned.
+        continued: it was begun in an earlier step. stale: tokens that older weights decided than those of this step;
+            version_lag, largest_lag: how many updates older, in sum and at most.
     """
 
     group: str
@@ -43,6 +45,10 @@ class Graded:
     judge_failed: bool
     load: Load
     num_targets: int
+    continued: bool = False
+    stale: int = 0
+    version_lag: int = 0
+    largest_lag: int = 0
 
 
 def gather_graded(mine: Sequence[Graded]) -> list[Graded]:

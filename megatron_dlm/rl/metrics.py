@@ -40,6 +40,21 @@ def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
     }
 
 
+def staleness_metrics(graded: Sequence[Graded], aborted: int) -> dict[str, float]:
+    """How much of a step is older than the step: shares of its responses and of their tokens, and the distance between
+    the weights that decided a token and those of the step, in updates of the engine. `aborted`: responses that the step
+    stopped.
+    """
+    tokens = sum(record.length for record in graded)
+    return {
+        "rollout/aborted": float(aborted),
+        "rollout/partial_ratio": float(np.mean([record.continued for record in graded])),
+        "rollout/stale_token_ratio": sum(record.stale for record in graded) / tokens,
+        "rollout/version_lag_mean": sum(record.version_lag for record in graded) / tokens,
+        "rollout/version_lag_max": float(max(record.largest_lag for record in graded)),
+    }
+
+
 def learned_metrics(advantages: Mapping[tuple[str, int], float], responses: int) -> dict[str, float]:
     """Of the responses that are learned from. `responses`: how many there were."""
     metrics = {"rollout/learned_ratio": len(advantages) / responses}

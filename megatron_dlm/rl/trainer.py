@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_dlm.config.errors import TrainingError
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt
-from megatron_dlm.data.sampler import EpochSampler, Position
 from megatron_dlm.diffusion.keys import stream
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import Load, check_budget
@@ -19,9 +19,11 @@ from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.rewards.base import CRASH, TIMEOUT, Scorer, Verdict
 from megatron_dlm.rl.advantages import group_advantages, in_band, overlong
 from megatron_dlm.rl.exchange import Graded, gather_graded
-from megatron_dlm.rl.metrics import console, learned_metrics, rollout_metrics
+from megatron_dlm.rl.metrics import console, learned_metrics, rollout_metrics, staleness_metrics
 from megatron_dlm.rl.objective import PolicyObjective
 from megatron_dlm.rl.samples import Judged, dump, readable
+from megatron_dlm.rl.supply import Supply
+from megatron_dlm.rl.turns import Turns
 from megatron_dlm.rl.update import (
     UpdateSettings,
     build_rows,
@@ -31,7 +33,7 @@ from megatron_dlm.rl.update import (
     trace_item,
     update_policy,
 )
-from megatron_dlm.rollout.replicas import Job, generate, requests_for
+from megatron_dlm.rollout.replicas import Job, requests_for, roll
 from megatron_dlm.rollout.rig import RolloutRig
 from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report, Stopwatch
@@ -74,10 +76,12 @@ class TraceRLTrainer:
     ) -> None:
         self.session, self.state, self.rig, self.scorer = session, state, rig, scorer
         self.rl, self.rollout_config, self.seed = rl, rollout, seed
+        self.turns = Turns(state, rig, rl)
         progress = progress or {}
         self.step_index = progress.get("rl_step", 0)
-        self.sampler = EpochSampler(prompts, seed, Position.read(STAGE, progress.get("position")))
+        rig.engine.weight_version = progress.get("weight_version", rig.engine.weight_version)
         self.sampling = rig.sampling(rollout)
+        self.supply = Supply(prompts, STAGE, seed, rig, rollout, self.sampling, progress)
         check_budget(self._largest_item(max(len(prompt.token_ids) for prompt in prompts)), rl.max_tokens_per_row)
         self.settings = UpdateSettings(
             objective=PolicyObjective(
@@ -105,58 +109,64 @@ class TraceRLTrainer:
         return longest_prompt + response + response * -(-steps // self.rl.shrinkage)
 
     def progress(self) -> dict[str, Any]:
-        """What a resumed run needs besides the TrainState; JSON can hold it."""
-        return {"rl_step": self.step_index, "position": self.sampler.position.as_dict()}
+        """What a resumed run needs besides the TrainState and the supply's kept groups; JSON can hold it."""
+        version = self.rig.engine.weight_version
+        return {"rl_step": self.step_index, "weight_version": version, **self.supply.progress()}
 
     def step(self, report: Report) -> dict[str, float]:
-        """One RL step. Collective. Returns its metrics; all but this rank's seconds (perf/) are the same on every rank.
+        """One RL step. Collective. Returns its metrics; all but this rank's seconds and bytes (perf/, memory/) are the
+        same on every rank.
         """
         watch = Stopwatch()
-        prompts = self.sampler.take_distinct(self.rollout_config.rollout_batch_size)
-        with watch.phase("rollout_time"):
-            traces = self._generate(prompts, report)
+        during = partial(self.turns.phase, watch=watch)
+        self.turns.ledger.begin_step()
+        with during("rollout"):
+            traces = self._generate(report)
         with watch.phase("reward_time"):
-            rollout = self._grade({prompt.key: prompt for prompt in prompts}, traces)
+            rollout = self._grade(traces)
         learned, advantages = self._advantages(rollout.graded)
         metrics = rollout_metrics(rollout.graded) | learned_metrics(advantages, len(rollout.graded))
+        if self.rollout_config.over_sampling_batch_size is not None:
+            metrics |= staleness_metrics(rollout.graded, self.supply.aborted)
         if report.samples is not None and self.rl.log_samples:
             shown = readable(self.step_index + 1, rollout.judged, rollout.graded, advantages, self.rl.log_samples)
             report.keep_samples(shown)
         if learned:
-            with watch.phase("old_logprobs_time"):
+            with during("old_logprobs"):
                 prepared = self._prepare(learned, advantages, rollout.traces)
             learning_rate = self.state.learning_rate()
-            with watch.phase("train_time"):
+            with during("train"):
                 update = update_policy(self.state, prepared, self.session.vocabulary, self.settings)
             metrics |= {f"train/{name}": value for name, value in update.items()} | {"train/lr": learning_rate}
-            with watch.phase("update_weights_time"):
-                self.rig.refit()
+            with during("update_weights"):
+                refit = self.rig.refit()
+            metrics |= {"perf/refit_bytes": float(refit.moved), "perf/refit_shared_bytes": float(refit.shared)}
             trained = self.session.groups.dp_size * sum(len(rows) * length for rows, length in prepared)
             metrics["perf/train_tokens_per_sec"] = trained / watch.seconds["train_time"]
         self.step_index += 1
-        metrics |= {f"perf/{name}": seconds for name, seconds in watch.seconds.items()}
+        metrics |= {f"perf/{name}": seconds for name, seconds in watch.seconds.items()} | self.turns.ledger.metrics()
         metrics["perf/step_time"] = sum(watch.seconds.values())
         metrics["perf/rollout_tokens_per_sec"] = (
             sum(graded.length for graded in rollout.graded) / watch.seconds["rollout_time"]
         )
         return metrics
 
-    def _generate(self, prompts: list[Prompt], report: Report) -> list[Trace]:
-        """This replica's share of the responses."""
-        mine = prompts[self.rig.replica :: self.rig.num_replicas]
-        requests = requests_for(
-            mine, self.rollout_config.n_samples_per_prompt, self.sampling, Job(self.seed, self.step_index)
-        )
-        with report.bar(len(requests), f"rollout {self.step_index}") as bar:
-            return generate(self.rig.engine, requests, bar.update)
+    def _generate(self, report: Report) -> list[Trace]:
+        """The responses to learn from that this replica has."""
+        supply, samples, name = self.supply, self.rollout_config.n_samples_per_prompt, f"rollout {self.step_index}"
+        fresh, own = supply.begin(), supply.going_on(self.seed)
+        group = lambda ticket: requests_for([fresh[ticket]], samples, self.sampling, Job(self.seed, self.step_index))
+        with report.bar(len(own) + len(fresh) * samples // self.rig.num_replicas, name) as bar:
+            harvest = roll(self.rig, name, len(fresh), samples, group, own, supply.missing, bar.update)
+        return supply.settle(harvest, fresh, self.step_index)
 
-    def _grade(self, prompts: dict[str, Prompt], traces: list[Trace]) -> Rollout:
+    def _grade(self, traces: list[Trace]) -> Rollout:
         """Verdicts of this replica's responses, and the records of everybody's. Of a tensor-parallel group one rank
         judges.
         """
         if not self.rig.is_leader:
             return Rollout([], gather_graded([]))
-        decode = self.session.tokenizer.decode
+        decode, prompts = self.session.tokenizer.decode, self.supply.prompts
         texts = [decode(trace.response_ids.tolist(), skip_special_tokens=True) for trace in traces]
         verdicts = self.scorer.score([(prompts[trace.prompt_key], text) for trace, text in zip(traces, texts)])
         judged = [
@@ -181,7 +191,8 @@ class TraceRLTrainer:
         )
 
     def _record(self, index: int, trace: Trace, verdict: Verdict, too_long: bool) -> Graded:
-        item = trace_item(trace, self.settings.grid, self.settings.shrinkage)
+        item = trace_item(trace, self.settings.grid, self.settings.shrinkage, self._oldest_version())
+        lag = self.rig.engine.weight_version - trace.weight_versions
         return Graded(
             group=trace.prompt_key,
             sample=trace.sample,
@@ -197,7 +208,15 @@ class TraceRLTrainer:
             judge_failed=verdict.reason in (CRASH, TIMEOUT),
             load=Load(item.group, item.shared_length, item.own_length),
             num_targets=item.views.num_targets,
+            continued=(trace.prompt_key, trace.sample) in self.supply.continued,
+            stale=int((lag > 0).sum()),
+            version_lag=int(lag.sum()),
+            largest_lag=int(lag.max(initial=0)),
         )
+
+    def _oldest_version(self) -> int:
+        """Of the weights whose tokens this step learns; asked for before the weights are updated."""
+        return self.rig.engine.weight_version if self.rollout_config.mask_offpolicy_in_partial_rollout else 0
 
     def _advantages(self, graded: list[Graded]) -> tuple[list[Graded], dict[tuple[str, int], float]]:
         """The responses to learn from, and their advantages. Groups outside the accuracy band are left out."""
@@ -211,9 +230,11 @@ class TraceRLTrainer:
                 rewards
             ):
                 continue
-            learned += members
             values = group_advantages(rewards, self.rl.normalize_advantages_by_std)
-            advantages |= {(record.group, record.sample): float(value) for record, value in zip(members, values)}
+            for record, value in zip(members, values):
+                if record.num_targets:  # 0 where all is masked
+                    learned.append(record)
+                    advantages[record.group, record.sample] = float(value)
         return learned, advantages
 
     def _prepare(self, learned: list[Graded], advantages: dict[tuple[str, int], float], traces: list[Trace]):
@@ -221,7 +242,7 @@ class TraceRLTrainer:
         changes the weights.
         """
         groups, words = self.session.groups, self.session.tokenizer
-        settings = self.settings
+        settings = dataclasses.replace(self.settings, oldest_version=self._oldest_version())
         if self.rl.global_batch_size is not None:
             settings = dataclasses.replace(settings, num_updates=-(-len(learned) // self.rl.global_batch_size))
         else:  # a step that learned little takes fewer updates, not smaller ones than a group
@@ -242,17 +263,20 @@ class TraceRLTrainer:
         pace: Pace,
         evaluate: Callable[[int], dict[str, float]] | None,
         log_interval: int = 1,
+        log_memory: bool = False,
     ) -> None:
         """Run to --num-rollout steps, or as long as `pace` lets it.
 
         Args:
             evaluate: called with 0 before the first step and with its number after each; its metrics are recorded.
             log_interval: steps between console lines.
+            log_memory: say who holds how much memory after each phase.
 
         Raises:
             TrainingError: --max-empty-steps; the run is saved then.
         """
         last, empty = self.rl.num_rollout, 0
+        self.turns.ledger.say = report.say if log_memory else None
         if evaluate is not None and self.step_index == 0:
             metrics = evaluate(0)
             report.record(0, metrics)

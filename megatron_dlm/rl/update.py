@@ -51,7 +51,9 @@ class UpdateSettings:
             `response_weights`.
         num_updates: optimizer steps for this RL step. max_tokens_per_row: row budget. grid, shrinkage: how traces
             become views.
-        use_rollout_logprobs: take the rollout's log-probabilities as the old policy's instead of computing them again.
+        use_rollout_logprobs: take the rollout's log-probabilities as the old policy's instead of computing them again:
+            those of the weights that decided each token, of whatever version.
+        oldest_version: of the weights whose tokens are learned.
     """
 
     objective: PolicyObjective
@@ -63,11 +65,13 @@ class UpdateSettings:
     grid: Grid
     shrinkage: int
     use_rollout_logprobs: bool
+    oldest_version: int = 0
 
 
-def trace_item(trace: Trace, grid: Grid, shrinkage: int) -> Item:
-    """A trace, ready to be laid out."""
-    return Item(trace.prompt_key, trace.tokens, len(trace.prompt_ids), trace_views(trace, grid, shrinkage), grid)
+def trace_item(trace: Trace, grid: Grid, shrinkage: int, oldest_version: int = 0) -> Item:
+    """A trace, ready to be laid out; nothing is learned of tokens that older weights decided."""
+    views = trace_views(trace, grid, shrinkage, oldest_version)
+    return Item(trace.prompt_key, trace.tokens, len(trace.prompt_ids), views, grid)
 
 
 def plan_updates(
@@ -115,7 +119,10 @@ def build_rows(
     )
     rows = []
     for members in plan.ranks[dp_rank]:
-        items = [(index, trace_item(traces[index], settings.grid, settings.shrinkage)) for index in members]
+        items = [
+            (index, trace_item(traces[index], settings.grid, settings.shrinkage, settings.oldest_version))
+            for index in members
+        ]
         row = build_row(items, plan.length, mask_id, pad_id)
         response, index = row.targets.response.numpy(), row.targets.index.numpy()
         advantage = np.array([advantages[graded.group, graded.sample] for graded in records])[response]

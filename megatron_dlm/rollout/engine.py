@@ -1,17 +1,19 @@
 """The rollout engine: submit requests, step, receive traces.
 
 Sequences at different blocks and denoising steps share every pass. A pass gives each sequence the tokens whose final
-keys are not in the cache yet (the prompt's full blocks at first, later the block that was just finished) together with
-the block being denoised; under the visibility rule that is exact, so neither prefill nor the commit of a block costs a
-pass of its own, and the terminal block is never committed. The head and the softmax see masked positions only.
+keys are not in the cache yet (chunks of its prompt at first, later the block that was just finished) together with the
+block being denoised; under the visibility rule that is exact, so neither prefill nor the commit of a block costs a pass
+of its own, and the terminal block is never committed. The responses to one prompt share the pages of its full blocks,
+which are computed once. The head and the softmax see masked positions only. What a pass computes is decided in
+scheduler.py; this file carries it out.
 
 A sequence's `num_forwards` counts the passes that denoised it and the passes that only committed a block, not prefill.
-Here a commit always rides on the next denoising step, so it equals the number of denoising steps (but for an aborted
-response: the steps of its dropped block were forwards too).
+A commit rides on the next denoising step, so it equals the number of denoising steps (but for an aborted response: the
+steps of its dropped block were forwards too; and unless `fuse_commit` is off).
 
 The result is a function of the weights and of each request's key: not of the batch, of the order of submission, of the
-token limit of a pass, or of the number of replicas (in floating point, up to the rounding of the matrix products;
-docs/architecture.md).
+token budget, of pages and preemptions, or of the number of replicas (in floating point, up to the rounding of the matrix
+products; docs/architecture.md).
 
     engine.submit(requests)
     while not engine.idle:
@@ -20,27 +22,30 @@ docs/architecture.md).
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.config.errors import ConfigError
-from megatron_dlm.diffusion.keys import uniforms
-from megatron_dlm.diffusion.sampling import Draws, draw
+from megatron_dlm.config.errors import ConfigError, DataError
 from megatron_dlm.diffusion.trace import Trace
-from megatron_dlm.diffusion.unmasking import scheduled_count, select
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
-from megatron_dlm.model.policy import Vocabulary, log_normaliser, policy_scores
+from megatron_dlm.model.policy import Vocabulary
 from megatron_dlm.model.row_params import RowParams
-from megatron_dlm.rollout.batch import RunningBatch
-from megatron_dlm.rollout.kv_cache import BlockKVCache, CachedAttention, Ragged
+from megatron_dlm.rollout.attention.backends import backend
+from megatron_dlm.rollout.attention.queries import Queries
+from megatron_dlm.rollout.batch import Progress, RunningBatch
+from megatron_dlm.rollout.denoiser import Denoiser
+from megatron_dlm.rollout.kv_cache import BlockKVCache, CacheShape, num_pages
+from megatron_dlm.rollout.options import EngineOptions
+from megatron_dlm.rollout.plan import Plan, Sequence, Span
 from megatron_dlm.rollout.request import Request, check
+from megatron_dlm.rollout.rounds import Rounds
+from megatron_dlm.rollout.scheduler import Scheduler
+from megatron_dlm.rollout.stats import EngineStats
 
-_TABLE_BYTES = 2**28  # of one [rows, V] table in float64
+_FINISHED = {Progress.STOP: "stop", Progress.LENGTH: "length"}
 
 
 class Engine:
@@ -52,33 +57,25 @@ class Engine:
 
     Args:
         model: a chunk with both ends of the pipeline. Its weights are read at each pass, so an update is seen at once;
-            but running sequences keep the keys that older weights wrote, so update between rollouts or abort first.
+            call `drop_cache` after it.
         vocabulary: what the policy ranges over.
-        max_running_requests: sequences in flight.
-        max_length: longest text, prompt and terminal block included.
-        max_tokens_per_pass: sequences that would make a pass larger wait for the next one; a single one always runs.
+        options: sizes and switches.
 
     Attributes:
         weight_version: recorded with each token that is unmasked from now on; whoever changes the weights raises it.
+        stats: what was done so far.
 
     Raises:
-        ConfigError: the model is only a part of a pipeline, or its key-value heads cannot be divided.
+        ConfigError: the model is only a part of a pipeline, its key-value heads cannot be divided, or the KV cache is
+            too small for one text.
     """
 
-    def __init__(
-        self,
-        model: BlockDiffusionModel,
-        vocabulary: Vocabulary,
-        max_running_requests: int,
-        max_length: int,
-        max_tokens_per_pass: int = 8192,
-    ) -> None:
+    def __init__(self, model: BlockDiffusionModel, vocabulary: Vocabulary, options: EngineOptions) -> None:
         if not (model.pre_process and model.post_process):
             raise ConfigError(
                 "The rollout engine needs all layers on one rank. Build the rollout model with pipeline size 1."
             )
-        self.model = model
-        self.vocabulary = vocabulary
+        self.model, self.vocabulary, self.options = model, vocabulary, options
         self.tp_group = model.pg_collection.tp if dist.get_world_size(model.pg_collection.tp) > 1 else None
         config, weight = model.config, model.embedding.word_embeddings.weight
         experts = model.pg_collection.tp_ep if config.num_moe_experts is not None else None
@@ -90,24 +87,49 @@ class Engine:
                 f"--tensor-model-parallel-size {config.tensor_model_parallel_size} does not divide the "
                 f"{config.num_query_groups} key-value heads of the rollout model. Use a smaller one."
             )
-        self.cache = BlockKVCache(
-            max_running_requests, max_length, config.num_layers, kv_heads, config.kv_channels, weight.dtype, self.device
+        shape = CacheShape(config.num_layers, options.page_size, kv_heads, config.kv_channels, weight.dtype)
+        slots = options.max_running_requests
+        pages = num_pages(shape, slots, options.max_length, options.kv_cache_bytes)
+        self.cache = BlockKVCache(shape, pages, self.device)
+        self.attention = backend(options.attention_backend, shape, self.device)
+        self.logit_shift = model.logit_shift
+        self.scheduler = Scheduler(
+            slots,
+            pages,
+            options.page_size,
+            options.max_tokens_per_pass,
+            options.full_attention,
+            self.logit_shift,
+            options.share_prompts,
+            options.fuse_commit,
+            options.longest_first,
         )
-        self.batch = RunningBatch(max_running_requests, max_length, vocabulary.mask_id, self.device)
-        self.max_tokens_per_pass = max_tokens_per_pass
-        self.waiting: deque[Request] = deque()
-        self.turns: deque[int] = deque()  # the running slots; those whose last pass is longest ago come first
+        self.batch = RunningBatch(slots, options.max_length, vocabulary.mask_id, self.device)
+        widest = -(-options.max_length // options.page_size)
+        self.page_table = torch.zeros((slots, widest), dtype=torch.int64, device=self.device)
+        self.denoiser = Denoiser(self.batch, vocabulary, self.tp_group)
         self.weight_version = 0
+        self.stats = EngineStats()
+
+    # Requests -------------------------------------------------------------------------------------------------------
 
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do, here and on the ranks that share experts. Collective over these."""
-        busy = bool(self.waiting or self.turns)
+        busy = bool(self.scheduler.waiting or self.scheduler.running)
         if self.expert_group is not None:
             anywhere = torch.tensor(int(busy), device=self.device)
             dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.expert_group)
             busy = bool(anywhere)
         return not busy
+
+    @property
+    def vacancies(self) -> int:
+        """About how many more requests would start at once: as far as slots reach, and pages for texts half as long as
+        they may get. Below 0 where more than these wait already.
+        """
+        half = -(-self.options.max_length // (2 * self.options.page_size))
+        return self.scheduler.vacancies(half)
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests.
@@ -117,53 +139,14 @@ class Engine:
         """
         requests = list(requests)
         for request in requests:
-            check(request, self.cache.max_length)
-        self.waiting.extend(requests)
-
-    def abort(self) -> list[Trace]:
-        """Stop everything: waiting requests are forgotten, running ones return their finished blocks ('abort')."""
-        self.waiting.clear()
-        traces = []
-        for slot in sorted(self.turns):
-            end = max(int(self.batch.start[slot]), int(self.batch.prompt_length[slot]))
-            # The block in progress is dropped: a trace ends with a complete block.
-            self.batch.start[slot] -= self.batch.block_size[slot]
-            traces.append(self.batch.trace(slot, end, "abort"))
-            self.batch.release(slot)
-        self.turns.clear()
-        return traces
-
-    @torch.no_grad()
-    def step(self) -> list[Trace]:
-        """One pass: the running sequences that fit into it take one denoising step each.
-
-        Returns: the responses that it completed.
-        """
-        while self.waiting and self.batch.free:
-            self.turns.append(self.batch.admit(self.waiting.popleft()))
-        if not self.turns:
-            self._lend_experts()
-            return []
-        slot = self._next_in_turn()
-        self._denoise(slot)
-        traces = self._advance(slot)
-        self.turns.extend(one for one in slot.tolist() if self.batch.request[one] is not None)
-        return traces
-
-    def _lend_experts(self) -> None:
-        """Take part in a pass of the replicas that use this rank's experts, with one token of no sequence."""
-        if self.expert_group is None:
-            return
-        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-        alone = CachedAttention(self.cache, Ragged(zero, [1], zero, zero, zero + 1, [1]))  # writes to a free slot
-        self.model.forward_tokens(zero, RowParams(position=zero, slots=zero, attention=alone))
-
-    def _next_in_turn(self) -> Tensor:
-        """Take from `turns` the slots of this pass, int64 [n]: as many as the token limit allows, and at least one."""
-        counts = self.batch.num_queries(torch.tensor(self.turns, device=self.device))
-        fitting = int((counts.cumsum(0) <= self.max_tokens_per_pass).sum())
-        taken = [self.turns.popleft() for _ in range(max(fitting, 1))]
-        return torch.tensor(taken, device=self.device)
+            check(request, self.options.max_length, self.options.full_attention)
+            pages = self.scheduler.most_pages(request)
+            if pages > self.cache.pages:
+                raise DataError(
+                    f"Prompt {request.prompt_key} needs {pages} pages of the KV cache, which has {self.cache.pages}. "
+                    "Give the cache more memory, or shorten the prompt or the response."
+                )
+        self.scheduler.submit(requests)
 
     def run(self, requests: Iterable[Request]) -> list[Trace]:
         """Submit and step until all are done; traces in order of completion."""
@@ -173,114 +156,211 @@ class Engine:
             traces += self.step()
         return traces
 
-    def _denoise(self, slot: Tensor) -> None:
-        """The pass, the draw at every masked position, and the unmasking."""
-        batch, ragged = self.batch, self.batch.ragged(slot)
-        token_slot = slot[ragged.sequence]
-        tokens = batch.tokens[token_slot, ragged.position]
-        masked = torch.nonzero(~batch.known[token_slot, ragged.position])[:, 0]  # [N], all in the current blocks
-        params = RowParams(position=ragged.position, slots=masked, attention=CachedAttention(self.cache, ragged))
-        logits = self.model.forward_tokens(tokens, params)  # [N, V / TP]
-        where, position = token_slot[masked], ragged.position[masked]
-        draws = self._draw(logits, where, position)
-        chosen = self._select(slot, ragged.sequence[masked], position - batch.start[where], draws.confidence)
-        where, position = where[chosen], position[chosen]
-        batch.tokens[where, position] = draws.token[chosen]
-        batch.known[where, position] = True
-        batch.step[where, position] = batch.steps_taken[where] + 1
-        batch.logprob[where, position] = draws.logprob[chosen].double()
-        batch.sampling_logprob[where, position] = draws.sampling_logprob[chosen].double()
-        batch.version[where, position] = self.weight_version
-
-    def _draw(self, logits: Tensor, where: Tensor, position: Tensor) -> Draws:
-        """One token for each of the N masked positions, in parts: each makes several float64 tables of its size.
+    def abort(self, keys: Iterable[tuple[str, int]] | None = None) -> list[Trace]:
+        """Stop responses.
 
         Args:
-            logits: [N, V / TP].
-            where, position: int64 [N], slots and positions in the text.
+            keys: (prompt key, sample) of those to stop; None stops all.
+
+        Returns:
+            For each that was running its finished blocks, and for one that waited and had been begun before what it had
+            then ('abort'): a Request with it as `partial` goes on from there. Others that waited are forgotten.
         """
-        batch, parts = self.batch, []
-        rows = max(1, _TABLE_BYTES // (8 * self.model.vocab_size))
-        for logits_part, slot, place in zip(logits.split(rows), where.split(rows), position.split(rows)):
-            uniform = uniforms(batch.stream[slot], place, batch.steps_taken[slot])
-            policy = self._policy(logits_part, batch.temperature[slot])
-            parts.append(draw(policy, uniform, batch.greedy[slot], batch.top_k[slot], batch.top_p[slot]))
-        return Draws(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws)))
+        stopped = None if keys is None else set(keys)
+        wanted = lambda request: stopped is None or (request.prompt_key, request.sample) in stopped
+        waiting = [request.partial for request in self.scheduler.take_waiting(wanted) if request.partial is not None]
+        running = [one for one in self.scheduler.running.values() if wanted(one.request)]
+        ends = [max(one.start, len(one.request.prompt_ids)) for one in running]
+        traces = self.batch.traces(running, ends, ["abort"] * len(running)) if running else []
+        for one in running:
+            self.scheduler.finish(one)
+        return waiting + traces
 
-    def _policy(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """Log-probabilities over the whole vocabulary, [N, V]."""
-        scores = policy_scores(logits, temperature, self.vocabulary, self.tp_group)
-        policy = scores - log_normaliser(scores, self.tp_group)[:, None]
-        if self.tp_group is None:
-            return policy
-        shards = [torch.empty_like(policy) for _ in range(dist.get_world_size(self.tp_group))]
-        dist.all_gather(shards, policy.contiguous(), group=self.tp_group)
-        return torch.cat(shards, dim=-1)
+    # Memory ---------------------------------------------------------------------------------------------------------
 
-    def _select(self, slot: Tensor, sequence: Tensor, column: Tensor, confidence: Tensor) -> Tensor:
-        """Which of the N masked positions to unmask, bool [N].
+    def drop_cache(self) -> None:
+        """Forget all keys and values, because the weights have changed; running sequences compute theirs again."""
+        self.batch.restart_block(self.scheduler.drop_cache())
 
-        Args:
-            slot: int64 [n], the slots of the pass.
-            sequence, column: int64 [N], where the positions stand in a table of the n blocks.
-            confidence: [N].
+    def sleep(self) -> None:
+        """Give the KV cache's memory back. Sequences that are running compute their keys again when it is taken anew,
+        by the next `step`.
         """
-        batch = self.batch
-        block_size, denoising_steps = batch.block_size[slot], batch.denoising_steps[slot]
-        taken = batch.block_steps[slot]
-        shape = (len(slot), int(block_size.max()))
-        table = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        table[sequence, column] = confidence.double()
-        masked = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        masked[sequence, column] = True
-        count = scheduled_count(block_size, denoising_steps, taken)
-        chosen = select(
-            batch.remasking[slot], table, masked, count, batch.threshold[slot], taken + 1 >= denoising_steps
+        self.drop_cache()
+        self.cache.sleep()
+
+    def wake(self) -> None:
+        """Take the KV cache's memory; nothing changes if it is there."""
+        self.cache.wake()
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory that the KV cache takes now."""
+        return self.cache.nbytes
+
+    # Passes ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> list[Trace]:
+        """One pass: the running sequences that fit into it take one denoising step each, prompts come a chunk nearer.
+        Or, where nothing is to be decided in between, `rounds_per_sync` of them.
+
+        Returns: the responses that it completed.
+        """
+        self.wake()
+        if self.options.rounds_per_sync > 1 and self.expert_group is None:
+            sequences = self.scheduler.for_rounds(self.options.rounds_per_sync)
+            if sequences is not None:
+                return self._rounds(sequences)
+        with self.stats.phase("schedule"):
+            plan = self.scheduler.plan()
+            self._prepare(plan)
+        if not plan.spans:
+            self._lend_experts()
+            return []
+        with self.stats.phase("schedule"):
+            slot = torch.tensor([span.slot for span in plan.spans], device=self.device)
+            queries = self._queries(plan.spans, slot)
+        self._count(plan)
+        denoised = [index for index, span in enumerate(plan.spans) if span.denoise]
+        self._denoise(slot, queries, torch.tensor(denoised, dtype=torch.int64, device=self.device))
+        return self._collect([plan.spans[index] for index in denoised], slot[denoised])
+
+    def _prepare(self, plan: Plan) -> None:
+        """Bring tables and cache to the state in which the pass was planned."""
+        self.batch.admit(plan.starts)
+        self.batch.restart_block(plan.restarts)
+        self.cache.copy(plan.copies)
+        self._set_page_tables(plan.tables)
+
+    def _set_page_tables(self, tables: Mapping[int, list[int]]) -> None:
+        """By slot."""
+        if tables:
+            width = max(map(len, tables.values()))
+            rows = [[*pages, *[0] * (width - len(pages))] for pages in tables.values()]
+            self.page_table[torch.tensor(list(tables), device=self.device), :width] = torch.tensor(
+                rows, device=self.device
+            )
+
+    def _queries(self, spans: list[Span], slot: Tensor) -> Queries:
+        blocks = None
+        if not self.options.full_attention:
+            blocks = [self.scheduler.running[span.slot].request.sampling.block_size for span in spans]
+        return Queries.of(spans, blocks, self.page_table, slot, self.options.page_size)
+
+    def _lend_experts(self) -> None:
+        """Take part in a pass of the replicas that use this rank's experts, with one token of no sequence."""
+        if self.expert_group is None:
+            return
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        nothing = zero[:0]
+        alone = Queries(self.page_table[:1], self.options.page_size, [1], [1], zero, zero, zero + 1, nothing, nothing)
+        self.model.forward_tokens(
+            zero, RowParams(position=zero, slots=zero, attention=self.attention(self.cache, alone))
         )
-        return chosen[sequence, column]
 
-    def _advance(self, slot: Tensor) -> list[Trace]:
-        """Count the step; move finished blocks on; hand out finished responses."""
+    def _denoise(self, slot: Tensor, queries: Queries, denoised: Tensor) -> None:
+        """The pass, the draw at every masked position, and the unmasking.
+
+        Args:
+            slot: int64 [n], of the spans. denoised: int64, the spans that take a denoising step.
+        """
+        batch, stats = self.batch, self.stats
+        with stats.phase("model"):
+            token_slot, position = slot[queries.sequence], queries.position
+            read = self._read(token_slot, position, queries.sequence, denoised)
+            params = RowParams(
+                position=position, slots=read - self.logit_shift, attention=self.attention(self.cache, queries)
+            )
+            logits = self.model.forward_tokens(batch.tokens[token_slot, position], params)  # [N, V / TP]
+        if not len(read):
+            return
+        with stats.phase("sample"):
+            stats.head_tokens += len(read)
+            self.denoiser.step(logits, slot, queries.sequence[read], position[read], self.weight_version)
+
+    def _read(self, token_slot: Tensor, position: Tensor, sequence: Tensor, denoised: Tensor) -> Tensor:
+        """The tokens of the pass that may be unmasked now: in the current block of a span that denoises. int64 [N]."""
         batch = self.batch
-        batch.steps_taken[slot] += 1
-        batch.block_steps[slot] += 1
-        batch.forwards[slot] += 1
-        batch.cached[slot] = batch.start[slot]  # the pass stored everything before the current block in its final form
-        end = batch.start[slot] + batch.block_size[slot]
-        column = torch.arange(int(batch.block_size[slot].max()), device=self.device)
-        position = batch.start[slot][:, None] + column
-        inside = position < end[:, None]
-        position = position.clamp(max=self.cache.max_length - 1)
-        done = torch.nonzero((batch.known[slot[:, None], position] | ~inside).all(1))[:, 0]
-        traces, going_on = [], []
-        finished, blocks = slot[done], batch.tokens[slot[done, None], position[done]]
-        # The host reads what it needs of all finished blocks at once: on a GPU each reading waits for the device.
-        for one, start, tokens in zip(finished.tolist(), batch.start[finished].tolist(), blocks.tolist()):
-            response_end, reason = self._response_end(batch.request[one], start, tokens)
-            if reason is not None:
-                traces.append(batch.trace(one, response_end, reason))
-                batch.release(one)
-            else:
-                going_on.append(one)
-        if going_on:
-            moved = torch.tensor(going_on, device=self.device)
-            batch.start[moved] += batch.block_size[moved]
-            batch.block_steps[moved] = 0
+        wanted = (position >= batch.start[token_slot]) & (position < batch.block_end[token_slot])
+        if self.options.masked_head:
+            wanted &= ~batch.known[token_slot, position]
+        is_denoised = torch.zeros(int(sequence[-1]) + 1, dtype=torch.bool, device=self.device)
+        is_denoised[denoised] = True
+        return torch.nonzero(wanted & is_denoised[sequence])[:, 0]
+
+    def _rounds(self, sequences: list[Sequence]) -> list[Trace]:
+        """Some passes of the same sequences; the host looks at what became of them at the end."""
+        stats, slots = self.stats, [one.slot for one in sequences]
+        with stats.phase("schedule"):
+            self._set_page_tables({one.slot: one.pages for one in sequences})
+            longest = max(len(one.pages) for one in sequences) * self.options.page_size
+            rounds = Rounds(self.batch, self.page_table, self.options.page_size, self.cache.scratch, sequences, longest)
+        for _ in range(self.options.rounds_per_sync):
+            rounds.round(self._forward_round, self._decide_round)
+        with stats.phase("collect"):
+            finished = []
+            for one, (progress, end, *standing) in zip(sequences, rounds.outcome()):
+                self.scheduler.after_rounds(one, *standing)
+                if progress in _FINISHED:
+                    finished.append((one, end, _FINISHED[progress]))
+            traces = self._hand_out(finished)
+        stats.passes += self.options.rounds_per_sync
+        steps, committed = int(rounds.steps), int(rounds.committed)
+        stats.denoising_steps += steps
+        stats.forwards += steps
+        stats.denoise_tokens += steps * rounds.block
+        stats.commit_tokens += committed * rounds.block
+        stats.head_tokens += len(slots) * rounds.block * self.options.rounds_per_sync
         return traces
 
-    @staticmethod
-    def _response_end(request: Request, start: int, tokens: list[int]) -> tuple[int, str | None]:
-        """Where a response ends if it ends in the block just finished, and why; reason None if it goes on.
+    def _forward_round(self, tokens: Tensor, queries: Queries, slots: Tensor) -> Tensor:
+        with self.stats.phase("model"):
+            attention = self.attention(self.cache, queries)
+            return self.model.forward_tokens(
+                tokens, RowParams(position=queries.position, slots=slots, attention=attention)
+            )
 
-        Args:
-            start: first position of the block.
-            tokens: its tokens; anything after them.
-        """
-        sampling, prompt = request.sampling, len(request.prompt_ids)
-        limit, block_end = prompt + sampling.max_new_tokens, start + sampling.block_size
-        first = max(start, prompt)
-        if not sampling.ignore_eos:
-            for offset, token in enumerate(tokens[first - start : min(block_end, limit) - start]):
-                if token in sampling.stop_token_ids:
-                    return first + offset + 1, "stop"
-        return (limit, "length") if block_end >= limit else (block_end, None)
+    def _decide_round(self, logits: Tensor, slot: Tensor, position: Tensor, masked: Tensor) -> None:
+        with self.stats.phase("sample"):
+            self.denoiser.step_blocks(logits, slot, position, masked, self.weight_version)
+
+    def _collect(self, spans: list[Span], slot: Tensor) -> list[Trace]:
+        """Count the step; move finished blocks on; hand out finished responses."""
+        if not spans:
+            return []
+        with self.stats.phase("collect"):
+            finished = []
+            for span, (progress, end) in zip(spans, self.batch.advance(slot).tolist()):
+                sequence = self.scheduler.running[span.slot]
+                self.scheduler.stepped(sequence, progress == Progress.NEXT_BLOCK)
+                if progress in _FINISHED:
+                    finished.append((sequence, end, _FINISHED[progress]))
+            return self._hand_out(finished)
+
+    def _hand_out(self, finished: list[tuple[Sequence, int, str]]) -> list[Trace]:
+        """The traces of sequences, each with the end of its response and the reason; they are let go."""
+        if not finished:
+            return []
+        traces = self.batch.traces(*zip(*finished))
+        for sequence, _, _ in finished:
+            self.scheduler.finish(sequence)
+        self.stats.finished += len(traces)
+        self.stats.response_tokens += sum(len(trace.response_ids) for trace in traces)
+        return traces
+
+    def _count(self, plan: Plan) -> None:
+        stats = self.stats
+        stats.passes += 1
+        for span in plan.spans:
+            current = max(span.end - max(span.start, span.first), 0)
+            before = span.end - span.first - current
+            stats.denoise_tokens += current
+            stats.commit_tokens += before if span.commit else 0
+            stats.prefill_tokens += 0 if span.commit else before
+            stats.denoising_steps += span.denoise
+            stats.forwards += span.denoise or span.commit
+        commits_only = [span.slot for span in plan.spans if span.commit and not span.denoise]
+        if commits_only:
+            self.batch.forwards[torch.tensor(commits_only, device=self.device)] += 1
+        stats.preemptions, stats.shared_tokens = self.scheduler.num_preemptions, self.scheduler.num_shared_tokens

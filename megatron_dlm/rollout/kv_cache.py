@@ -1,139 +1,144 @@
-"""The block KV cache, and attention over it.
+"""The memory of the block KV cache: pages of keys and values, in every layer.
 
-Each running sequence owns one slot: room for the keys and values of its whole text, in every layer. A forward pass
-writes the tokens that it is given and reads everything up to the end of each query's block, so the same pass serves
-prompt blocks, a finished block whose final keys are not yet stored, and the block that is being denoised, whose keys
-are overwritten at each step.
+Who holds which page is decided by the scheduler (scheduler.py, pages.py); here is only the storage. It is given back
+between rollouts (`sleep`) and taken again when it is needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_dlm.model.attention import masked_attention
-from megatron_dlm.model.buckets import by_length
+from megatron_dlm.config.errors import ConfigError
 
-_FEW_QUERIES, _FEW_KEYS = 32, 256  # sequences with up to so many share a call whatever their lengths
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """Of this rank's part of the model: `layers` x pages x (key, value) x `kv_heads` x `page_size` x `head_dim`."""
+
+    layers: int
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page in all layers."""
+        return self.layers * 2 * self.page_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+def num_pages(shape: CacheShape, sequences: int, longest: int, limit_bytes: int | None) -> int:
+    """How many pages a cache gets: enough for `sequences` texts of `longest` tokens, each with one page of its own
+    besides those that it shares; fewer if the limit is lower.
+
+    Raises:
+        ConfigError: the limit is too low for one such text.
+    """
+    one = -(-longest // shape.page_size) + 1
+    wanted = sequences * one
+    if limit_bytes is None:
+        return wanted
+    allowed = limit_bytes // shape.page_bytes
+    if allowed < one:
+        raise ConfigError(
+            f"A KV cache of {limit_bytes / 2**20:,.1f} MiB is too small: one text of {longest} tokens needs "
+            f"{one * shape.page_bytes / 2**20:,.1f} MiB. Give it more memory, or allow shorter prompts and responses."
+        )
+    return min(wanted, allowed)
 
 
 class BlockKVCache:
-    """Keys and values of running sequences.
+    """Keys and values in pages, and one page more (`scratch`), which is written and never read.
 
-    Args:
-        num_slots: sequences that fit at once.
-        max_length: tokens per sequence.
-        num_layers, kv_heads, head_dim: of this rank's part of the model.
+    Attributes:
+        storage: [layers, pages + 1, 2 (key, value), kv heads, page_size, head dim]; empty while asleep. The tokens of a
+            head lie together, so a gather of pages (`gather`) copies long runs and gives, without another copy, what a
+            batched product of each head wants.
     """
 
-    def __init__(
-        self,
-        num_slots: int,
-        max_length: int,
-        num_layers: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        shape = (num_layers, 2, num_slots, max_length, kv_heads, head_dim)
-        # Zeros, because a slot beyond a sequence's end is masked but still multiplied, and 0 x NaN would be NaN.
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, shape: CacheShape, pages: int, device: torch.device) -> None:
+        self.shape, self.pages, self.device = shape, pages, device
+        self.sleep()
+
+    # Memory ---------------------------------------------------------------------------------------------------------
 
     @property
-    def max_length(self) -> int:
-        return self.storage.shape[3]
+    def scratch(self) -> int:
+        return self.pages
 
+    @property
+    def asleep(self) -> bool:
+        return self.storage.numel() == 0
 
-@dataclass(frozen=True, slots=True)
-class Ragged:
-    """A batch of n sequences, each with its own number of query tokens, one sequence after the other; T tokens in all.
+    @property
+    def nbytes(self) -> int:
+        return self.storage.nbytes
 
-    Attributes:
-        slot: int64 [n], cache slot of each sequence.
-        count: the n numbers of query tokens, each at least 1.
-        sequence: int64 [T], which of the n sequences a token belongs to.
-        position: int64 [T], its position in the text.
-        last_visible: int64 [T], one past the last position that it may see: the end of its block.
-        key_length: per sequence, one past the last position that any of its tokens sees.
-    """
+    def sleep(self) -> None:
+        """Give the memory back; what was stored is lost."""
+        self.storage = torch.empty(0, dtype=self.shape.dtype, device=self.device)
 
-    slot: Tensor
-    count: list[int]
-    sequence: Tensor
-    position: Tensor
-    last_visible: Tensor
-    key_length: list[int]
+    def wake(self) -> None:
+        """Take the memory. Does nothing when awake."""
+        if self.asleep:
+            shape = self.shape
+            size = (shape.layers, self.pages + 1, 2, shape.kv_heads, shape.page_size, shape.head_dim)
+            # Zeros: what stands beyond a text's end is masked, but still multiplied, and 0 x NaN would be NaN.
+            self.storage = torch.zeros(size, dtype=shape.dtype, device=self.device)
 
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages, (source, destination), in all layers; every source is read before any destination is written."""
+        if pairs:
+            source, destination = torch.tensor(pairs, device=self.device).T
+            self.storage[:, destination] = self.storage[:, source]
 
-@dataclass(frozen=True, slots=True)
-class _Bucket:
-    """Sequences that are attended to in one call: m of them, padded to Q queries and K keys.
+    # Writing and reading --------------------------------------------------------------------------------------------
 
-    Attributes:
-        slot: int64 [m].
-        key_length: K.
-        token: int64 [m, Q], the query tokens; the last one of a shorter sequence is repeated.
-        mask: bool [m, 1, Q, K].
-        line, place: int64 [t], lines of the flattened [m * Q] output that are no repetition, and their tokens.
-    """
+    def lines(self, destination: Tensor) -> Tensor:
+        """Where the keys and values of tokens go, for `store`. The same in every layer.
 
-    slot: Tensor
-    key_length: int
-    token: Tensor
-    mask: Tensor
-    line: Tensor
-    place: Tensor
+        Args:
+            destination: int64 [W], page x page size + offset.
 
+        Returns: int64 [2, W * kv heads].
+        """
+        heads, size = self.shape.kv_heads, self.shape.page_size
+        page, offset = destination // size, destination % size
+        head = torch.arange(heads, device=self.device)
+        key = ((2 * page[:, None] * heads + head) * size + offset[:, None]).flatten()
+        return torch.stack([key, key + heads * size])
 
-class CachedAttention:
-    """Attention of a ragged batch over the cache (row_params.Attention): write the batch's keys and values, then read.
+    def store(self, layer: int, lines: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write keys and values [W, kv heads, head dim] of a layer (from 1) to their `lines`."""
+        memory = self.storage[layer - 1].view(-1, self.shape.head_dim)
+        memory.index_copy_(0, lines[0], k.reshape(-1, self.shape.head_dim))
+        memory.index_copy_(0, lines[1], v.reshape(-1, self.shape.head_dim))
 
-    What is visible: every position before the end of the query's block. Later blocks of the same pass are excluded by
-    that; what an earlier pass wrote beyond it is overwritten before it can be read.
+    def places(self, pages: Tensor) -> Tensor:
+        """Where the keys and values of texts are, for `gather`. The same in every layer.
 
-    Sequences with similar numbers of queries and of keys share a call, so a long prompt among sequences that decode a
-    block each costs its own length only.
-    """
+        Args:
+            pages: int64 [m, P].
 
-    def __init__(self, cache: BlockKVCache, batch: Ragged) -> None:
-        self.cache = cache
-        self.batch = batch
-        self.token_slot = batch.slot[batch.sequence]
-        self.buckets = [
-            self._bucket([members[index] for index in close])
-            for members in by_length(batch.count, floor=_FEW_QUERIES)
-            for close in by_length([batch.key_length[index] for index in members], floor=_FEW_KEYS)
-        ]
+        Returns: int64 [2 * m * kv heads * P].
+        """
+        heads = self.shape.kv_heads
+        ahead = lambda count: torch.arange(count, device=self.device)
+        page, kind, head = pages[None, :, None, :], ahead(2)[:, None, None, None], ahead(heads)[None, None, :, None]
+        return ((2 * page + kind) * heads + head).flatten()
 
-    def _bucket(self, members: list[int]) -> _Bucket:
-        batch, device = self.batch, self.batch.slot.device
-        member = torch.tensor(members, device=device)
-        count = torch.tensor(batch.count, device=device)
-        first = (count.cumsum(0) - count)[member, None]
-        queries = max(batch.count[index] for index in members)
-        offset = torch.arange(queries, device=device)
-        token = first + torch.minimum(offset, count[member, None] - 1)
-        key_length = max(batch.key_length[index] for index in members)
-        mask = torch.arange(key_length, device=device) < batch.last_visible[token][:, :, None]
-        line = torch.nonzero((offset < count[member, None]).flatten())[:, 0]
-        return _Bucket(batch.slot[member], key_length, token, mask[:, None], line, token.flatten()[line])
+    def gather(self, layer: int, places: Tensor, texts: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of m texts in a layer (from 1), each [m * kv heads, P * page size, head dim]."""
+        shape = self.shape
+        runs = self.storage[layer - 1].view(-1, shape.page_size * shape.head_dim)
+        keys, values = runs.index_select(0, places).view(2, texts * shape.kv_heads, -1, shape.head_dim)
+        return keys, values
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        tokens, _, heads, dim = q.shape
-        keys, values = self.cache.storage[layer - 1]
-        keys[self.token_slot, self.batch.position] = k[:, 0]
-        values[self.token_slot, self.batch.position] = v[:, 0]
-        result = q.new_empty(tokens, heads * dim)
-        for bucket in self.buckets:
-            out = masked_attention(
-                q[:, 0][bucket.token].transpose(1, 2),
-                keys[bucket.slot, : bucket.key_length].transpose(1, 2),
-                values[bucket.slot, : bucket.key_length].transpose(1, 2),
-                bucket.mask,
-                scale,
-            )
-            result[bucket.place] = out.flatten(0, 1)[bucket.line]
-        return result[:, None]
+    def paged(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer (from 1) in place, each [pages, page size, kv heads, head dim]."""
+        keys, values = self.storage[layer - 1].transpose(2, 3).unbind(1)
+        return keys, values

@@ -1,28 +1,30 @@
-"""Carry the trained weights to the rollout model of the same processes.
+"""Carry the trained weights to the rollout model of the same processes, whatever the two layouts are.
 
-The rollout layout has the tensor and expert shards of training, and no pipeline (parallel/groups.py). So there are two
-cases:
-
-  - no pipeline in training: every shard is the same on both sides. `bind` puts the training parameters themselves into
-    the rollout model, which may have been built on the meta device; nothing is ever copied. `Refit` also works, for a
-    rollout model with storage of its own.
-  - pipeline stages: the ranks of a pipeline group together hold what each of them needs. `Refit` lets the owner of each
-    layer broadcast it within the group, in buckets, so the extra memory is one bucket. (megatron-core's resharding,
-    which can also change the tensor size, sees the first virtual chunk only, carries no buffers, and stages a whole
-    copy of the model.)
-
-    refit = Refit(state, rollout_model)
+    refit = Refit(state, rollout_model)      # the model is best built on the meta device
     for step in ...:
         traces = rollout(rollout_model)
         train_step(state, ...)
         refit.run()                          # the next rollout sees the new weights
 
+What a rank needs just as it trains it is shared: the rollout model gets the training parameter itself, and nothing is
+ever copied. That is decided for each tensor: where only the experts are laid out otherwise, only they move. The rest
+gets storage of its own, and each refit copies into it what reshard_plan.py has planned, once, when the Refit is built:
+slices that the rank trains itself directly, slices of other ranks through megatron-core's executor (transport.py) in
+batches, so that the extra memory is one bucket.
+
+megatron-core has a planner too. It looks at the first virtual chunk only, at parameters and no buffers, and does not
+find experts of its own CPU layers on another rank; so the plan is ours.
+
+Sharing survives whatever moves the storage of a training parameter (`parameter.data = ...`), for the object is the
+same; `run` puts the objects in place again, in case some were replaced.
+
 Invariants (tests/rollout/test_refit.py): afterwards every rollout parameter equals, bit by bit, the training parameter
-of that name; bound ones share its address.
+of that name; shared ones have its address; a model in the layout of training moves nothing.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,132 +36,164 @@ from torch import Tensor, nn
 
 from megatron_dlm import platform
 from megatron_dlm.parallel.exchange import gather_objects
+from megatron_dlm.rollout.refit_check import check_weights
+from megatron_dlm.rollout.reshard_plan import Shard, bytes_of, canonical, is_expert, plan_refit
+from megatron_dlm.rollout.transport import PointToPoint, carry, operations, slices
 from megatron_dlm.training.state import TrainState, global_names
 
-BUCKET_BYTES = 256 * 2**20
+BUCKET_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class RefitReport:
-    """What one refit moved on this rank: bytes written into the rollout model, and how long it took."""
+    """What one refit did on this rank.
 
-    bytes: int
+    Attributes:
+        received: bytes that came from other ranks.
+        copied: bytes that were copied within this rank.
+        shared: bytes of the rollout model that are training storage.
+        seconds: how long it took, the check of `verify` left out.
+    """
+
+    received: int
+    copied: int
+    shared: int
     seconds: float
 
+    @property
+    def moved(self) -> int:
+        """Bytes written into the rollout model."""
+        return self.received + self.copied
 
-def bind(train_model: nn.Module, rollout_model: nn.Module) -> None:
-    """Make the rollout model use the parameters and buffers of the training model: the same objects, not copies.
 
-    Both must be built alike (same layer spec, same shards, no pipeline). Buffers that only the rollout model has, such
-    as a cache, are left alone. Call it again if the training model's parameters are ever replaced; when only their data
-    moves, the rollout model follows by itself.
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where a tensor of the rollout model hangs: `owner` is a module's table of parameters or of buffers."""
 
-    Raises:
-        ValueError: names or shapes of the parameters differ.
-    """
-    trained = dict(train_model.named_parameters(remove_duplicate=False))
-    wanted = dict(rollout_model.named_parameters(remove_duplicate=False))
-    _check_same(trained, wanted)
-    buffers = dict(train_model.named_buffers(remove_duplicate=False))
-    for path, module in rollout_model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for name in module._parameters:
-            if module._parameters[name] is not None:
-                module._parameters[name] = trained[prefix + name]
-        for name in module._buffers:
-            if prefix + name in buffers:
-                module._buffers[name] = buffers[prefix + name]
+    name: str
+    owner: dict[str, Tensor | None]
+    key: str
 
 
 class Refit:
-    """Copies the weights of a TrainState into a rollout model, as often as `run` is called. Building it is collective
-    over the pipeline group.
+    """Carries the weights of a TrainState to a rollout model, as often as `run` is called. Collective over the world,
+    as is building it.
+
+    Args:
+        rollout_model: without pipeline stages, with its own `pg_collection`, of the same layers. What it does not
+            share gets storage if it has none (meta device). Buffers that only it has, such as a cache, are left alone.
+        bucket_bytes: most bytes that a rank stages at a time.
+        verify: compare all weights after each refit (refit_check.py).
+
+    Raises:
+        ValueError: names, sizes or types of the two models do not fit.
     """
 
-    def __init__(self, state: TrainState, rollout_model: nn.Module, bucket_bytes: int = BUCKET_BYTES) -> None:
-        """
-        Raises:
-            ValueError: the rollout model has a parameter that no stage trains, or of another shape.
-        """
-        self.state, self.rollout_model = state, rollout_model
-        here = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(state)}
-        stages = gather_objects(here, state.groups.pp)
-        owners: dict[str, int] = {}
-        for stage, names in reversed(list(enumerate(stages))):
-            owners.update(dict.fromkeys(names, stage))  # the first stage that has it: tied embeddings live on two
-        parameters = dict(rollout_model.named_parameters())
-        everything = {name: stages[owner][name] for name, owner in owners.items()}
-        _check_same({name: everything[name] for name in everything if name in parameters}, parameters)
-        targets = [name for name in chain(parameters, dict(rollout_model.named_buffers())) if name in owners]
-        self.buckets = _fill_buckets(targets, owners, everything, bucket_bytes)
+    def __init__(
+        self, state: TrainState, rollout_model: nn.Module, bucket_bytes: int = BUCKET_BYTES, verify: bool = False
+    ) -> None:
+        self.state, self.rollout_model, self.verify = state, rollout_model, verify
+        self.transport = PointToPoint()
+        trained = [_shard(name, tensor, state.groups.pg_collection) for name, tensor in self._training().items()]
+        training = gather_objects(trained)
+        known = {shard.name: shard for shards in training for shard in shards}
+        self.slots = [slot for slot in _slots(rollout_model) if slot.name in known or not _is_buffer(slot)]
+        wanted = [_shard_like(known.get(slot.name), slot, rollout_model.pg_collection) for slot in self.slots]
+        rank = dist.get_rank()
+        ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        plan = plan_refit(training, gather_objects(wanted), bucket_bytes, ranks_per_host)
+        self.shared = plan.shared[rank]
+        self.copies = [copy for copy in plan.local if copy.target == rank]
+        self.batches = [operations(batch, rank) for batch in plan.batches]
+        self.received = sum(copy.nbytes for batch in plan.batches for copy in batch if copy.target == rank)
+        self.shared_bytes = sum(bytes_of(shard) for shard in wanted if shard.name in self.shared)
+        self._give_storage()
 
     @torch.no_grad()
     def run(self) -> RefitReport:
-        """Bring the rollout model up to date. Collective over the pipeline group."""
+        """Bring the rollout model up to date.
+
+        Raises:
+            TrainingError: `verify` found a difference.
+        """
         start = time.monotonic()
-        self.state.gather_parameters()
-        groups, mine = self.state.groups, dict(_tensors(self.state))
-        targets = dict(chain(self.rollout_model.named_parameters(), self.rollout_model.named_buffers()))
-        written = 0
-        for owner, dtype, names in self.buckets:
-            if groups.pp_size == 1:
-                for name in names:
-                    targets[name].copy_(mine[name])
-            else:
-                self._broadcast(owner, dtype, [(mine.get(name), targets[name]) for name in names])
-            written += sum(targets[name].nbytes for name in names)
+        self.state.gather_parameters()  # the optimizer may still owe this rank other ranks' parts
+        training = self._training()
+        self._share(training)
+        targets = {slot.name: slot.owner[slot.key] for slot in self.slots}
+        for copy in self.copies:
+            targets[copy.name][slices(copy.target_region)].copy_(training[copy.name][slices(copy.source_region)])
+        for batch in self.batches:
+            carry(batch, training, targets, self.transport)
         platform.synchronize()
-        return RefitReport(written, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        if self.verify:
+            check_weights(self.state, self.rollout_model)
+        return RefitReport(self.received, sum(copy.nbytes for copy in self.copies), self.shared_bytes, seconds)
 
-    def _broadcast(self, owner: int, dtype: torch.dtype, pairs: list[tuple[Tensor | None, Tensor]]) -> None:
-        """Send one bucket of (source on the owner, target) from the owning stage to all stages."""
-        groups = self.state.groups
-        if groups.pp_rank == owner:
-            flat = torch.cat([source.reshape(-1) for source, _ in pairs])
-        else:
-            flat = torch.empty(sum(target.numel() for _, target in pairs), dtype=dtype, device=platform.device())
-        dist.broadcast(flat, src=dist.get_global_rank(groups.pp, owner), group=groups.pp)
-        for piece, (_, target) in zip(flat.split([target.numel() for _, target in pairs]), pairs, strict=True):
-            target.copy_(piece.view_as(target))
+    def _training(self) -> dict[str, Tensor]:
+        """This rank's training parameters and buffers, of all chunks, by their names in the whole model."""
+        found: dict[str, Tensor] = {}
+        for chunk in self.state.unwrapped_chunks():
+            rename, first = global_names(chunk), _first_expert(chunk)
+            for name, tensor in chain(chunk.named_parameters(), chunk.named_buffers()):
+                found[canonical(rename(name), first)] = tensor
+        if getattr(self.rollout_model, "share_embeddings_and_output_weights", False):
+            found.pop("output_layer.weight", None)  # the last stage's copy of the embedding; the rollout model has one
+        return found
 
+    def _share(self, training: dict[str, Tensor]) -> None:
+        for slot in self.slots:
+            if slot.name in self.shared:
+                slot.owner[slot.key] = training[slot.name]
 
-def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """This stage's parameters and buffers of all chunks, by their names in the whole model."""
-    for chunk in state.unwrapped_chunks():
-        rename = global_names(chunk)
-        for name, tensor in chain(chunk.named_parameters(), chunk.named_buffers()):
-            yield rename(name), tensor.detach()
-
-
-def _check_same(trained: dict, wanted: dict[str, nn.Parameter]) -> None:
-    missing, unused = sorted(wanted.keys() - trained.keys()), sorted(trained.keys() - wanted.keys())
-    if missing or unused:
-        raise ValueError(
-            f"rollout and training model differ: only the rollout model has {missing[:3]}, only the training model has "
-            f"{unused[:3]}"
-        )
-    for name, target in wanted.items():
-        source = trained[name]
-        shape = tuple(source.shape) if isinstance(source, Tensor) else source[0]
-        if shape != tuple(target.shape):
-            raise ValueError(f"{name} has shape {tuple(target.shape)} in the rollout model and {shape} in training")
+    def _give_storage(self) -> None:
+        """Hang in the shared tensors, and make the others where there is only a meta tensor."""
+        self._share(self._training())
+        for slot in self.slots:
+            tensor = slot.owner[slot.key]
+            if tensor.is_meta:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=platform.device())
+                slot.owner[slot.key] = empty if _is_buffer(slot) else nn.Parameter(empty, requires_grad=False)
 
 
-def _fill_buckets(
-    targets: list[str], owners: dict[str, int], known: dict[str, tuple[tuple[int, ...], torch.dtype]], limit: int
-) -> list[tuple[int, torch.dtype, list[str]]]:
-    """Group the tensors by owner and dtype into buckets of at most `limit` bytes (a larger tensor is a bucket of its
-    own).
+def _slots(model: nn.Module) -> Iterator[_Slot]:
+    """Every place of the model where a tensor hangs, with the tensor's name in the whole model."""
+    first = _first_expert(model)
+    for path, module in model.named_modules():
+        for owner in (module._parameters, module._buffers):
+            for key, tensor in owner.items():
+                if tensor is not None:
+                    yield _Slot(canonical(f"{path}.{key}" if path else key, first), owner, key)
+
+
+def _is_buffer(slot: _Slot) -> bool:
+    return not isinstance(slot.owner[slot.key], nn.Parameter)
+
+
+def _first_expert(model: nn.Module) -> int:
+    """Number in the whole model of the first expert that this rank holds."""
+    experts = model.config.num_moe_experts
+    group = model.pg_collection.ep if experts is not None else None
+    return 0 if group is None else group.rank() * (experts // group.size())
+
+
+def _shard(name: str, tensor: Tensor, groups) -> Shard:
+    """A training tensor as megatron-core's attributes describe it."""
+    if not getattr(tensor, "tensor_model_parallel", False):
+        return Shard(name, tuple(tensor.shape), tensor.dtype)
+    group = groups.expt_tp if is_expert(name) else groups.tp
+    stride = getattr(tensor, "partition_stride", 1)
+    return Shard(name, tuple(tensor.shape), tensor.dtype, tensor.partition_dim, stride, group.rank(), group.size())
+
+
+def _shard_like(trained: Shard | None, slot: _Slot, groups) -> Shard:
+    """A rollout tensor. How it is cut is known from the trained one: megatron-core notes it when it draws weights, and
+    for the rollout model none are drawn.
     """
-    buckets: list[tuple[int, torch.dtype, list[str]]] = []
-    fill: dict[tuple[int, torch.dtype], tuple[int, list[str]]] = {}
-    for name in targets:
-        (shape, dtype), owner = known[name], owners[name]
-        size = torch.Size(shape).numel() * dtype.itemsize
-        used, names = fill.get((owner, dtype), (limit, []))
-        if used + size > limit:
-            names, used = [], 0
-            buckets.append((owner, dtype, names))
-        names.append(name)
-        fill[owner, dtype] = used + size, names
-    return buckets
+    tensor = slot.owner[slot.key]
+    shape = tuple(tensor.shape)
+    if trained is None or trained.dim is None:
+        return Shard(slot.name, shape, tensor.dtype)
+    group = groups.expt_tp if is_expert(slot.name) else groups.tp
+    return Shard(slot.name, shape, tensor.dtype, trained.dim, trained.stride, group.rank(), group.size())

@@ -17,7 +17,11 @@ from megatron_dlm.model.block_diffusion import BlockDiffusionModel
 from megatron_dlm.model.shape import model_shape, transformer_config
 from megatron_dlm.parallel.groups import Groups, rollout_groups
 from megatron_dlm.rollout.engine import Engine
-from megatron_dlm.rollout.refit import Refit, bind
+from megatron_dlm.rollout.refit import Refit, RefitReport
+from megatron_dlm.rollout.sglang.client import SGLangEngine
+from megatron_dlm.rollout.sglang.opening import open_sglang
+from megatron_dlm.rollout.sglang.weights import SGLangRefit
+from megatron_dlm.rollout.sizing import engine_options
 from megatron_dlm.training.setup import Session
 from megatron_dlm.training.state import TrainState
 
@@ -30,15 +34,15 @@ class RolloutRig:
         state: whose weights the engine uses.
         engine: this replica's.
         groups: the rollout layout.
-        transfer: carries weights to the engine; None where it reads the training parameters themselves.
+        transfer: carries weights to the engine, or lets it read the training parameters themselves.
         block_size: the model's attention block, used where no decoding block is configured.
         stop_token_ids: what ends a response unless configured otherwise.
     """
 
     state: TrainState
-    engine: Engine
+    engine: Engine | SGLangEngine
     groups: Groups
-    transfer: Refit | None
+    transfer: Refit | SGLangRefit
     block_size: int
     stop_token_ids: tuple[int, ...]
 
@@ -51,13 +55,21 @@ class RolloutRig:
         Args:
             longest_prompt, longest_response: tokens; the cache has room for both in each sequence.
         """
-        groups = rollout_groups(session.groups)
-        model, transfer = _rollout_model(session, state, groups)
-        block = rollout.rollout_block_size or session.model.block_size
-        longest = -(-(longest_prompt + longest_response) // block) * block
-        engine = Engine(
-            model, session.vocabulary, rollout.max_running_requests, longest, rollout.max_tokens_per_pass
+        if rollout.rollout_backend == "sglang":
+            groups = rollout_groups(session.groups, rollout.rollout_tensor_model_parallel_size, 1)
+            engine, transfer = open_sglang(session, state, groups, rollout, longest_prompt + longest_response)
+            rig = cls(state, engine, groups, transfer, session.model.block_size, (session.tokenizer.eos_id,))
+            rig.refit()
+            return rig
+        groups = rollout_groups(
+            session.groups, rollout.rollout_tensor_model_parallel_size, rollout.rollout_expert_model_parallel_size
         )
+        model = _rollout_model(session, groups)
+        transfer = Refit(state, model, rollout.refit_bucket_mib * 2**20, rollout.verify_refit)
+        full = bool(session.model.full_attention)
+        block = 1 if full else rollout.rollout_block_size or session.model.block_size
+        longest = -(-(longest_prompt + longest_response) // block) * block
+        engine = Engine(model, session.vocabulary, engine_options(rollout, groups, longest, full))
         rig = cls(state, engine, groups, transfer, session.model.block_size, (session.tokenizer.eos_id,))
         rig.refit()
         return rig
@@ -75,16 +87,18 @@ class RolloutRig:
         """Whether this rank speaks for its tensor-parallel group, whose ranks hold the same traces."""
         return self.groups.tp_rank == 0
 
-    def refit(self) -> None:
+    def refit(self) -> RefitReport:
         """Show the engine the weights as they are now, under the next version. Collective; with an idle engine.
 
-        The first version of a rig is 1; the count starts again when a run is resumed.
+        The first version of a rig is 1; a trainer that resumes a run sets the one that the run had come to.
+
+        Raises:
+            TrainingError: --verify-refit found weights that are not as trained.
         """
-        if self.transfer is not None:
-            self.transfer.run()
-        else:
-            self.state.gather_parameters()  # the optimizer may still owe other ranks' shards of what the engine reads
+        report = self.transfer.run()
+        self.engine.drop_cache()  # keys that older weights wrote
         self.engine.weight_version += 1
+        return report
 
     def sampling(self, rollout: RolloutConfig) -> SamplingParams:
         """Sampling parameters of training rollouts."""
@@ -98,21 +112,26 @@ class RolloutRig:
             denoising_steps=rollout.denoising_steps or block,
             remasking=rollout.remasking,
             threshold=rollout.threshold,
+            confidence=rollout.confidence,
+            entropy_bound=rollout.entropy_bound,
             stop_token_ids=self.stop_token_ids if rollout.stop_token_ids is None else tuple(rollout.stop_token_ids),
+            prefix_cache=rollout.prefix_cache,
+            horizon=rollout.horizon,
         )
 
 
-def _rollout_model(session: Session, state: TrainState, groups: Groups) -> tuple[BlockDiffusionModel, Refit | None]:
-    """A model in the rollout layout, and what carries weights to it (None: it has the training parameters)."""
-    parallel = dataclasses.replace(session.parallel, pipeline_model_parallel_size=1, sequence_parallel=False)
-    shared = session.groups.pp_size == 1
-    # Bound to the training parameters it needs no memory of its own; a refitted model has memory, but nothing is drawn
-    # for it.
-    config = transformer_config(session.model, parallel, use_cpu_initialization=shared, perform_initialization=False)
-    with platform.cuda_calls_on_cpu(), torch.device("meta" if shared else platform.device()):
+def _rollout_model(session: Session, groups: Groups) -> BlockDiffusionModel:
+    """A model in the rollout layout, on the meta device: refit gives it the training parameters, or storage."""
+    with_experts = session.model.num_experts is not None
+    parallel = dataclasses.replace(
+        session.parallel,
+        tensor_model_parallel_size=groups.tp_size,
+        pipeline_model_parallel_size=1,
+        expert_model_parallel_size=groups.ep_size,
+        expert_tensor_parallel_size=groups.pg_collection.expt_tp.size() if with_experts else None,
+        sequence_parallel=False,
+    )
+    config = transformer_config(session.model, parallel, use_cpu_initialization=True, perform_initialization=False)
+    with platform.cuda_calls_on_cpu(), torch.device("meta"):
         model = BlockDiffusionModel(config, model_shape(session.model), groups.pg_collection)
-    model.requires_grad_(False).eval()
-    if not shared:
-        return model, Refit(state, model)
-    bind(state.module, model)
-    return model, None
+    return model.requires_grad_(False).eval()

@@ -16,6 +16,7 @@ from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, check_budget, pack
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.sft.objective import largest_item, sft_forward, sft_items
+from megatron_dlm.training.ledger import Ledger, hold_state
 from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report
 from megatron_dlm.training.setup import Session
@@ -79,12 +80,15 @@ class SFTTrainer:
 
     def run(self, report: Report, logging: LoggingConfig, pace: Pace) -> None:
         """Train to --train-iters, or as long as `pace` lets it."""
-        last = time.perf_counter()
-        with report.bar(self.sft.train_iters, "sft") as bar, pace:
+        last, ledger = time.perf_counter(), Ledger()
+        hold_state(ledger, self.state)
+        with report.bar(self.sft.train_iters, "sft") as bar, pace, ledger.told_in_shortage():
             bar.update(self.state.iteration)
             while self.state.iteration < self.sft.train_iters:
                 learning_rate = self.state.learning_rate()
+                ledger.begin_step()
                 result, tokens = self.step()
+                ledger.mark("train")
                 now = time.perf_counter()
                 iteration, seconds, last = self.state.iteration, now - last, now
                 metrics = {
@@ -96,6 +100,7 @@ class SFTTrainer:
                     "perf/step_time": seconds,
                     "perf/samples_per_sec": self.sft.global_batch_size / seconds,
                     "perf/tokens_per_sec": tokens / seconds,
+                    **ledger.metrics(),
                 }
                 report.record(iteration, metrics)
                 if iteration % logging.log_interval == 0 or iteration == self.sft.train_iters:
@@ -112,6 +117,8 @@ class SFTTrainer:
                             "grad norm": f"{result.grad_norm:.3f}",
                         },
                     )
+                    if logging.log_memory:
+                        report.say(f"memory after iteration {iteration}: {ledger.phases['train']}")
                 bar.update()
                 if pace.after(iteration):
                     break

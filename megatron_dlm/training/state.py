@@ -15,7 +15,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -33,6 +33,9 @@ from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.parallel.groups import Groups
 
+if TYPE_CHECKING:
+    from megatron_dlm.training.sleep import Sleep
+
 ModelBuilder = Callable[[bool, bool, "int | None"], nn.Module]
 """(pre_process, post_process, vp_stage) -> one chunk of a megatron-core model, built with the state's own
 TransformerConfig.
@@ -44,7 +47,7 @@ _LAYER = re.compile(r"^(.*\blayers\.)(\d+)$")
 @dataclass(slots=True)
 class TrainState:
     """One trainable model. `chunks` are wrapped for data parallelism, one per virtual pipeline stage; `iteration`
-    counts finished updates.
+    counts finished updates; `sleep` is what the state has given back, if it ever slept (training/sleep.py).
     """
 
     chunks: list[DistributedDataParallel]
@@ -53,6 +56,7 @@ class TrainState:
     config: TransformerConfig
     groups: Groups
     iteration: int = 0
+    sleep: Sleep | None = None
 
     @classmethod
     def build(

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from megatron_dlm import platform
 from megatron_dlm.config.errors import TrainingError
 from megatron_dlm.parallel.exchange import broadcast_object
+from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
 
 ForwardStep = Callable[[Any, nn.Module], tuple[Tensor, Callable[..., Any]]]
@@ -94,8 +95,9 @@ def accumulate_gradients(
     """Forward and backward over the rows: afterwards `parameter.main_grad` holds the gradient of the update's loss.
 
     With the distributed optimizer each rank's `main_grad` is complete only in the shard that it owns. Also for float64
-    models, which have no optimizer. Returns the sums of the metrics over all rows of all ranks.
+    models, which have no optimizer. A sleeping state wakes. Returns the sums of the metrics over all rows of all ranks.
     """
+    wake(state)
     for chunk in state.chunks:
         chunk.train()
         chunk.zero_grad_buffer()

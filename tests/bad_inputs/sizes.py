@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.bad_inputs.bench import Bad
 
 TP, PP, EP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size"
+ROLLOUT_TP, ROLLOUT_EP = "--rollout-tensor-model-parallel-size", "--rollout-expert-model-parallel-size"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 "
 
 ENTRIES = [
@@ -42,6 +43,12 @@ ENTRIES = [
     Bad("two processes for tensor parallel 4", "sft", f"{TP} 4", ("2 processes", f"{TP} 4"), ranks=2),
     Bad("two processes for four stages", "sft", f"--num-layers 4 {PP} 4", ("2 processes", f"{PP} 4"), ranks=2),
     Bad("query groups for a rollout", "tracerl", f"{TP} 4", (f"{TP} 4", "2 query groups"), ranks=4),
+    Bad("query groups for a split rollout", "tracerl", f"{ROLLOUT_TP} 4", (f"{ROLLOUT_TP} 4", "2 query"), ranks=4),
+    Bad("a rollout larger than the job", "tracerl", f"{ROLLOUT_TP} 2", (f"{ROLLOUT_TP} 2", "1 processes")),
+    Bad("an evaluation larger than the job", "evaluate", f"{ROLLOUT_TP} 2", (f"{ROLLOUT_TP} 2", "1 processes")),
+    Bad("a rollout without tensor parallel", "tracerl", f"{ROLLOUT_TP} 0", f"{ROLLOUT_TP} is 0"),
+    Bad("expert parallel rollouts without experts", "tracerl", f"{ROLLOUT_EP} 2", (f"{ROLLOUT_EP} 2", "experts")),
+    Bad("no bucket for a refit", "tracerl", "--refit-bucket-mib 0", "--refit-bucket-mib is 0"),
     # ---- rows and texts
     Bad("rows too short for a sample", "sft", "--max-tokens-per-row 8", "--max-tokens-per-row 8"),
     Bad("rows too short for a trace", "tracerl", "--max-tokens-per-row 16", "--max-tokens-per-row 16"),
@@ -52,4 +59,10 @@ ENTRIES = [
     Bad("all prompts too long", "tracerl", "--rollout-max-prompt-len 2", "2 tokens", kind="DataError"),
     Bad("all prompts to evaluate too long", "evaluate", "--rollout-max-prompt-len 2", "2 tokens", kind="DataError"),
     Bad("more prompts a step than there are", "tracerl", "--rollout-batch-size 26", ("--rollout-batch-size 26", "25")),
+    Bad(
+        "more prompts in work than there are",
+        "tracerl",
+        "--over-sampling-batch-size 26",
+        ("--over-sampling-batch-size 26", "25"),
+    ),
 ]

@@ -7,7 +7,7 @@ import pytest
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
-from megatron_dlm.config.validate import check_model, check_parallel, check_rollout_layout
+from megatron_dlm.config.validate import check_model, check_parallel
 
 DENSE = dict(
     num_layers=4,
@@ -255,30 +255,3 @@ def test_a_possible_split_passes(model, values, world_size):
 def test_an_impossible_split_is_refused(model, values, world_size, words):
     message = refused(check_parallel, ParallelConfig(**values), ModelConfig(**model), world_size)
     assert all(word in message for word in words), message
-
-
-@pytest.mark.parametrize(
-    ("model", "values", "words"),
-    [
-        (DENSE, {}, None),
-        (DENSE, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), None),
-        (
-            DENSE,
-            dict(tensor_model_parallel_size=4),
-            ["--tensor-model-parallel-size 4", "2 query groups", "generation", "Use 1 or 2."],
-        ),
-        (dict(DENSE, num_query_groups=8), dict(tensor_model_parallel_size=4), None),
-        (MOE, TP2_SP, None),
-        (GROUPS, TP2_SP, None),
-        (dict(DENSE, full_attention=True, block_size=None), {}, ["full attention", "yet", "sft"]),
-        (dict(DENSE, logit_shift=1), {}, ["--logit-shift 1", "yet", "sft"]),
-        (MOE, dict(expert_model_parallel_size=2), ["--expert-model-parallel-size 2", "generation", "Use 1"]),
-    ],
-)
-def test_what_the_engine_cannot_have_is_refused(model, values, words):
-    arguments = ParallelConfig(**values), ModelConfig(**model)
-    if words is None:
-        check_rollout_layout(*arguments)
-    else:
-        message = refused(check_rollout_layout, *arguments)
-        assert all(word in message for word in words), message

@@ -10,7 +10,7 @@ from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.score import ScoreConfig
 from megatron_dlm.config.validate_generation import (
-    check_denoising_steps,
+    check_draw_of_model,
     check_generate,
     check_score,
     check_scored_model,
@@ -33,6 +33,7 @@ def refused(check, *arguments) -> str | None:
     "changes",
     [
         dict(),
+        dict(remasking="entropy_bounded", confidence="entropy", horizon=0, prefix_cache=False),
         dict(temperature=0.0, top_k=1, top_p=0.5, threshold=1.0, denoising_steps=1, stop_token_ids=[]),
         dict(num_samples=100, max_new_tokens=1, max_running_requests=1, max_tokens_per_pass=1, ignore_eos=True),
     ],
@@ -54,6 +55,10 @@ def test_settings_of_generate_that_pass(changes: dict) -> None:
         (dict(top_p=0.0), "--top-p is 0.0"),
         (dict(top_p=1.1), "--top-p is 1.1"),
         (dict(threshold=0.0), "--threshold is 0.0"),
+        (dict(rollout_block_size=0), "--rollout-block-size is 0"),
+        (dict(entropy_bound=0.0), "--entropy-bound is 0.0"),
+        (dict(confidence="entropy"), "--threshold is 0.9"),
+        (dict(horizon=-1), "--horizon is -1"),
         (dict(prompts=None), "--prompts is not set"),
         (dict(output=None), "--output is not set"),
         (dict(prompts="./out.jsonl"), "--output out.jsonl is the file that --prompts names"),
@@ -63,10 +68,26 @@ def test_settings_of_generate_that_do_not(changes: dict, words: str) -> None:
     assert words in refused(check_generate, GenerateConfig(**FILES | changes), LOAD)
 
 
-@pytest.mark.parametrize("steps, passes", [(None, True), (1, True), (4, True), (5, False)])
-def test_steps_of_a_block(steps: int | None, passes: bool) -> None:
-    message = refused(check_denoising_steps, GenerateConfig(**FILES, denoising_steps=steps), 4)
-    assert (message is None) == passes and (passes or "--denoising-steps 5 is more than the 4 tokens" in message)
+BLOCKS, FULL = ModelConfig(block_size=4), ModelConfig(full_attention=True)
+
+
+@pytest.mark.parametrize(
+    "changes, model, words",
+    [
+        (dict(), BLOCKS, None),
+        (dict(denoising_steps=4, stop_token_ids=[3]), BLOCKS, None),
+        (dict(denoising_steps=5), BLOCKS, "--denoising-steps 5 is more than the 4 tokens"),
+        (dict(denoising_steps=5, rollout_block_size=8), BLOCKS, None),
+        (dict(stop_token_ids=[100]), BLOCKS, "--stop-token-ids 100 is not a token"),
+        (dict(stop_token_ids=[99]), BLOCKS, "--stop-token-ids 99 is the mask"),
+        (dict(horizon=1), BLOCKS, "--horizon 1"),
+        (dict(), FULL, "--rollout-block-size"),
+        (dict(rollout_block_size=8, horizon=0, prefix_cache=False), FULL, None),
+    ],
+)
+def test_settings_of_generate_for_a_model(changes: dict, model: ModelConfig, words: str | None) -> None:
+    message = refused(check_draw_of_model, GenerateConfig(**FILES, **changes), model, 100, 99)
+    assert message is None if words is None else words in message
 
 
 @pytest.mark.parametrize(

@@ -328,6 +328,9 @@ def test_reward(values, words):
         (dict(eval_remasking=["static", "static"]), ["--eval-remasking static static", "once"]),
         (dict(eval_remasking=["static", "dynamic"], eval_interval=5, eval_prompt_data=["a"]), None),
         (dict(eval_denoising_steps=0), ["--eval-denoising-steps is 0"]),
+        (dict(eval_entropy_bound=0.0), ["--eval-entropy-bound is 0.0"]),
+        (dict(eval_confidence="entropy"), ["--eval-threshold is 0.9", "--eval-confidence"]),
+        (dict(eval_confidence="entropy", eval_remasking=["entropy_bounded"]), None),
         (dict(eval_denoising_steps=5), ["--eval-denoising-steps 5", "4 tokens of a block"]),
     ],
 )

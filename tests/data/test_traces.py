@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from megatron_dlm.config.errors import DataError
 from megatron_dlm.data.jsonl import write_jsonl
 from megatron_dlm.data.traces import Limits, read_traces, trace_record
+from megatron_dlm.diffusion.trace import SamplingParams
 from tests.diffusion.oracles import MASK_ID, PAD_ID, random_trace
 
 LIMITS = Limits(vocab_size=PAD_ID + 1, mask_id=MASK_ID, max_length=64)
@@ -41,6 +43,29 @@ def test_what_is_written_is_read_back(tmp_path, block: int) -> None:
             assert value.dtype == np.int64 and np.array_equal(value, getattr(trace, name)), name
         assert np.array_equal(line.logprobs, trace.logprobs)  # every digit
         assert (line.trace.sampling.block_size, line.trace.sampling.temperature) == (block, 1.0)
+
+
+def test_how_a_response_was_drawn_is_kept(tmp_path) -> None:
+    sampling = SamplingParams(
+        temperature=0.5,
+        top_k=7,
+        top_p=0.25,
+        max_new_tokens=9,
+        block_size=8,
+        denoising_steps=3,
+        remasking="entropy_bounded",
+        threshold=0.75,
+        confidence="margin",
+        entropy_bound=1.5,
+        prefix_cache=False,
+        horizon=6,
+    )
+    trace = dataclasses.replace(random_trace(3, 5, 8, np.random.default_rng(0)), sampling=sampling)
+    write_jsonl(tmp_path / "out.jsonl", [trace_record(trace, 0, 0, "text")])
+    (line,) = read_traces(str(tmp_path / "out.jsonl"), LIMITS, default_block_size=4)
+    assert line.trace.sampling == sampling
+    (old,) = read(tmp_path, GOOD)
+    assert old.trace.sampling == SamplingParams(block_size=4, denoising_steps=4)
 
 
 def test_flags_beat_the_line_and_the_line_beats_the_defaults(tmp_path) -> None:
@@ -111,6 +136,10 @@ def test_other_blocks_than_those_of_the_draw(tmp_path) -> None:
         (dict(temperature=float("inf")), "the field 'temperature' is 'inf'"),
         (dict(temperature=10**400), "the field 'temperature' is '1000"),
         (dict(temperature="hot"), "the field 'temperature' is 'hot'"),
+        (dict(horizon=1.5), "the field 'horizon' is '1.5', not a whole number"),
+        (dict(confidence=1), "the field 'confidence' is '1', not text"),
+        (dict(entropy_bound="x"), "the field 'entropy_bound' is 'x', not a number"),
+        (dict(prefix_cache=1), "the field 'prefix_cache' is '1', not true or false"),
         (dict(logprobs=[-1.0, -2.0]), "'logprobs' is not a list of one number for each"),
         (dict(logprobs={}), "'logprobs' is not a list of one number for each"),
         (dict(logprobs=[-1.0, None, -2.0]), "entry 1 of 'logprobs' is 'None', not a number"),

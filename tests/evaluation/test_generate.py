@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def generate_file(
     longest = max(len(line.token_ids) for line in lines) + 8  # room for the terminal block
     engine = EngineConfig(max_running_requests=slots, max_tokens_per_pass=limit)
     rig = RolloutRig.open(session, state, engine, longest, sampling.max_new_tokens)
-    return generate_records(rig, session.tokenizer, lines, samples, sampling, SEED, quiet())
+    return generate_records(rig, session.tokenizer, lines, samples, [sampling] * len(lines), SEED, quiet())
 
 
 def drawn(record: dict) -> tuple:
@@ -228,10 +229,29 @@ def line(length: int) -> PromptLine:
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_by_its_line() -> None:
-    check_room([line(5)], 11, 4, 16)
-    check_room([line(5)], 12, 1, 17)
+    of = lambda tokens, block: SamplingParams(max_new_tokens=tokens, block_size=block)
+    assert check_room([line(5)], [of(11, 4)], False, 16) == 16
+    assert check_room([line(5)], [of(12, 1)], False, 17) == 17
+    assert check_room([line(5), line(9)], [of(12, 4), of(1, 2)], True, 17) == 17  # no terminal block to complete
     with pytest.raises(DataError, match=r"f.jsonl, line 7: this prompt has 5 tokens.* needs 20 positions"):
-        check_room([line(1), line(5)], 12, 4, 17)
+        check_room([line(1), line(5)], [of(12, 4)] * 2, False, 17)
+    with pytest.raises(DataError, match=r"with 13 new ones .*needs 18 positions"):
+        check_room([line(1), line(5)], [of(16, 4), of(13, 2)], True, 17)
+
+
+def test_each_line_is_sampled_by_its_own_settings(model, prompts, records) -> None:
+    """In one file with others, and with the same draws as in a file where all lines have them."""
+    session, state = model
+    greedy = dataclasses.replace(SAMPLING, temperature=0.0, max_new_tokens=5, block_size=2, denoising_steps=2)
+    lines = read_prompt_lines(str(prompts), session.tokenizer, "{question}", False)
+    from megatron_dlm.rollout.rig import RolloutRig
+
+    rig = RolloutRig.open(session, state, EngineConfig(max_running_requests=7), 40, 0)
+    mixed = [greedy if index % 2 else SAMPLING for index in range(len(lines))]
+    found = generate_records(rig, session.tokenizer, lines, 2, mixed, SEED, quiet())
+    alone = generate_file(session, state, prompts, greedy)
+    assert_same(found, [(alone if record["index"] % 2 else records)[n] for n, record in enumerate(records)])
+    assert {record["temperature"] for record in found} == {0.0, 1.0}
 
 
 @pytest.mark.parametrize(

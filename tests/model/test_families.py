@@ -290,7 +290,7 @@ def trained_bias(pp: int, bf16: bool, folder: str) -> tuple[dict, dict, dict, di
     from megatron_dlm.model.block_diffusion import BlockDiffusionModel
     from megatron_dlm.model.shape import model_shape, transformer_config
     from megatron_dlm.parallel.groups import rollout_groups
-    from megatron_dlm.rollout.refit import Refit, bind
+    from megatron_dlm.rollout.refit import Refit
     from megatron_dlm.training.step import train_step
 
     state, _, _ = state_of("llada2", 1, pp, optimizer=True, bf16=bf16)
@@ -306,13 +306,11 @@ def trained_bias(pp: int, bf16: bool, folder: str) -> tuple[dict, dict, dict, di
     for value in state.module.buffers():
         value.zero_()
     distributed.load(state, folder)
+    Refit(state, rollout, verify=True).run()
     if pp == 1:
-        bind(state.module, rollout)
         with torch.no_grad():
             row = as_row(text(5), BLOCK)
             assert torch.equal(rollout.forward_row(row), state.module.forward_row(row))
-    else:
-        Refit(state, rollout).run()
     return before, after, bias_of(state.module), bias_of(rollout)
 
 

@@ -40,6 +40,75 @@ def test_layout(world: int, tp: int, pp: int) -> None:
         assert answer["replicas"] == [other for other in range(world) if ranks[other]["place"][0] == answer["place"][0]]
 
 
+def own_layout(parallel: dict, tp: int | None, ep: int | None) -> dict:
+    from megatron_dlm.parallel.groups import initialize, rollout_groups
+
+    groups = initialize(ParallelConfig(**parallel), seed=1)
+    rollout = rollout_groups(groups, tp, ep)
+    pgs = rollout.pg_collection
+    names = ("tp", "pp", "dp", "dp_cp", "ep", "expt_tp", "tp_ep", "expt_dp", "cp", "mp")
+    return {name: dist.get_process_group_ranks(getattr(pgs, name)) for name in names} | {
+        "sizes": (rollout.tp_size, rollout.pp_size, rollout.dp_size, rollout.ep_size),
+        "replica": rollout.dp_rank,
+        "same": rollout is groups,
+        "same experts": pgs.ep is groups.pg_collection.ep,
+    }
+
+
+EP2_WHOLE = dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "tp", "ep", "tensor", "experts", "shard"),
+    [
+        (dict(), 2, None, 2, 1, 2),
+        (dict(), None, 2, 1, 2, 1),
+        (dict(tensor_model_parallel_size=2), 1, None, 1, 1, 1),
+        (dict(tensor_model_parallel_size=2), 4, None, 4, 1, 4),
+        (dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 4, 1, 4, 1, 4),
+        (dict(EP2_WHOLE), None, 1, 1, 1, 1),
+        (dict(EP2_WHOLE), 2, None, 2, 2, 1),
+        (dict(EP2_WHOLE, pipeline_model_parallel_size=2), None, None, 1, 2, 1),
+        (dict(expert_model_parallel_size=2, tensor_model_parallel_size=2), None, None, 2, 2, 2),
+        (dict(expert_model_parallel_size=2, tensor_model_parallel_size=2), 1, None, 1, 2, 2),
+        (dict(expert_model_parallel_size=2, tensor_model_parallel_size=2), 2, 4, 2, 4, 1),
+    ],
+)
+def test_rollouts_have_a_layout_of_their_own(parallel, tp, ep, tensor: int, experts: int, shard: int) -> None:
+    world, size = range(4), experts * shard
+    for rank, answer in enumerate(pool(4).run(own_layout, parallel, tp, ep)):
+        place, block = rank % size, rank - rank % size
+        expected = {
+            "tp": [other for other in world if other // tensor == rank // tensor],
+            "dp": [other for other in world if other % tensor == rank % tensor],
+            "expt_tp": [other for other in world if other // shard == rank // shard],
+            "ep": list(range(block + place % shard, block + size, shard)),
+            "tp_ep": list(range(block, block + size)),
+            "expt_dp": [other for other in world if other % size == place],
+            "pp": [rank],
+            "cp": [rank],
+        }
+        expected |= {"dp_cp": expected["dp"], "mp": expected["tp"]}
+        assert {name: answer[name] for name in expected} == expected
+        assert answer["sizes"] == (tensor, 1, 4 // tensor, experts) and answer["replica"] == rank // tensor
+        alike = (tensor, experts) == tuple(
+            parallel.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "expert")
+        )
+        assert answer["same"] == (alike and "pipeline_model_parallel_size" not in parallel)
+        assert answer["same experts"] or not alike or experts == 1  # what training has already is not made again
+
+
+def impossible(parallel: dict, tp: int | None, ep: int | None) -> str:
+    with pytest.raises(ConfigError) as error:
+        own_layout(parallel, tp, ep)
+    return str(error.value)
+
+
+def test_a_rollout_layout_that_does_not_divide_the_world() -> None:
+    assert "2 processes" in pool(2).run(impossible, {}, 4, None)[0]
+    assert "--rollout-expert-model-parallel-size 3" in pool(2).run(impossible, {}, None, 3)[1]
+
+
 def refused(tp: int, pp: int) -> str:
     from megatron_dlm.parallel.groups import initialize
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from megatron_dlm.diffusion.planner import Load
 from megatron_dlm.rl.exchange import Graded
-from megatron_dlm.rl.metrics import console, learned_metrics, rollout_metrics
+from megatron_dlm.rl.metrics import console, learned_metrics, rollout_metrics, staleness_metrics
 
 
 def graded(group: str, sample: int, reward: float, length: int, steps: int = 2, correct: float = 1.0) -> Graded:
@@ -40,6 +42,18 @@ def test_lengths_and_speeds() -> None:
     assert metrics["rollout/tokens_per_step"] == pytest.approx(30 / 18)
     assert metrics["rollout/tokens_per_forward"] == pytest.approx(30 / 24)
     assert metrics["rollout/truncated_ratio"] == metrics["rollout/overlong_ratio"] == pytest.approx(1 / 6)
+
+
+def test_how_old_a_step_is() -> None:
+    ages = [dict(continued=True, stale=3, version_lag=5, largest_lag=2), dict(continued=True), dict(), dict()]
+    responses = [dataclasses.replace(graded("g", n, 1.0, 5), **age) for n, age in enumerate(ages)]
+    assert staleness_metrics(responses, 7) == {
+        "rollout/aborted": 7.0,
+        "rollout/partial_ratio": 0.5,
+        "rollout/stale_token_ratio": 3 / 20,
+        "rollout/version_lag_mean": 5 / 20,
+        "rollout/version_lag_max": 2.0,
+    }
 
 
 def test_what_is_learned() -> None:

@@ -161,7 +161,7 @@ def test_truncated_responses_earn_nothing() -> None:
 def test_every_prompt_comes_once_in_a_step_and_all_come() -> None:
     trainer, seen = make_trainer(), set()
     for _ in range(12):
-        keys = [prompt.key for prompt in trainer.sampler.take_distinct(6)]
+        keys = [prompt.key for prompt in trainer.supply.sampler.take_distinct(6)]
         assert len(set(keys)) == len(keys) == 6
         seen |= set(keys)
     assert len(seen) == 13

@@ -64,7 +64,7 @@ def responses() -> list[Trace]:
 def graded(traces: list[Trace], settings: UpdateSettings) -> list[Graded]:
     records = []
     for index, trace in enumerate(traces):
-        item = trace_item(trace, settings.grid, settings.shrinkage)
+        item = trace_item(trace, settings.grid, settings.shrinkage, settings.oldest_version)
         records.append(
             Graded(
                 group=trace.prompt_key,
@@ -124,18 +124,30 @@ def run(settings: UpdateSettings, traces: list[Trace]) -> tuple[dict[str, float]
     return metrics, {name: parameter.main_grad.clone() for name, parameter in state().named_parameters()}, len(rows)
 
 
+def in_two_versions(traces: list[Trace]) -> list[Trace]:
+    """The same, begun by weights of version 1 and ended by version 2: of one response all, of another nothing."""
+    ages = [0, 3, 2, 5, 100, 1, 4, 6, 3, 2, 1, 2]
+    versions = [np.where(np.arange(len(trace.response_ids)) < age, 1, 2) for trace, age in zip(traces, ages)]
+    return [dataclasses.replace(trace, weight_versions=own) for trace, own in zip(traces, versions)]
+
+
 @pytest.mark.parametrize("aggregation", ["constant", "response", "token"])
 @pytest.mark.parametrize("shrinkage", [1, 2])
-def test_is_the_objective_over_single_denoising_states(aggregation: str, shrinkage: int) -> None:
-    traces, settings = responses(), dataclasses.replace(SETTINGS, aggregation=aggregation, shrinkage=shrinkage)
+@pytest.mark.parametrize("oldest", [0, 2])
+def test_is_the_objective_over_single_denoising_states(aggregation: str, shrinkage: int, oldest: int) -> None:
+    """Of the tokens that are young enough; the others stand in the same states."""
+    traces = in_two_versions(responses())
+    settings = dataclasses.replace(SETTINGS, aggregation=aggregation, shrinkage=shrinkage, oldest_version=oldest)
     metrics, grads, _ = run(settings, traces)
-    model, loss, tokens, clipped = make_model(torch.float64), 0, sum(len(trace.response_ids) for trace in traces), 0
+    young = [int((trace.weight_versions >= oldest).sum()) for trace in traces]
+    model, loss, tokens, clipped = make_model(torch.float64), 0, sum(young), 0
+    assert tokens < sum(len(trace.response_ids) for trace in traces) or oldest == 0
     largest = 0.0
-    for trace in traces:
-        length, advantage = len(trace.response_ids), advantages(traces)[trace.prompt_key, trace.sample]
-        weight = {"constant": 1 / (len(traces) * 12), "response": 1 / (len(traces) * length), "token": 1 / tokens}[
-            aggregation
-        ]
+    for trace, length in zip(traces, young):
+        advantage = advantages(traces)[trace.prompt_key, trace.sample]
+        weight = {
+            "constant": 1 / (len(traces) * 12), "response": 1 / (len(traces) * max(length, 1)), "token": 1 / tokens
+        }[aggregation]  # fmt: skip
         for seen in states(trace, Grid(4), shrinkage):
             blocks = torch.tensor(seen.block_of)
             logits = explicit_logits(
@@ -146,6 +158,8 @@ def test_is_the_objective_over_single_denoising_states(aggregation: str, shrinka
                 torch.tensor(seen.decided),
             )
             for n, position in enumerate(seen.decided):
+                if trace.weight_versions[position - len(trace.prompt_ids)] < oldest:
+                    continue
                 logprob = allowed_logprobs(logits, 0.8)[n, trace.tokens[position]]
                 old = old_logprob(trace, position - len(trace.prompt_ids), logprob.item())
                 ratio = torch.exp(logprob - old)

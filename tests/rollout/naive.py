@@ -5,6 +5,7 @@ One sequence, no cache, a full forward pass for every denoising step, and Python
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -32,86 +33,123 @@ class Naive:
 
 def generate(model, request: Request) -> Naive:
     sampling, prompt = request.sampling, [int(token) for token in request.prompt_ids]
-    block, first, temperature = sampling.block_size, len(prompt), sampling.temperature or 1.0
-    tokens, step_of, logprob_of, sampled_of = list(prompt), {}, {}, {}
-    start, steps = first // block * block, 0
+    block, first = sampling.block_size, len(prompt)
+    text = Text(prompt, request)
+    start = first // block * block
     while True:
-        tokens += [None] * (start + block - len(tokens))
+        text.tokens += [None] * (start + block - len(text.tokens))
         for round_ in range(sampling.denoising_steps):
-            masked = [position for position in range(start, start + block) if tokens[position] is None]
+            masked = text.masked(start, start + block)
             if not masked:
                 break
-            policy = _policy(model, tokens, masked, block, temperature)
-            drawn = {}
-            for row, position in enumerate(masked):
-                u = float(uniforms(request.stream, torch.tensor([position]), torch.tensor([steps]))[0])
-                drawn[position] = _draw(policy[row].tolist(), policy[row].exp().tolist(), u, sampling)
-            steps += 1
-            for position in _unmask(masked, drawn, sampling, round_, block):
-                tokens[position], logprob_of[position], sampled_of[position], _ = drawn[position]
-                step_of[position] = steps
-        limit, end = first + sampling.max_new_tokens, None
-        for position in range(max(start, first), min(start + block, limit)):
-            if tokens[position] in sampling.stop_token_ids and not sampling.ignore_eos:
-                end, reason = position + 1, "stop"
-                break
-        if end is None and start + block >= limit:
-            end, reason = limit, "length"
+            text.unmask(masked, _logits(model, text.shown(), masked, block), round_)
+        end, reason = text.end_in(start, start + block, first + sampling.max_new_tokens)
         start += block
-        if end is not None:
-            inside, after = range(first, end), range(end, start)
-            return Naive(
-                [tokens[p] for p in inside],
-                [tokens[p] for p in after],
-                [step_of[p] for p in inside],
-                [step_of[p] for p in after],
-                [logprob_of[p] for p in inside],
-                [sampled_of[p] for p in inside],
-                reason,
-                steps,
-            )
+        if reason is not None:
+            return text.outcome(end, start, reason)
+
+
+class Text:
+    """A text that grows: tokens, None where masked, and what is known about each position that was unmasked."""
+
+    def __init__(self, prompt: list[int], request: Request) -> None:
+        self.prompt, self.request, self.sampling = len(prompt), request, request.sampling
+        self.tokens: list[int | None] = list(prompt)
+        self.step_of, self.logprob_of, self.sampled_of = {}, {}, {}
+        self.steps = 0
+
+    def masked(self, start: int, end: int) -> list[int]:
+        return [position for position in range(start, end) if self.tokens[position] is None]
+
+    def shown(self) -> torch.Tensor:
+        """What the model is given, int64."""
+        return torch.tensor([MASK_ID if token is None else token for token in self.tokens])
+
+    def unmask(self, masked: list[int], logits: torch.Tensor, round_: int) -> None:
+        """One denoising step, the `round_`-th of its block. Args: logits: [len(masked), padded vocabulary]."""
+        drawn = {}
+        for row, position in enumerate(masked):
+            u = float(uniforms(self.request.stream, torch.tensor([position]), torch.tensor([self.steps]))[0])
+            drawn[position] = _draw(logits[row : row + 1], u, self.sampling)
+        self.steps += 1
+        for position in _unmask(masked, drawn, self.sampling, round_):
+            self.tokens[position], self.logprob_of[position], self.sampled_of[position], _ = drawn[position]
+            self.step_of[position] = self.steps
+
+    def end_in(self, start: int, end: int, limit: int) -> tuple[int, str | None]:
+        """Where the response ends if it ends in this block, and why; the reason is None where it does not."""
+        for position in range(max(start, self.prompt), min(end, limit)):
+            if self.tokens[position] in self.sampling.stop_token_ids and not self.sampling.ignore_eos:
+                return position + 1, "stop"
+        return (limit, "length") if end >= limit else (end, None)
+
+    def outcome(self, end: int, block_end: int, reason: str) -> Naive:
+        inside, after = range(self.prompt, end), range(end, block_end)
+        return Naive(
+            [self.tokens[p] for p in inside],
+            [self.tokens[p] for p in after],
+            [self.step_of[p] for p in inside],
+            [self.step_of[p] for p in after],
+            [self.logprob_of[p] for p in inside],
+            [self.sampled_of[p] for p in inside],
+            reason,
+            self.steps,
+        )
 
 
 @torch.no_grad()
-def _policy(model, tokens: list, masked: list[int], block: int, temperature: float) -> torch.Tensor:
-    shown = torch.tensor([MASK_ID if token is None else token for token in tokens])
-    position = torch.arange(len(tokens))
+def _logits(model, shown: torch.Tensor, masked: list[int], block: int) -> torch.Tensor:
+    position = torch.arange(len(shown))
     blocks = position // block
-    logits = explicit_logits(model, shown, position, blocks[None, :] <= blocks[:, None], torch.tensor(masked))
-    return allowed_logprobs(logits, temperature).cpu()
+    slots = torch.tensor(masked) - model.logit_shift
+    return explicit_logits(model, shown, position, blocks[None, :] <= blocks[:, None], slots).cpu()
 
 
-def _draw(logprob: list[float], probability: list[float], u: float, sampling) -> tuple[int, float, float, float]:
-    """(token, log-probability under the policy, under what was drawn from, confidence)."""
+def _draw(logits: torch.Tensor, u: float, sampling) -> tuple[int, float, float, float]:
+    """(token, log-probability under the policy, under what was drawn from, confidence). Args: logits: [1, padded]."""
+    (logprob,) = allowed_logprobs(logits, sampling.temperature or 1.0).tolist()
+    policy = [math.exp(one) for one in logprob]
+    (untempered,) = allowed_logprobs(logits).exp().tolist()
     if sampling.temperature == 0:
         token = max(range(len(logprob)), key=lambda one: (logprob[one], -one))
-        return token, logprob[token], 0.0, probability[token]
+        return token, logprob[token], 0.0, _confidence(token, policy, untempered, sampling)
     ranked = sorted(range(len(logprob)), key=lambda one: (-logprob[one], one))
-    kept = [one for one in ranked[: sampling.top_k or None] if probability[one] > 0]
-    total, nucleus = sum(probability[one] for one in kept), []
+    kept = [one for one in ranked[: sampling.top_k or None] if policy[one] > 0]
+    total, nucleus = sum(policy[one] for one in kept), []
     for one in kept:
-        if sampling.top_p < 1 and sum(probability[other] for other in nucleus) / total >= sampling.top_p:
+        if sampling.top_p < 1 and sum(policy[other] for other in nucleus) / total >= sampling.top_p:
             break
         nucleus.append(one)
-    total = sum(probability[one] for one in nucleus)
+    total = sum(policy[one] for one in nucleus)
+    shaped = [policy[one] / total if one in nucleus else 0.0 for one in range(len(policy))]
     passed = 0.0
     for token in sorted(nucleus):
-        passed += probability[token] / total
+        passed += shaped[token]
         if u < passed:
             break
-    sampled = probability[token] / total
-    return token, logprob[token], float(torch.tensor(sampled, dtype=torch.float64).log()), sampled
+    return token, logprob[token], math.log(shaped[token]), _confidence(token, shaped, untempered, sampling)
 
 
-def _unmask(masked: list[int], drawn: dict, sampling, round_: int, block: int) -> list[int]:
+def _confidence(token: int, drawn_from: list[float], untempered: list[float], sampling) -> float:
+    if sampling.remasking == "entropy_bounded" or sampling.confidence == "entropy":
+        return sum(one * math.log(one) for one in drawn_from if one > 0)
+    if sampling.confidence == "margin":
+        best, second = sorted(drawn_from)[:-3:-1]
+        return best - second
+    return untempered[token] if sampling.confidence == "untempered" else drawn_from[token]
+
+
+def _unmask(masked: list[int], drawn: dict, sampling, round_: int) -> list[int]:
     if round_ == sampling.denoising_steps - 1:
         return masked
-    count = block // sampling.denoising_steps + (1 if round_ < block % sampling.denoising_steps else 0)
+    block, steps = sampling.block_size, sampling.denoising_steps
+    count = block // steps + (1 if round_ < block % steps else 0)
     if sampling.remasking == "sequential":
         return masked[:count]
-    surest = sorted(masked, key=lambda position: (-drawn[position][3], position))[:count]
+    surest = sorted(masked, key=lambda position: (-drawn[position][3], position))
+    if sampling.remasking == "entropy_bounded":
+        entropy = lambda n: -sum(drawn[position][3] for position in surest[:n])
+        return surest[: max((n for n in range(1, len(surest) + 1) if entropy(n) < sampling.entropy_bound), default=1)]
     if sampling.remasking == "dynamic":
-        surest += [
-            position for position in masked if drawn[position][3] > sampling.threshold and position not in surest
-        ]
-    return surest
+        return surest[:count] + [position for position in surest[count:] if drawn[position][3] > sampling.threshold]
+    return surest[:count]

@@ -16,12 +16,13 @@ from megatron_dlm.diffusion.rows import build_row
 from megatron_dlm.diffusion.sampling import draw
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
 from megatron_dlm.model.policy import label_logprobs, policy_scores
-from megatron_dlm.rollout import engine as engine_module
+from megatron_dlm.rollout import denoiser
 from megatron_dlm.rollout.engine import Engine
+from megatron_dlm.rollout.options import EngineOptions
 from megatron_dlm.rollout.request import Request, rollout_stream
 from tests.diffusion.oracles import MASK_ID, PAD_ID, trace_item
 from tests.rollout.naive import generate
-from tests.tiny import make_model, vocabulary
+from tests.tiny import explicit_logits, make_model, vocabulary
 
 SAMPLING = SamplingParams(max_new_tokens=11, stop_token_ids=(5, 6, 7), threshold=0.3)
 WAYS = {
@@ -45,6 +46,13 @@ WAYS = {
     "one block and a bit": dict(max_new_tokens=5),
     "one token": dict(max_new_tokens=1),
     "never stops": dict(ignore_eos=True),
+    "entropy-bounded": dict(remasking="entropy_bounded", entropy_bound=1.5, block_size=8, denoising_steps=8),
+    "entropy-bounded, top-p": dict(remasking="entropy_bounded", top_p=0.6, temperature=0.8, confidence="margin"),
+    "by untempered": dict(confidence="untempered", temperature=0.7, top_k=5),
+    "by margin": dict(confidence="margin", top_p=0.8, threshold=0.5),
+    "by margin, greedy": dict(confidence="margin", temperature=0.0, top_k=1),
+    "by entropy": dict(confidence="entropy", threshold=-1.2, block_size=8, denoising_steps=8),
+    "by entropy, static": dict(confidence="entropy", remasking="static", top_k=4),
 }
 
 
@@ -70,7 +78,7 @@ def by_key(traces: list[Trace]) -> dict[tuple[str, int], Trace]:
 
 
 def run(model, wanted: list[Request], slots: int = 16, length: int = 40) -> dict[tuple[str, int], Trace]:
-    return by_key(Engine(model, vocabulary(), slots, length).run(wanted))
+    return by_key(Engine(model, vocabulary(), EngineOptions(slots, length)).run(wanted))
 
 
 def same(one: Trace, other: Trace, tolerance: float = 1e-12) -> None:
@@ -139,6 +147,36 @@ def test_log_probabilities_of_rollout_and_trainer_agree(
     assert len({tuple(trace.response_ids) for trace in traces}) > 200, "responses must differ"
 
 
+@pytest.mark.parametrize("shape", [dict(), dict(logit_shift=1), dict(full_attention=True, block_size=None)], ids=str)
+def test_logits_of_every_denoising_step_are_those_of_a_dense_mask(shape: dict, monkeypatch) -> None:
+    """In float32: what the engine draws from, against one pass over the whole text under an explicit mask."""
+    model, full = make_model(torch.float32, **shape), "full_attention" in shape
+    engine = Engine(model, vocabulary(), EngineOptions(7, 40, page_size=5, max_tokens_per_pass=60, full_attention=full))
+    batch, seen = engine.batch, 0
+
+    def compare(logits, where, position) -> None:
+        nonlocal seen
+        for row, (slot, place) in enumerate(zip(where.tolist(), position.tolist())):
+            end = int(batch.text_end[slot]) if full else int(batch.block_end[slot])
+            blocks = torch.arange(end) // (end if full else int(batch.block_size[slot]))
+            mask, read = blocks[None, :] <= blocks[:, None], torch.tensor([place - model.logit_shift])
+            with torch.no_grad():
+                (expected,) = explicit_logits(model, batch.tokens[slot, :end], torch.arange(end), mask, read)
+            torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-4)
+            seen += 1
+
+    draw_some = engine.denoiser.draw
+    monkeypatch.setattr(engine.denoiser, "draw", lambda *what: compare(*what) or draw_some(*what))
+    sampling = dataclasses.replace(SAMPLING, remasking="static", prefix_cache=False)
+    wanted = requests(8, sampling, samples=2)
+    wider = dict(block_size=8, denoising_steps=5)
+    wanted += [
+        dataclasses.replace(one, sampling=dataclasses.replace(sampling, **wider), sample=9) for one in wanted[:3]
+    ]
+    traces = engine.run([one for index, one in enumerate(wanted) if one.sample != 9 or index % 2])
+    assert seen > 200 and traces
+
+
 @pytest.mark.parametrize("slots", [1, 3, 64])
 def test_results_do_not_depend_on_the_batch(model, slots: int) -> None:
     """Requests with different parameters, in another order, in other batches."""
@@ -159,11 +197,11 @@ def test_results_do_not_depend_on_the_batch(model, slots: int) -> None:
 def test_results_do_not_depend_on_the_token_limit_of_a_pass(model, limit: int, monkeypatch) -> None:
     wanted = requests(26, dataclasses.replace(SAMPLING, ignore_eos=True))
     reference, passes = run(model, wanted), []
-    engine = Engine(model, vocabulary(), 8, 24, max_tokens_per_pass=limit)
+    engine = Engine(model, vocabulary(), EngineOptions(8, 24, max_tokens_per_pass=limit))
     forward = model.forward_tokens
 
     def counting(tokens, params):
-        passes.append((len(tokens), len(params.attention.batch.slot)))
+        passes.append((len(tokens), len(params.attention.queries.count)))
         return forward(tokens, params)
 
     monkeypatch.setattr(model, "forward_tokens", counting)
@@ -173,13 +211,15 @@ def test_results_do_not_depend_on_the_token_limit_of_a_pass(model, limit: int, m
         same(found[key], reference[key])
     assert all(tokens <= limit or sequences == 1 for tokens, sequences in passes)
     assert any(sequences > 1 for _, sequences in passes) == (limit > 1)
-    if limit == 1:
-        assert len(passes) == sum(trace.num_forwards for trace in found.values())
+    assert engine.stats.forwards == sum(trace.num_forwards for trace in found.values())
+    if limit == 1:  # one block of a prompt, or one denoising step, at a time
+        chunks = sum(max(0, len(request.prompt_ids) // 4 - 1) for request in wanted)
+        assert len(passes) == engine.stats.forwards + chunks
 
 
 def test_sequences_that_wait_take_turns(model) -> None:
     """No sequence takes a second step before all have taken their first."""
-    engine = Engine(model, vocabulary(), 6, 24, max_tokens_per_pass=30)
+    engine = Engine(model, vocabulary(), EngineOptions(6, 24, max_tokens_per_pass=30))
     engine.submit(requests(6, dataclasses.replace(SAMPLING, ignore_eos=True)))
     seen = []
     for _ in range(9):
@@ -193,8 +233,8 @@ def test_sequences_that_wait_take_turns(model) -> None:
 def test_drawing_in_parts_changes_nothing(model, rows: int, way: str, monkeypatch) -> None:
     wanted = requests(20, dataclasses.replace(SAMPLING, **WAYS[way]))
     reference, sizes = run(model, wanted), []
-    monkeypatch.setattr(engine_module, "_TABLE_BYTES", rows * 8 * model.vocab_size)
-    monkeypatch.setattr(engine_module, "draw", lambda policy, *rest: sizes.append(len(policy)) or draw(policy, *rest))
+    monkeypatch.setattr(denoiser, "_TABLE_BYTES", rows * 8 * vocabulary().size)
+    monkeypatch.setattr(denoiser, "draw", lambda policy, *rest: sizes.append(len(policy)) or draw(policy, *rest))
     found = run(model, wanted)
     assert max(sizes) == rows
     for key in reference:
@@ -203,7 +243,7 @@ def test_drawing_in_parts_changes_nothing(model, rows: int, way: str, monkeypatc
 
 def test_submitting_while_running_changes_nothing(model) -> None:
     wanted = requests(20, SAMPLING)
-    engine, traces = Engine(model, vocabulary(), 6, 24), []
+    engine, traces = Engine(model, vocabulary(), EngineOptions(6, 24)), []
     for index, request in enumerate(wanted):
         engine.submit([request])
         if index % 3 == 0:
@@ -245,7 +285,7 @@ def test_steps_count_from_one_without_gaps(model) -> None:
 
 
 def test_the_weight_version_is_recorded(model) -> None:
-    engine = Engine(model, vocabulary(), 4, 24)
+    engine = Engine(model, vocabulary(), EngineOptions(4, 24))
     engine.submit(requests(1, dataclasses.replace(SAMPLING, ignore_eos=True)))
     engine.step()
     engine.weight_version = 3
@@ -256,7 +296,7 @@ def test_the_weight_version_is_recorded(model) -> None:
 
 def test_new_weights_are_seen_at_once() -> None:
     model = make_model(torch.float64)
-    engine, wanted = Engine(model, vocabulary(), 8, 24), requests(8, SAMPLING)
+    engine, wanted = Engine(model, vocabulary(), EngineOptions(8, 24)), requests(8, SAMPLING)
     before = by_key(engine.run(wanted))
     with torch.no_grad():
         model.output_layer.weight.neg_()
@@ -269,7 +309,7 @@ def test_new_weights_are_seen_at_once() -> None:
 def test_abort_returns_finished_blocks(model) -> None:
     sampling = dataclasses.replace(SAMPLING, ignore_eos=True)
     wanted = requests(12, sampling)
-    engine = Engine(model, vocabulary(), 8, 24)
+    engine = Engine(model, vocabulary(), EngineOptions(8, 24))
     engine.submit(wanted)
     for _ in range(5):
         assert engine.step() == []
@@ -290,7 +330,7 @@ def test_abort_returns_finished_blocks(model) -> None:
 
 
 def test_a_request_that_can_never_run_is_refused(model) -> None:
-    engine, good = Engine(model, vocabulary(), 4, 16), requests(3, SAMPLING)
+    engine, good = Engine(model, vocabulary(), EngineOptions(4, 16)), requests(3, SAMPLING)
     too_long = Request(np.arange(6), SAMPLING, "long", 0, 0)  # 6 + 11 needs 20
     with pytest.raises(DataError, match="Prompt long has 6 tokens; with 11 new ones it needs 20, more than the 16"):
         engine.submit([*good, too_long])
@@ -301,7 +341,7 @@ def test_a_request_that_can_never_run_is_refused(model) -> None:
 
 def test_a_request_that_just_fits(model) -> None:
     exact = Request(np.arange(5), dataclasses.replace(SAMPLING, ignore_eos=True), "p", 0, 7)  # 5 + 11 = 16
-    (trace,) = Engine(model, vocabulary(), 1, 16).run([exact])
+    (trace,) = Engine(model, vocabulary(), EngineOptions(1, 16)).run([exact])
     assert len(trace.tokens) == 16 and trace.finish_reason == "length"
 
 
@@ -309,7 +349,7 @@ def test_greedy_takes_the_best_token_everywhere(model) -> None:
     """Temperature 0 spends no randomness: another key gives the same response."""
     sampling = dataclasses.replace(SAMPLING, temperature=0.0)
     prompt = np.arange(6)
-    one, other = Engine(model, vocabulary(), 2, 24).run(
+    one, other = Engine(model, vocabulary(), EngineOptions(2, 24)).run(
         [Request(prompt, sampling, "p", sample, 1000 * sample + 1) for sample in range(2)]
     )
     assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.steps, other.steps)

@@ -23,6 +23,7 @@ from megatron_dlm.checkpoint.hf.source import HFSource, main_dtype
 from megatron_dlm.checkpoint.hf.spans import Stored, within
 from megatron_dlm.checkpoint.hf.stored import place_of, shard_of, whole_model
 from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -39,15 +40,16 @@ def load_into(state: TrainState, source: HFSource, model: ModelConfig) -> None:
     """
     weights = source.check(whole_model(model), model)
     with torch.no_grad():
-        for shard in _shards(state):
+        for shard in shards_of(state):
             stored, offset = place_of(shard)
             fill(shard.data, stored, offset, source.family, model, weights)
     if state.optimizer is not None:
+        wake(state)
         with platform.cuda_calls_on_cpu():
             state.optimizer.reload_model_params()  # the fp32 master copies follow the new weights
 
 
-def _shards(state: TrainState) -> Iterator[ShardedTensor]:
+def shards_of(state: TrainState) -> Iterator[ShardedTensor]:
     """This rank's tensors as parts of the whole model; their data are the parameters themselves."""
     metadata = {"dp_cp_group": state.groups.pg_collection.dp_cp}
     for chunk in state.unwrapped_chunks():

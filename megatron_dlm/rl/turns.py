@@ -1,0 +1,80 @@
+"""Whose turn it is on the device: phases of an RL step take its memory one after the other.
+
+    during = partial(turns.phase, watch=watch)
+    with during("rollout"):              # --offload-train: the policy's gradients and optimizer sleep
+        ...                              # --offload-rollout: the engine has its KV cache in here only
+    with during("old_logprobs"):         # forward passes need neither
+        ...
+    with during("train"):                # gradients and optimizer are there
+        ...
+
+A phase is a name: its seconds are `perf/NAME_time`, its memory is a line of the ledger. What sleeping and waking take
+is a phase of its own in the seconds, `offload`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from torch import Tensor
+
+from megatron_dlm.config.rl import RLConfig
+from megatron_dlm.platform import memory
+from megatron_dlm.rollout.engine import Engine
+from megatron_dlm.rollout.rig import RolloutRig
+from megatron_dlm.training.ledger import Ledger, hold_state
+from megatron_dlm.training.report import Stopwatch
+from megatron_dlm.training.sleep import sleep, wake
+from megatron_dlm.training.state import TrainState
+
+GENERATING = ("rollout", "eval")
+UPDATING = ("train",)
+
+
+class Turns:
+    """One per run.
+
+    Attributes:
+        ledger: of the policy and the engine.
+    """
+
+    def __init__(self, state: TrainState, rig: RolloutRig, rl: RLConfig) -> None:
+        self.state, self.rig = state, rig
+        self.offload_train, self.offload_rollout = rl.offload_train, rl.offload_rollout
+        self.offloads = rl.offload_train or rl.offload_rollout
+        self.ledger = Ledger()
+        hold_state(self.ledger, state)
+        self.ledger.add("rollout weights", self._rollout_weights)
+        self.ledger.add("kv cache", self._kv_cache)
+
+    @contextmanager
+    def phase(self, name: str, watch: Stopwatch | None = None) -> Iterator[None]:
+        """A phase, with the memory that it needs. Collective."""
+        generating, updating = name in GENERATING, name in UPDATING
+        timed = nullcontext if watch is None else lambda key: watch.phase(f"{key}_time")
+        with self.ledger.told_in_shortage():
+            if self.offloads and (generating or updating):
+                with timed("offload"):
+                    if generating and self.offload_train:
+                        sleep(self.state)
+                    if generating and self.offload_rollout:
+                        self.rig.engine.wake()
+                    if updating:
+                        wake(self.state)
+            with timed(name):
+                yield
+            self.ledger.mark(name)
+            if generating and self.offload_rollout:
+                with timed("offload"):
+                    self.rig.engine.sleep()
+                    memory.give_back()
+
+    def _rollout_weights(self) -> list[Tensor]:
+        """None of them counts where the engine reads the training parameters: the ledger has them already."""
+        engine = self.rig.engine
+        return [*engine.model.parameters(), *engine.model.buffers()] if isinstance(engine, Engine) else []
+
+    def _kv_cache(self) -> list[Tensor] | int:
+        engine = self.rig.engine
+        return [engine.cache.storage] if isinstance(engine, Engine) else engine.kv_cache_bytes

@@ -1,0 +1,125 @@
+"""The attention backends by name, and which one an engine gets.
+
+On a CPU `auto` is sdpa. On a GPU it is the first of these that serves the model and agrees with sdpa on a small pass:
+
+  - FlashAttention 3: reads pages of any size in place, and fills the tensor cores of a Hopper best;
+  - FlashInfer: reads them in place too, on later GPUs as well, but plans each pass on the host;
+  - FlashAttention 2: the same kernels' ancestor, with pages of 256 tokens, so more of the cache lies idle;
+  - FlexAttention: part of torch; gathers small pages, but computes no tile that nobody sees;
+  - sdpa: gathers pages, and computes what it then masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dlm import platform
+from megatron_dlm.config.errors import ConfigError, UserError
+from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.config.rollout import EngineConfig
+from megatron_dlm.model.row_params import Attention
+from megatron_dlm.rollout.attention import flash, flashinfer, flex
+from megatron_dlm.rollout.attention.queries import Queries
+from megatron_dlm.rollout.attention.sdpa import GatheredAttention
+from megatron_dlm.rollout.attention.self_test import agrees
+from megatron_dlm.rollout.kv_cache import BlockKVCache, CacheShape
+
+Backend = Callable[[BlockKVCache, Queries], Attention]
+"""Prepares the attention of one pass, for all its layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A backend before it is built.
+
+    Attributes:
+        check: raises a UserError that says why it cannot serve a cache of this shape on this device.
+        build: makes the backend of one engine.
+    """
+
+    check: Callable[[CacheShape, torch.device], None]
+    build: Callable[[], Backend]
+
+
+KINDS: dict[str, Kind] = {
+    "flash 3": Kind(flash.check_3, lambda: flash.Flash3),
+    "flashinfer": Kind(flashinfer.check, flashinfer.FlashInfer),
+    "flash 2": Kind(flash.check_2, lambda: flash.Flash2),
+    "flex": Kind(flex.check, lambda: flex.FlexAttention),
+    "sdpa": Kind(lambda shape, device: None, lambda: GatheredAttention),
+}
+"""The best for a GPU first."""
+
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "auto": tuple(KINDS),
+    "sdpa": ("sdpa",),
+    "flex": ("flex",),
+    "flash": ("flash 3", "flash 2"),
+    "flashinfer": ("flashinfer",),
+}
+"""The values of --rollout-attention-backend, and which kinds they allow."""
+
+
+def backend(name: str, shape: CacheShape, device: torch.device) -> Backend:
+    """The backend of an engine.
+
+    Raises:
+        ConfigError, DependencyError: none of that name can serve it.
+    """
+    if name != "auto":
+        return KINDS[served(name, shape, device)].build()
+    if device.type == "cuda":
+        for kind in BACKENDS["auto"][:-1]:
+            found = KINDS[kind].build() if _refusal(kind, shape, device) is None else None
+            # A kernel library may be installed and still not work here: built for other GPUs, or unable to compile.
+            if found is not None and agrees(found, GatheredAttention, shape, device):
+                return found
+    return KINDS["sdpa"].build()
+
+
+def check_attention(engine: EngineConfig, model: ModelConfig) -> None:
+    """Refuse a backend that cannot serve this model on this process's device, before anything is built.
+
+    Args:
+        model: resolved.
+
+    Raises:
+        ConfigError, DependencyError: it cannot.
+    """
+    if engine.rollout_backend == "native":
+        dtype = torch.bfloat16 if model.bf16 else torch.float64 if model.fp64 else torch.float32
+        # The number of heads on a rank plays no part.
+        served(
+            engine.rollout_attention_backend,
+            CacheShape(model.num_layers, engine.kv_page_size, 1, model.kv_channels, dtype),
+            platform.device(),
+        )
+
+
+def served(name: str, shape: CacheShape, device: torch.device) -> str:
+    """The first kind of that name that can serve a cache of this shape on this device. Builds nothing.
+
+    Raises:
+        ConfigError, DependencyError: there is none.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"There is no rollout attention backend {name}. Use one of {', '.join(BACKENDS)}.")
+    if name == "auto" and device.type == "cpu":
+        return "sdpa"
+    refusal: UserError | None = None
+    for kind in BACKENDS[name]:
+        refusal = _refusal(kind, shape, device)
+        if refusal is None:
+            return kind
+    raise refusal
+
+
+def _refusal(kind: str, shape: CacheShape, device: torch.device) -> UserError | None:
+    try:
+        KINDS[kind].check(shape, device)
+    except UserError as error:
+        return error
+    return None

@@ -1,0 +1,130 @@
+"""The child's main program: a loop that takes commands from the trainer and drives an engine.
+
+    python -m megatron_dlm.rollout.sglang.server FD
+
+runs in SGLang's interpreter, with this package on its path and one end of a socket pair as descriptor FD. Responses are
+sent as they finish; all other commands are answered one by one, in order: {"ok": true, ...}, or {"error": "..."}.
+Generation goes on while the loop waits for the next command, and stands still while it works on one. When the trainer
+is gone, so is this process, with everything that it started and its folder, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_dlm.rollout.sglang.protocol import Closed, Link, Message
+
+
+class Backend(Protocol):
+    """What `serve` drives. `loop` is the event loop on which responses are generated."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def generate(self, name: str, prompt: list[int], sampling: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Blocks (wire.Block, as plain data) as they are finished."""
+
+    def abort(self, names: list[str]) -> None:
+        """End these responses early; their generators end."""
+
+    def call(self, command: str, message: Message) -> dict[str, Any]:
+        """Any other command; what it returns goes into the answer."""
+
+
+def serve(link: Link, backend: Backend) -> None:
+    """Work until a `stop` comes, or the trainer is gone."""
+    tasks: set[asyncio.Task] = set()
+    with ThreadPoolExecutor(1) as reader:
+        while True:
+            try:
+                message = backend.loop.run_until_complete(_next(link, backend.loop, reader))
+                command = message.pop("command")
+                if command == "stop":
+                    link.send({"ok": True})
+                    return
+                if command == "generate":
+                    for request in message["requests"]:
+                        tasks.add(task := backend.loop.create_task(_respond(link, backend, **request)))
+                        task.add_done_callback(tasks.discard)
+                elif command == "abort":
+                    backend.abort(message["names"])
+                else:
+                    link.send(_answer(backend, command, message))
+            except Closed:
+                return
+
+
+async def _next(link: Link, loop: asyncio.AbstractEventLoop, reader: ThreadPoolExecutor) -> Message:
+    return await loop.run_in_executor(reader, link.receive)
+
+
+async def _respond(link: Link, backend: Backend, name: str, prompt: list[int], sampling: dict[str, Any]) -> None:
+    blocks = []
+    try:
+        async for block in backend.generate(name, prompt, sampling):
+            blocks.append(block)
+        answer = {"name": name, "blocks": blocks}
+    except Exception as error:  # the trainer must hear of it, whatever it is
+        traceback.print_exc()
+        answer = {"name": name, "failed": f"{type(error).__name__}: {error}"}
+    with contextlib.suppress(Closed):  # `serve` will find out
+        link.send(answer)
+
+
+def _answer(backend: Backend, command: str, message: Message) -> Message:
+    try:
+        return {"ok": True} | backend.call(command, message)
+    except Closed:
+        raise
+    except Exception as error:  # as above
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def end_with_trainer(link: Link, folder: Path) -> None:
+    """Watch the other end from a thread; when it closes, remove the folder and kill this process's group."""
+
+    def watch() -> None:
+        link.wait_for_end()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv: list[str]) -> None:
+    link = Link.from_fd(int(argv[0]))
+    try:
+        settings = link.receive()
+        end_with_trainer(link, Path(settings["model_folder"]).parent)
+        try:
+            from megatron_dlm.rollout.sglang.backend import SGLangBackend
+
+            backend = SGLangBackend(settings)
+        except Exception as error:  # as above
+            traceback.print_exc()
+            link.send({"error": f"{type(error).__name__}: {error}"})
+            return
+        link.send({"ok": True} | backend.describe())
+        serve(link, backend)
+        backend.shutdown()
+    except Closed:
+        pass
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # the reader may still wait, and SGLang's own threads would too
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,42 @@
+"""How much an engine works on at once: from settings and from the memory that is free."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_dlm import platform
+from megatron_dlm.config.rollout import EngineConfig
+from megatron_dlm.parallel.groups import Groups
+from megatron_dlm.platform import memory
+from megatron_dlm.rollout.options import EngineOptions
+
+_TOKENS_PER_PASS = {"cuda": 8192, "cpu": 1024}  # on a CPU the activations of a pass should stay in its cache
+
+
+def engine_options(rollout: EngineConfig, groups: Groups, longest: int, full_attention: bool) -> EngineOptions:
+    """What an engine is built with. Collective over the tensor-parallel group, whose ranks take the same decisions and
+    therefore have the same number of pages.
+
+    Args:
+        groups: the rollout layout.
+        longest: longest text in tokens, its terminal block included.
+    """
+    if rollout.kv_cache_gib is not None:
+        limit = int(rollout.kv_cache_gib * 2**30)
+    else:
+        limit = int(rollout.kv_cache_memory_fraction * memory.available())
+    if groups.tp_size > 1:
+        least = torch.tensor(limit, device=platform.device())
+        dist.all_reduce(least, dist.ReduceOp.MIN, groups.tp)
+        limit = int(least)
+    return EngineOptions(
+        max_running_requests=rollout.max_running_requests,
+        max_length=longest,
+        max_tokens_per_pass=rollout.max_tokens_per_pass or _TOKENS_PER_PASS[platform.device().type],
+        page_size=rollout.kv_page_size,
+        kv_cache_bytes=limit,
+        full_attention=full_attention,
+        attention_backend=rollout.rollout_attention_backend,
+        longest_first=rollout.longest_first,
+    )
