@@ -118,17 +118,20 @@ def report(result: Mapping[str, Any]) -> str:
                 *(_seconds(one["phases"], names) for names in _PHASES.values()),
             ]
         )
-    threads = result["threads"]
     text = [
         f"{result['remasking']} (tok: tokens of responses, fwd: forwards of a sequence; model, sample, host: seconds)",
         table(header, lines),
     ]
-    for case, ratios in result["speed_up"].items():
-        how = f"with {threads['engine']} and {threads['plain loop']} threads, the best of each"
-        how = how if case == "best" else f"both with {case} threads"
+    threads, cases = result["threads"], result["speed_up"]
+    for case, ratios in cases.items():
+        if case == "best" and len(cases) == 2:
+            continue  # there is one number of threads, which the other case tells
+        how = (
+            f"threads: {case}" if case != "best" else f"threads: {threads['engine']} and {threads['plain loop']}, best"
+        )
         text.append(
             f"the engine is {statistics.median(ratios):.1f} times as fast as the plain loop "
-            f"({min(ratios):.1f} to {max(ratios):.1f} in {len(ratios)} rounds), {how}"
+            f"({min(ratios):.1f} to {max(ratios):.1f} in {len(ratios)} rounds; {how})"
         )
     return "\n".join(text)
 

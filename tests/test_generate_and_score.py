@@ -150,7 +150,10 @@ def test_mistakes_that_are_found_before_anything_is_generated(folder) -> None:
         (["generate"], "--load is not set"),
         (["generate", "--load", "x"], "--prompts is not set"),
         (["generate", "--load", "x", "--prompts", "a", "--output", "a"], "--output a is the file that --prompts names"),
-        (["generate", "--load", "x", "--remasking", "random"], "--remasking needs static, dynamic, sequential or entropy_bounded"),
+        (
+            ["generate", "--load", "x", "--remasking", "random"],
+            "--remasking needs static, dynamic, sequential or entropy_bounded",
+        ),
         (["generate", "--load", "x", "--save", "y"], "generate has no flag --save"),
         (["generate", "--load", "/nowhere", "--prompts", "a", "--output", "b"], "no checkpoint folder /nowhere"),
         (["score", "--load", "x"], "--input is not set"),
@@ -168,9 +171,10 @@ def test_a_mistake_is_told_in_one_sentence(capsys, words: list[str], sentence: s
 def test_models_of_full_attention_and_with_logits_ahead(data) -> None:  # noqa: F811
     """Fine-tuned, then generated from and evaluated: the checkpoint says how such a model decodes."""
     flags = ["--tokenizer-model", data / "tokenizer", "--data-path", data / "sft.jsonl", "--train-iters", 1]
-    wide = [flag for flag in MODEL if flag not in ("--block-size", "4")] + ["--full-attention", "--logit-shift", 1]
+    at = MODEL.index("--block-size")
+    wide = [*MODEL[:at], *MODEL[at + 2 :], "--full-attention", "--logit-shift", 1]
     whole, ahead = data / "whole", data / "ahead"
-    command("sft", *wide, "--num-attention-heads", 4, *flags, "--save", whole)
+    command("sft", *wide, *flags, "--save", whole)
     command("sft", *MODEL, "--logit-shift", 1, *flags, "--save", ahead)
     (data / "one.jsonl").write_text(json.dumps({"question": "1+2="}) + "\n")
     for folder, more in ((whole, ["--rollout-block-size", 4]), (ahead, [])):

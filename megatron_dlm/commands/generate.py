@@ -8,7 +8,7 @@ from megatron_dlm.commands.common import open_outputs, open_report, prepare_proc
 from megatron_dlm.commands.weights import complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.parallel import ParallelConfig
-from megatron_dlm.config.rollout import EngineConfig
+from megatron_dlm.config.rollout import CapacityConfig, EngineConfig
 from megatron_dlm.config.sections import pick_parts
 from megatron_dlm.config.validate_generation import check_generate
 from megatron_dlm.config.validate_rollout import check_rollout_layout
@@ -44,11 +44,9 @@ def main(argv: list[str]) -> None:
             state = session.train_state(None, 1)
             report.say(f"{len(lines)} prompts; {session.describe(state)}")
             restore(state, config["checkpoint"], model, None, any_block_size=True)
-            engine = EngineConfig(
-                rollout_block_size=settings.rollout_block_size,
-                max_running_requests=min(settings.max_running_requests, len(lines) * settings.num_samples),
-                max_tokens_per_pass=settings.max_tokens_per_pass,
-            )
+            capacity = {field.name: getattr(settings, field.name) for field in dataclasses.fields(CapacityConfig)}
+            capacity["max_running_requests"] = min(settings.max_running_requests, len(lines) * settings.num_samples)
+            engine = EngineConfig(**capacity, rollout_block_size=settings.rollout_block_size)
             rig = RolloutRig.open(session, state, engine, longest, 0)  # responses included
             records = generate_records(rig, tokenizer, lines, settings.num_samples, sampling, seed, report)
             together(lambda: write_output(settings.output, records) if session.groups.is_main else None)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_dlm.config.rollout import CapacityConfig
+
 
 @dataclass(slots=True)
-class GenerateConfig:
+class GenerateConfig(CapacityConfig):
     """Generation to a file."""
 
     prompts: str | None = None
@@ -48,7 +50,3 @@ class GenerateConfig:
     horizon: int | None = None
     """Under full attention, how many positions after the block a model sees as masks; all that are left when it is not
     given."""
-    max_running_requests: int = 256
-    """Responses that one engine works on at the same time."""
-    max_tokens_per_pass: int = 8192
-    """Most tokens in one pass of the engine; when its responses need more, they take turns."""

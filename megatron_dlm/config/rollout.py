@@ -7,15 +7,9 @@ from typing import Literal
 
 
 @dataclass(slots=True)
-class EngineConfig:
-    """What every generation needs: the room for texts, and the block in which they grow."""
+class CapacityConfig:
+    """How much the engine works on at once, and by which means."""
 
-    rollout_max_prompt_len: int = 1024
-    """Longest prompt, in tokens."""
-    rollout_max_response_len: int = 256
-    """Longest response, in tokens."""
-    rollout_block_size: int | None = None
-    """Block in which tokens are generated; the attention block size when it is not given."""
     max_running_requests: int = 256
     """Responses that one engine works on at the same time."""
     max_tokens_per_pass: int | None = None
@@ -27,11 +21,26 @@ class EngineConfig:
     """Memory for the KV cache of each process, in GiB; a share of what is free when it is not given."""
     kv_cache_memory_fraction: float = 0.5
     """Share of the free memory that the KV cache may take, if it needs so much."""
+    rollout_rounds_per_sync: int | None = None
+    """Denoising rounds that the device makes before the host looks what became of them, while no response waits to be
+    started; 4 on a GPU and 1 on a CPU when it is not given."""
     longest_first: bool = False
     """Start the responses that have most tokens left before others."""
     rollout_attention_backend: Literal["auto", "sdpa", "flex", "flash", "flashinfer"] = "auto"
     """What computes attention over the pages of the KV cache: torch's own kernels (sdpa, or flex, which it compiles),
     FlashAttention (3, or 2 with pages of 256 tokens), or FlashInfer. auto is the best that works here."""
+
+
+@dataclass(slots=True)
+class EngineConfig(CapacityConfig):
+    """What every generation needs: the room for texts, and the block in which they grow."""
+
+    rollout_max_prompt_len: int = 1024
+    """Longest prompt, in tokens."""
+    rollout_max_response_len: int = 256
+    """Longest response, in tokens."""
+    rollout_block_size: int | None = None
+    """Block in which tokens are generated; the attention block size when it is not given."""
     stop_token_ids: list[int] | None = None
     """Token ids that end a response; the tokenizer's end token when they are not given."""
     prefix_cache: bool = True

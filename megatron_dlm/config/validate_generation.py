@@ -14,6 +14,7 @@ from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.score import ScoreConfig
 from megatron_dlm.config.validate import at_least, check_temperature, within
+from megatron_dlm.config.validate_rollout import check_capacity
 from megatron_dlm.config.validate_sampling import (
     check_decoding_block,
     check_steps_of_block,
@@ -26,7 +27,8 @@ from megatron_dlm.config.validate_training import check_stop_tokens
 def check_generate(settings: GenerateConfig, checkpoint: LoadConfig) -> None:
     """Refuse settings of `generate` that no model could work with."""
     _files(settings, checkpoint, "prompts")
-    at_least(settings, 1, "num_samples", "max_running_requests", "max_tokens_per_pass")
+    at_least(settings, 1, "num_samples")
+    check_capacity(settings)
     check_draw(settings)
 
 

@@ -9,10 +9,17 @@ from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import one_of
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import LayoutConfig
-from megatron_dlm.config.rollout import EngineConfig
-from megatron_dlm.config.validate import at_least, check_tensor_size
+from megatron_dlm.config.rollout import CapacityConfig, EngineConfig
+from megatron_dlm.config.validate import above, at_least, check_tensor_size, within
 
 TENSOR, EXPERTS = "--rollout-tensor-model-parallel-size", "--rollout-expert-model-parallel-size"
+
+
+def check_capacity(settings: CapacityConfig) -> None:
+    """Refuse what no engine can work with."""
+    at_least(settings, 1, "max_running_requests", "max_tokens_per_pass", "kv_page_size", "rollout_rounds_per_sync")
+    above(settings, 0, "kv_cache_gib")
+    within(settings, 0, 1, "kv_cache_memory_fraction", low_open=True)
 
 
 def check_rollout_layout(

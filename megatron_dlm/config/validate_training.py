@@ -19,6 +19,7 @@ from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate import above, at_least, check_temperature, needs, within
+from megatron_dlm.config.validate_rollout import check_capacity
 from megatron_dlm.config.validate_sampling import (
     check_decoding_block,
     check_steps_of_block,
@@ -139,7 +140,7 @@ def _check_over_sampling(rollout: RolloutConfig) -> None:
 def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
     """Refuse what no generation can work with."""
     at_least(engine, 1, "rollout_max_prompt_len", "rollout_max_response_len", "rollout_block_size")
-    at_least(engine, 1, "max_running_requests", "max_tokens_per_pass")
+    check_capacity(engine)
     check_decoding_block(engine.rollout_block_size, model)
     check_window(engine, model)
 

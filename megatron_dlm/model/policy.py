@@ -43,12 +43,16 @@ def policy_scores(
         logits: [N, V / TP] shard.
         temperature: a number, or [N].
     """
-    ids = _first_id(logits, group) + torch.arange(logits.shape[-1], device=logits.device)
-    banned = (ids >= vocabulary.size) | (ids == vocabulary.mask_id)
+    first, width = _first_id(logits, group), logits.shape[-1]
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if isinstance(temperature, Tensor):
         temperature = temperature.to(scores.dtype)[:, None]
-    return (scores / temperature).masked_fill(banned, float("-inf"))
+    scores = scores / temperature
+    # In place and only where it is needed: the table is large, and a mask of its size would be one more.
+    scores[:, max(vocabulary.size - first, 0) :] = float("-inf")
+    if 0 <= vocabulary.mask_id - first < width:
+        scores[:, vocabulary.mask_id - first] = float("-inf")
+    return scores
 
 
 def _sum_over(value: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_dlm.diffusion.sampling import Confidence, DrawRules
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
 from megatron_dlm.diffusion.unmasking import Remasking, UnmaskRules, scheduled_count
-from megatron_dlm.rollout.request import Request
 from megatron_dlm.rollout.plan import Sequence
+from megatron_dlm.rollout.request import Request
 
 _TABLES = {"step": torch.int64, "version": torch.int64, "logprob": torch.float64, "sampling_logprob": torch.float64}
 
@@ -32,9 +32,9 @@ class Progress(IntEnum):
 
 
 class RunningBatch:
-    """Slots of running sequences.
+    """Slots of running sequences, and behind them one line of nobody (`spare`), for places of a round that stay empty.
 
-    Attributes (S slots, L positions):
+    Attributes (S lines, L positions):
         tokens: int64 [S, L]; the mask token where unknown.
         known: bool [S, L].
         step: int64 [S, L], denoising step at which a position was unmasked, 0 for the prompt.
@@ -48,8 +48,8 @@ class RunningBatch:
     """
 
     def __init__(self, num_slots: int, max_length: int, mask_id: int, device: torch.device) -> None:
-        self.mask_id, self.max_length, self.device = mask_id, max_length, device
-        table = (num_slots, max_length)
+        self.mask_id, self.max_length, self.device, self.spare = mask_id, max_length, device, num_slots
+        table = (num_slots + 1, max_length)
         self.tokens = torch.full(table, mask_id, dtype=torch.int64, device=device)
         self.known = torch.zeros(table, dtype=torch.bool, device=device)
         for name, dtype in _TABLES.items():
@@ -57,11 +57,12 @@ class RunningBatch:
         counters = "prompt_length limit start block_end text_end steps_taken block_steps forwards"
         settings = "block_size denoising_steps remasking confidence top_k stream"
         for name in f"{counters} {settings}".split():
-            setattr(self, name, torch.zeros(num_slots, dtype=torch.int64, device=device))
+            setattr(self, name, torch.zeros(num_slots + 1, dtype=torch.int64, device=device))
         for name in ("temperature", "top_p", "threshold", "entropy_bound"):
-            setattr(self, name, torch.ones(num_slots, dtype=torch.float64, device=device))
-        self.greedy = torch.zeros(num_slots, dtype=torch.bool, device=device)
-        self.stops = torch.full((num_slots, 1), -1, dtype=torch.int64, device=device)
+            setattr(self, name, torch.ones(num_slots + 1, dtype=torch.float64, device=device))
+        self.block_size[num_slots] = self.denoising_steps[num_slots] = 1
+        self.greedy = torch.zeros(num_slots + 1, dtype=torch.bool, device=device)
+        self.stops = torch.full((num_slots + 1, 1), -1, dtype=torch.int64, device=device)
         self.widest_block = 1
 
     # Sequences that come and go -------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ class RunningBatch:
             request, prompt = one.request, len(one.request.prompt_ids)
             response = slice(prompt, end)
             tail = slice(end, end if reason == "abort" else max(end, one.block_end))
-            column = lambda name, where: table[name][line, where].copy()
+            column = lambda name, where, line=line: table[name][line, where].copy()
             traces.append(
                 Trace(
                     prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),

@@ -12,8 +12,8 @@ A commit rides on the next denoising step, so it equals the number of denoising 
 steps of its dropped block were forwards too; and unless `fuse_commit` is off).
 
 The result is a function of the weights and of each request's key: not of the batch, of the order of submission, of the
-token budget, of pages and preemptions, or of the number of replicas (in floating point, up to the rounding of the matrix
-products; docs/architecture.md).
+token budget, of pages and preemptions, or of the number of replicas (in floating point, up to the rounding of the
+matrix products; docs/architecture.md).
 
     engine.submit(requests)
     while not engine.idle:
@@ -106,7 +106,8 @@ class Engine:
         )
         self.batch = RunningBatch(slots, options.max_length, vocabulary.mask_id, self.device)
         widest = -(-options.max_length // options.page_size)
-        self.page_table = torch.zeros((slots, widest), dtype=torch.int64, device=self.device)
+        self.page_table = torch.zeros((slots + 1, widest), dtype=torch.int64, device=self.device)
+        self.page_table[self.batch.spare] = self.cache.scratch
         self.denoiser = Denoiser(self.batch, vocabulary, self.tp_group)
         self.weight_version = 0
         self.stats = EngineStats()

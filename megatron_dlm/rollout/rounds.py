@@ -4,14 +4,16 @@ What a pass computes follows from where its sequences stand, and that is known o
 goes, the device can go on by itself: every shape stays the same, and what is data-dependent (which blocks are finished
 and have to be committed, who has ended) is decided by tensors. A round computes n + c blocks for n sequences: the block
 being denoised of each, and the finished block of up to c of them. A sequence whose finished block found no place among
-the c waits for a round, one that has ended idles until the host looks; neither changes any result.
+the c waits for a round, one that has ended idles until the host looks; neither changes any result. There may be more
+places than sequences, so that few shapes occur (CUDA graphs): empty ones compute a block of nobody.
 
 The host gives each sequence the pages of all blocks that it may reach before it looks again (Scheduler.for_rounds).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Ordered
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 
 import torch
 from torch import Tensor
@@ -34,8 +36,9 @@ class Rounds:
         page_table: int64 [S, P] of all slots.
         scratch: a page that nobody reads, where blocks that are computed for no purpose go.
         longest: most keys that any of them can see before the host looks again.
-        commits: c, places for finished blocks in a round, 1 to n; None is half of n, rounded up: a block takes two
-            steps or more as a rule.
+        width: places for sequences; None is one for each.
+        commits: c, places for finished blocks in a round, at most `width`; None is half of that, rounded up: a block
+            takes two steps or more as a rule.
     """
 
     def __init__(
@@ -46,20 +49,26 @@ class Rounds:
         scratch: int,
         sequences: Ordered[Sequence],
         longest: int,
+        width: int | None = None,
         commits: int | None = None,
     ) -> None:
         self.batch, self.page_size = batch, page_size
         self.block = sequences[0].request.sampling.block_size
         device = batch.device
-        self.slot = torch.tensor([one.slot for one in sequences], device=device)
-        self.uncommitted = torch.tensor([one.cached < one.start for one in sequences], device=device)
-        self.progress = torch.zeros((len(sequences), 2), dtype=torch.int64, device=device)
+        count, width = len(sequences), width or len(sequences)
+        self.count, empty = count, width - count
+        self.slot = torch.tensor([*(one.slot for one in sequences), *[batch.spare] * empty], device=device)
+        self.uncommitted = torch.tensor(
+            [*(one.cached < one.start for one in sequences), *[False] * empty], device=device
+        )
+        self.progress = torch.zeros((width, 2), dtype=torch.int64, device=device)
+        self.progress[count:, 0] = Progress.LENGTH  # nobody has ended
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
         self.committed = torch.zeros((), dtype=torch.int64, device=device)
-        commits = -(-len(sequences) // 2) if commits is None else commits
+        commits = -(-width // 2) if commits is None else commits
         self.page_table = page_table[self.slot]
         self.scratch_line = scratch * page_size
-        self.commits, self.rows = commits, commits + len(sequences)
+        self.commits, self.rows = commits, commits + width
         self.key_length = [longest] * self.rows
         self.offset = torch.arange(self.block, device=device)
         self.sequence = torch.arange(self.rows, device=device).repeat_interleave(self.block)
@@ -107,6 +116,6 @@ class Rounds:
         """For each sequence: `Progress`, end of the response, start and end of its block, denoising steps of it, and
         whether the block before it is still to be committed. Here the host waits for the device.
         """
-        batch, slot = self.batch, self.slot
-        columns = [batch.start[slot], batch.block_end[slot], batch.block_steps[slot], self.uncommitted.long()]
-        return torch.cat([self.progress, torch.stack(columns, dim=1)], dim=1).tolist()
+        batch, slot, count = self.batch, self.slot[: self.count], self.count
+        columns = [batch.start[slot], batch.block_end[slot], batch.block_steps[slot], self.uncommitted[:count].long()]
+        return torch.cat([self.progress[:count], torch.stack(columns, dim=1)], dim=1).tolist()

@@ -13,9 +13,9 @@ that could not run alone is refused when it is submitted.
 
 What a sequence computes. In a model of attention blocks: everything from the end of its stored prefix to the end of the
 block being denoised. So prompts, and the commit of a finished block, ride on a denoising step. In a model of full
-attention: the whole text at the first step of a decoding block, masks to its end included; at later steps the text up to
-`horizon` positions behind the block, and of that only what begins with the block, if the request lets the text before
-it stand as the first step left it (`prefix_cache`).
+attention: the whole text at the first step of a decoding block, masks to its end included; at later steps the text up
+to `horizon` positions behind the block, and of that only what begins with the block, if the request lets the text
+before it stand as the first step left it (`prefix_cache`).
 """
 
 from __future__ import annotations

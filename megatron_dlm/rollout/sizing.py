@@ -12,6 +12,7 @@ from megatron_dlm.platform import memory
 from megatron_dlm.rollout.options import EngineOptions
 
 _TOKENS_PER_PASS = {"cuda": 8192, "cpu": 1024}  # on a CPU the activations of a pass should stay in its cache
+_ROUNDS_PER_SYNC = {"cuda": 4, "cpu": 1}  # on a GPU not measured
 
 
 def engine_options(rollout: EngineConfig, groups: Groups, longest: int, full_attention: bool) -> EngineOptions:
@@ -39,4 +40,5 @@ def engine_options(rollout: EngineConfig, groups: Groups, longest: int, full_att
         full_attention=full_attention,
         attention_backend=rollout.rollout_attention_backend,
         longest_first=rollout.longest_first,
+        rounds_per_sync=rollout.rollout_rounds_per_sync or _ROUNDS_PER_SYNC[platform.device().type],
     )

@@ -109,12 +109,14 @@ def test_without_a_gpu_it_says_what_it_needs() -> None:
 def test_the_cpu_passes_alone_and_in_two_processes(capsys) -> None:
     assert gpu_check.main(["--device", "cpu", "--precision", "fp32", "--processes", "2", *SMALL]) == 0
     table = capsys.readouterr().out
-    assert table.count("PASS") == 60 and "FAIL" not in table
+    assert table.count("PASS") == 72 and "FAIL" not in table
     for what in (
         "logits, sft",
         "gradients, tracerl",
         "steps, distributed optimizer: weights",
         "rollout against trainer",
+        "rollout attention, flex against sdpa",
+        "rollout, log-probabilities, dynamic by flex",
     ):
         assert sum(line.startswith(what) and "PASS" in line for line in table.splitlines()) >= 3, what
     assert "fp32 TP 2" in table and "fp32 DP 2" in table

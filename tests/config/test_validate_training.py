@@ -189,6 +189,15 @@ def test_sft(values, words):
     ("values", "words"),
     [
         (dict(rollout_batch_size=0), ["--rollout-batch-size is 0"]),
+        (dict(over_sampling_batch_size=63), ["--over-sampling-batch-size 63", "--rollout-batch-size 64"]),
+        (dict(over_sampling_batch_size=64), None),
+        (dict(over_sampling_batch_size=65, partial_rollout=True, mask_offpolicy_in_partial_rollout=True), None),
+        (dict(partial_rollout=True), ["--partial-rollout", "--over-sampling-batch-size"]),
+        (dict(over_sampling_batch_size=64, partial_rollout=True), ["more than --rollout-batch-size 64"]),
+        (
+            dict(over_sampling_batch_size=65, mask_offpolicy_in_partial_rollout=True),
+            ["--mask-offpolicy-in-partial-rollout needs --partial-rollout"],
+        ),
         (dict(n_samples_per_prompt=0), ["--n-samples-per-prompt is 0"]),
         (dict(rollout_max_prompt_len=0), ["--rollout-max-prompt-len is 0"]),
         (dict(rollout_max_response_len=0), ["--rollout-max-response-len is 0"]),

@@ -77,6 +77,17 @@ def test_full_attention_has_one_view_per_step_of_the_whole_response() -> None:
     assert got == [(set(range(8)), {0, 1, 2, 3, 4, 5}), ({6, 7}, {6, 7})]
 
 
+def test_tokens_of_older_weights_are_context() -> None:
+    trace = spec_trace([1, 2, 1, 3, 4, 4, 5, 6])
+    trace.weight_versions = np.array([1, 1, 1, 1, 2, 2, 2, 2])
+    every = as_sets(trace_views(trace, Grid(4)))
+    assert as_sets(trace_views(trace, Grid(4), oldest_version=1)) == every
+    young = [view for view in every if min(view[3]) >= 8]
+    assert as_sets(trace_views(trace, Grid(4), oldest_version=2)) == young and len(young) == 3
+    none = trace_views(trace, Grid(4), oldest_version=3)
+    assert none.num_targets == 0 and len(none.block) == 0
+
+
 @pytest.mark.parametrize("shrinkage", [1, 2, 3])
 @pytest.mark.parametrize("decode_block", [1, 2, 4, 8])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

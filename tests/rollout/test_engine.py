@@ -224,7 +224,7 @@ def test_sequences_that_wait_take_turns(model) -> None:
     seen = []
     for _ in range(9):
         engine.step()
-        seen.append(engine.batch.forwards.tolist())
+        seen.append(engine.batch.forwards[:6].tolist())
     assert all(max(counts) - min(counts) <= 1 for counts in seen) and min(seen[-1]) > 1
 
 

@@ -89,11 +89,13 @@ ROUNDS = {
 }
 
 
-@pytest.mark.parametrize("commits", [1, None, 16])
+@pytest.mark.parametrize("empty, commits", [(0, 1), (0, None), (0, 16), (5, None)])
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_rounds_without_the_host_change_nothing(model, rounds: str, commits: int | None, monkeypatch) -> None:
-    """However many finished blocks a round has places for, and whatever ends in between."""
-    monkeypatch.setattr(engine_module, "Rounds", functools.partial(CountedRounds, commits))
+def test_rounds_without_the_host_change_nothing(
+    model, rounds: str, empty: int, commits: int | None, monkeypatch
+) -> None:
+    """However many finished blocks a round has places for, however many places are empty, whatever ends in between."""
+    monkeypatch.setattr(engine_module, "Rounds", functools.partial(CountedRounds, empty, commits))
     CountedRounds.made = 0
     wanted = [request for request in mixed(30, 2) if request.sampling.block_size == 4]
     reference = plainly(model, wanted)
@@ -109,10 +111,11 @@ def test_rounds_without_the_host_change_nothing(model, rounds: str, commits: int
 class CountedRounds(Rounds):
     made = 0
 
-    def __init__(self, commits: int | None, *place, **named) -> None:
+    def __init__(self, empty: int, commits: int | None, *place, **named) -> None:
         CountedRounds.made += 1
-        sequences = place[4]
-        super().__init__(*place, commits=None if commits is None else min(commits, len(sequences)), **named)
+        width = len(place[4]) + empty
+        named |= dict(width=width, commits=None if commits is None else min(commits, width))
+        super().__init__(*place, **named)
 
 
 def plainly(model, wanted: list[Request]) -> dict:

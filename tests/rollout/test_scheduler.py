@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from megatron_dlm.diffusion.trace import SamplingParams
 from megatron_dlm.rollout.plan import Plan
 from megatron_dlm.rollout.request import Request
 from megatron_dlm.rollout.scheduler import Scheduler
+from tests.diffusion.oracles import random_trace
 
 BLOCK = 4
 
@@ -147,6 +150,25 @@ def test_longest_first() -> None:
     one = scheduler(slots=1, longest_first=True)
     one.submit([request(4, new=8, key="short"), request(4, new=40, key="long"), request(4, new=16, key="middle")])
     assert [waiting.prompt_key for waiting in one.waiting] == ["long", "middle", "short"]
+
+
+def test_longest_first_among_those_that_go_on_and_then_among_the_others() -> None:
+    one, rng = scheduler(slots=1, longest_first=True), np.random.default_rng(0)
+    partial = lambda done: dataclasses.replace(random_trace(4, done, BLOCK, rng), finish_reason="abort")
+    begun = {key: dataclasses.replace(request(4, key=key), partial=partial(done)) for key, done in (("a", 8), ("b", 4))}
+    one.submit([request(4, new=12, key="new"), begun["a"], request(4, new=99, key="long"), begun["b"]])
+    assert [waiting.prompt_key for waiting in one.waiting] == ["b", "a", "long", "new"]
+
+
+def test_vacancies_are_those_of_slots_and_of_pages() -> None:
+    one = scheduler(slots=4, pages=30)
+    assert one.vacancies(5) == 4 and one.vacancies(15) == 2
+    one.submit([request(8, key="a"), request(8, key="b")])
+    assert one.vacancies(5) == 2 and one.vacancies(15) == 0
+    one.plan()  # three pages each
+    assert one.vacancies(5) == 2 and one.vacancies(15) == 1 and one.vacancies(25) == 0
+    one.submit([request(8, key=key) for key in "cde"])
+    assert one.vacancies(5) == -1
 
 
 def test_full_attention_computes_everything_then_the_window() -> None:

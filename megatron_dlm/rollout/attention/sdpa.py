@@ -20,9 +20,9 @@ from megatron_dlm.rollout.attention.queries import Queries
 from megatron_dlm.rollout.kv_cache import BlockKVCache
 
 _FEW_QUERIES, _FEW_KEYS = 16, 64  # sequences with up to so many share a call whatever their lengths
-# On a CPU the fused kernel is slow where a sequence has few queries: in bfloat16 two products take less than half of its
-# time (64 sequences of 4 tokens and 128 keys: 0.47 ms to 1.08). They round scores to bfloat16, so log-probabilities are
-# some 0.02 from the trainer's, as on a GPU; with the kernel, which the trainer uses too, most are the same to the bit.
+# On a CPU the fused kernel is slow where a sequence has few queries: two products of bfloat16 take less than half its
+# time (64 sequences of 4 tokens, 128 keys: 0.47 ms to 1.08). They round the scores, so that log-probabilities are some
+# 0.02 from the trainer's; with the kernel, which the trainer uses too, most would be the same to the bit.
 PRODUCTS = frozenset({torch.bfloat16, torch.float16})
 _SCORES = 2**20  # of one product; more of them, in float32, would leave a CPU's cache
 
