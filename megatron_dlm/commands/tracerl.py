@@ -136,12 +136,12 @@ def main(argv: list[str]) -> None:
 
 
 def resume_rollouts(supply, checkpoint: CheckpointConfig, restored: dict, say: Callable[[str], None]) -> None:
-    """Take up what the run had in work when it was saved. `supply`: of the trainer."""
+    """Take up what the run had in work when it was saved. Collective. `supply`: of the trainer."""
     if not restored.get("kept_groups"):
         return
     from megatron_dlm.checkpoint import places
     from megatron_dlm.rl import kept
 
-    anew = supply.restore(kept.read(places.find(checkpoint.load, checkpoint.ckpt_step)))
+    anew = supply.restore(together(lambda: kept.read(places.find(checkpoint.load, checkpoint.ckpt_step))))
     if anew:
         say(f"{anew} of the prompts in work start anew, for they or the settings of the rollout are others now.")

@@ -25,7 +25,7 @@ class CapacityConfig:
     """Denoising rounds that the device makes before the host looks what became of them, while no response waits to be
     started; 4 on a GPU and 1 on a CPU when it is not given."""
     longest_first: bool = False
-    """Start the responses that have most tokens left before others."""
+    """Start the responses that have most tokens left before others; those of an earlier step come before new ones."""
     rollout_attention_backend: Literal["auto", "sdpa", "flex", "flash", "flashinfer"] = "auto"
     """What computes attention over the pages of the KV cache: torch's own kernels (sdpa, or flex, which it compiles),
     FlashAttention (3, or 2 with pages of 256 tokens), or FlashInfer. auto is the best that works here."""

@@ -59,6 +59,28 @@ class DrawRules:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """Which rows ask for more than a plain draw; int64 each. On a GPU the host waits for the device to find out, so who
+    draws by the same rules again and again finds out once.
+
+    greedy: rows. filtered: rows that are not greedy.
+    measured: by `Confidence`, rows that are ranked by it. of_filtered: the same, as places in `filtered`.
+    """
+
+    greedy: Tensor
+    filtered: Tensor
+    measured: dict[Confidence, Tensor]
+    of_filtered: dict[Confidence, Tensor]
+
+    @classmethod
+    def by(cls, rules: DrawRules) -> Asked:
+        filtered = _where(((rules.top_k > 0) | (rules.top_p < 1)) & ~rules.greedy)
+        measured = {kind: _where(rules.confidence == kind) for kind in _MEASURES}
+        of_filtered = {kind: _where(rules.confidence[filtered] == kind) for kind in _MEASURES_OF_KEPT}
+        return cls(_where(rules.greedy), filtered, measured, of_filtered)
+
+
+@dataclass(frozen=True, slots=True)
 class Draws:
     """What was drawn at N positions; each [N].
 
@@ -74,22 +96,23 @@ class Draws:
     confidence: Tensor
 
 
-def draw(scores: Tensor, uniform: Tensor, rules: DrawRules) -> Draws:
+def draw(scores: Tensor, uniform: Tensor, rules: DrawRules, asked: Asked | None = None) -> Draws:
     """Sample from unnormalised scores.
 
     Args:
         scores: [N, V] (fp32 or fp64): logits divided by the policy's temperature, -inf for banned tokens; at least one
             is finite in each row.
         uniform: float64 [N] in [0, 1).
-        rules: how each row is drawn.
+        rules: how each row is drawn. asked: `Asked.by` of them, if it is known.
     """
+    asked = asked or Asked.by(rules)
     highest, mass, chunk = _mass(scores)
     cumulative = mass.cumsum(-1)
     total = cumulative[:, -1]
     token = _inverse(scores, highest, cumulative, chunk, uniform)
-    greedy = _where(rules.greedy)
+    greedy = asked.greedy
     token[greedy] = _rows(scores, greedy).argmax(-1)
-    filtered, kept = _where(((rules.top_k > 0) | (rules.top_p < 1)) & ~rules.greedy), None
+    filtered, kept = asked.filtered, None
     if len(filtered):
         own = (highest[filtered], total[filtered], rules.top_k[filtered], rules.top_p[filtered])
         kept = keep(_rows(scores, filtered), *own)
@@ -100,13 +123,13 @@ def draw(scores: Tensor, uniform: Tensor, rules: DrawRules) -> Draws:
         drawn_from[filtered] = kept.logprob(token[filtered])
     confidence = drawn_from.exp()
     for kind, measure in _MEASURES.items():
-        rows = _where(rules.confidence == kind)
+        rows = asked.measured[kind]
         if len(rows):
             policy = _Policy(_rows(scores, rows), highest[rows], total[rows], rules.temperature[rows])
             confidence[rows] = measure(policy, token[rows])
     if kept is not None:
         for kind, measure in _MEASURES_OF_KEPT.items():
-            among = _where(rules.confidence[filtered] == kind)
+            among = asked.of_filtered[kind]
             confidence[filtered[among]] = measure(kept.probability[among])
     return Draws(token, logprob, torch.where(rules.greedy, 0.0, drawn_from), confidence)
 

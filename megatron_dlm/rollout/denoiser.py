@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm.diffusion.keys import uniforms
-from megatron_dlm.diffusion.sampling import Draws, draw
+from megatron_dlm.diffusion.sampling import Asked, DrawRules, Draws, draw
 from megatron_dlm.diffusion.unmasking import select
 from megatron_dlm.model.policy import Vocabulary, policy_scores
 from megatron_dlm.rollout.batch import RunningBatch
@@ -26,20 +26,29 @@ class Denoiser:
 
     def __init__(self, batch: RunningBatch, vocabulary: Vocabulary, tp_group: dist.ProcessGroup | None) -> None:
         self.batch, self.vocabulary, self.tp_group = batch, vocabulary, tp_group
+        self._rows = max(1, _TABLE_BYTES // (8 * vocabulary.size))  # positions that are worked on at a time
 
-    def draw(self, logits: Tensor, where: Tensor, position: Tensor) -> Draws:
+    def rules(self, where: Tensor) -> list[tuple[DrawRules, Asked]]:
+        """By which rules N positions in these slots [N] are drawn, in parts of so many as `draw` works on at a time."""
+        rules = [self.batch.draw_rules(slot) for slot in where.split(self._rows)]
+        return [(part, Asked.by(part)) for part in rules]
+
+    def draw(
+        self, logits: Tensor, where: Tensor, position: Tensor, rules: list[tuple[DrawRules, Asked]] | None = None
+    ) -> Draws:
         """One token for each of N positions, in parts: each makes several tables of its size.
 
         Args:
             logits: [N, V / TP].
             where, position: int64 [N], slots and positions in the text.
+            rules: `rules(where)`, if it is known.
         """
         batch, parts = self.batch, []
-        rows = max(1, _TABLE_BYTES // (8 * self.vocabulary.size))
-        for logits_part, slot, place in zip(logits.split(rows), where.split(rows), position.split(rows)):
+        split = (one.split(self._rows) for one in (logits, where, position))
+        for logits_part, slot, place, how in zip(*split, rules or self.rules(where)):
             uniform = uniforms(batch.stream[slot], place, batch.steps_taken[slot])
             scores = policy_scores(logits_part, batch.temperature[slot], self.vocabulary, self.tp_group)
-            parts.append(draw(self._whole(scores), uniform, batch.draw_rules(slot)))
+            parts.append(draw(self._whole(scores), uniform, *how))
         return Draws(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws)))
 
     def _whole(self, scores: Tensor) -> Tensor:
@@ -77,16 +86,25 @@ class Denoiser:
         batch.sampling_logprob[where, place] = draws.sampling_logprob[chosen].double()
         batch.version[where, place] = version
 
-    def step_blocks(self, logits: Tensor, slot: Tensor, position: Tensor, masked: Tensor, version: int) -> None:
+    def step_blocks(
+        self,
+        logits: Tensor,
+        slot: Tensor,
+        position: Tensor,
+        masked: Tensor,
+        version: int,
+        rules: list[tuple[DrawRules, Asked]],
+    ) -> None:
         """The same for whole blocks, in shapes that do not depend on what is chosen.
 
         Args:
             logits: [n * B, V / TP].
             slot: int64 [n]. position: int64 [n, B], the current blocks.
             masked: bool [n, B], what may be unmasked.
+            rules: of all n * B positions.
         """
         batch, line = self.batch, slot[:, None]
-        draws = self.draw(logits, slot.repeat_interleave(position.shape[1]), position.flatten())
+        draws = self.draw(logits, slot.repeat_interleave(position.shape[1]), position.flatten(), rules)
         chosen = select(batch.unmask_rules(slot), draws.confidence.double().view_as(masked), masked)
         values = {
             "tokens": draws.token.view_as(position),

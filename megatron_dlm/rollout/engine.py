@@ -23,6 +23,7 @@ matrix products; docs/architecture.md).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -297,8 +298,9 @@ class Engine:
             self._set_page_tables({one.slot: one.pages for one in sequences})
             longest = max(len(one.pages) for one in sequences) * self.options.page_size
             rounds = Rounds(self.batch, self.page_table, self.options.page_size, self.cache.scratch, sequences, longest)
+            rules = self.denoiser.rules(rounds.slot.repeat_interleave(rounds.block))
         for _ in range(self.options.rounds_per_sync):
-            rounds.round(self._forward_round, self._decide_round)
+            rounds.round(self._forward_round, partial(self._decide_round, rules))
         with stats.phase("collect"):
             finished = []
             for one, (progress, end, *standing) in zip(sequences, rounds.outcome()):
@@ -322,9 +324,9 @@ class Engine:
                 tokens, RowParams(position=queries.position, slots=slots, attention=attention)
             )
 
-    def _decide_round(self, logits: Tensor, slot: Tensor, position: Tensor, masked: Tensor) -> None:
+    def _decide_round(self, rules: list, logits: Tensor, slot: Tensor, position: Tensor, masked: Tensor) -> None:
         with self.stats.phase("sample"):
-            self.denoiser.step_blocks(logits, slot, position, masked, self.weight_version)
+            self.denoiser.step_blocks(logits, slot, position, masked, self.weight_version, rules)
 
     def _collect(self, spans: list[Span], slot: Tensor) -> list[Trace]:
         """Count the step; move finished blocks on; hand out finished responses."""

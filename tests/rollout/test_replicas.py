@@ -14,7 +14,6 @@ LAYOUTS = {
     "dp2": (2, {}, {}),
     "tp2": (2, dict(tensor_model_parallel_size=2), {}),
     "ep2": (2, dict(expert_model_parallel_size=2), EXPERTS),
-    "dp4": (4, {}, {}),
     "dp2 tp2": (4, dict(tensor_model_parallel_size=2), {}),
     "tp2 ep2": (4, dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True), EXPERTS),
 }
