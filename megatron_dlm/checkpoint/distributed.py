@@ -44,7 +44,6 @@ from megatron_dlm.training.state import TrainState
 _EXTRA = "_extra_state"
 
 
-
 def save(
     state: TrainState,
     directory: str | Path,

@@ -132,9 +132,7 @@ def export_hf(settings: ExportConfig) -> None:
     together(lambda: _free(target, settings.save) if _is_main() else None)
     odd = info.get("odd_dtypes", {}) if same and settings.export_dtype is None else {}
     reader = StoredReader(folder, model)
-    nbytes = exporter.export(
-        reader, model, family, target, files, config, dtype, odd, int(settings.max_shard_gb * 1e9)
-    )
+    nbytes = exporter.export(reader, model, family, target, files, config, dtype, odd, int(settings.max_shard_gb * 1e9))
     _say(f"Exported {folder} to {settings.save} as {family.name}: {_speed(nbytes, began)}")
 
 

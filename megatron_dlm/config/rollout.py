@@ -24,6 +24,8 @@ class CapacityConfig:
     rollout_rounds_per_sync: int | None = None
     """Denoising rounds that the device makes before the host looks what became of them, while no response waits to be
     started; 4 on a GPU and 1 on a CPU when it is not given."""
+    rollout_cuda_graphs: bool = False
+    """Capture these rounds as CUDA graphs; with --rollout-attention-backend flash, on a GPU."""
     longest_first: bool = False
     """Start the responses that have most tokens left before others; those of an earlier step come before new ones."""
     rollout_attention_backend: Literal["auto", "sdpa", "flex", "flash", "flashinfer"] = "auto"

@@ -20,6 +20,11 @@ def check_capacity(settings: CapacityConfig) -> None:
     at_least(settings, 1, "max_running_requests", "max_tokens_per_pass", "kv_page_size", "rollout_rounds_per_sync")
     above(settings, 0, "kv_cache_gib")
     within(settings, 0, 1, "kv_cache_memory_fraction", low_open=True)
+    if settings.rollout_cuda_graphs and settings.rollout_attention_backend != "flash":
+        raise ConfigError(
+            "--rollout-cuda-graphs needs --rollout-attention-backend flash, because other backends plan each pass on "
+            f"the host, and it is {settings.rollout_attention_backend}. Set it, or leave --rollout-cuda-graphs out."
+        )
 
 
 def check_rollout_layout(

@@ -38,6 +38,7 @@ from megatron_dlm.rollout.attention.backends import backend
 from megatron_dlm.rollout.attention.queries import Queries
 from megatron_dlm.rollout.batch import Progress, RunningBatch
 from megatron_dlm.rollout.denoiser import Denoiser
+from megatron_dlm.rollout.graphs import GraphedForward, width_for
 from megatron_dlm.rollout.kv_cache import BlockKVCache, CacheShape, num_pages
 from megatron_dlm.rollout.options import EngineOptions
 from megatron_dlm.rollout.plan import Plan, Sequence, Span
@@ -109,6 +110,7 @@ class Engine:
         widest = -(-options.max_length // options.page_size)
         self.page_table = torch.zeros((slots + 1, widest), dtype=torch.int64, device=self.device)
         self.page_table[self.batch.spare] = self.cache.scratch
+        self.graphs = GraphedForward(self._forward) if options.cuda_graphs else None
         self.denoiser = Denoiser(self.batch, vocabulary, self.tp_group)
         self.weight_version = 0
         self.stats = EngineStats()
@@ -183,6 +185,8 @@ class Engine:
     def drop_cache(self) -> None:
         """Forget all keys and values, because the weights have changed; running sequences compute theirs again."""
         self.batch.restart_block(self.scheduler.drop_cache())
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def sleep(self) -> None:
         """Give the KV cache's memory back. Sequences that are running compute their keys again when it is taken anew,
@@ -257,9 +261,7 @@ class Engine:
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
         nothing = zero[:0]
         alone = Queries(self.page_table[:1], self.options.page_size, [1], [1], zero, zero, zero + 1, nothing, nothing)
-        self.model.forward_tokens(
-            zero, RowParams(position=zero, slots=zero, attention=self.attention(self.cache, alone))
-        )
+        self._forward(zero, alone, zero)
 
     def _denoise(self, slot: Tensor, queries: Queries, denoised: Tensor) -> None:
         """The pass, the draw at every masked position, and the unmasking.
@@ -271,10 +273,7 @@ class Engine:
         with stats.phase("model"):
             token_slot, position = slot[queries.sequence], queries.position
             read = self._read(token_slot, position, queries.sequence, denoised)
-            params = RowParams(
-                position=position, slots=read - self.logit_shift, attention=self.attention(self.cache, queries)
-            )
-            logits = self.model.forward_tokens(batch.tokens[token_slot, position], params)  # [N, V / TP]
+            logits = self._forward(batch.tokens[token_slot, position], queries, read - self.logit_shift)
         if not len(read):
             return
         with stats.phase("sample"):
@@ -296,8 +295,11 @@ class Engine:
         stats, slots = self.stats, [one.slot for one in sequences]
         with stats.phase("schedule"):
             self._set_page_tables({one.slot: one.pages for one in sequences})
-            longest = max(len(one.pages) for one in sequences) * self.options.page_size
-            rounds = Rounds(self.batch, self.page_table, self.options.page_size, self.cache.scratch, sequences, longest)
+            pages, width = max(len(one.pages) for one in sequences), None
+            if self.graphs is not None:  # few shapes
+                pages, width = min(2 ** (pages - 1).bit_length(), self.page_table.shape[1]), width_for(len(sequences))
+            size = self.options.page_size
+            rounds = Rounds(self.batch, self.page_table, size, self.cache.scratch, sequences, pages * size, width)
             rules = self.denoiser.rules(rounds.slot.repeat_interleave(rounds.block))
         for _ in range(self.options.rounds_per_sync):
             rounds.round(self._forward_round, partial(self._decide_round, rules))
@@ -319,10 +321,12 @@ class Engine:
 
     def _forward_round(self, tokens: Tensor, queries: Queries, slots: Tensor) -> Tensor:
         with self.stats.phase("model"):
-            attention = self.attention(self.cache, queries)
-            return self.model.forward_tokens(
-                tokens, RowParams(position=queries.position, slots=slots, attention=attention)
-            )
+            return (self.graphs or self._forward)(tokens, queries, slots)
+
+    def _forward(self, tokens: Tensor, queries: Queries, slots: Tensor) -> Tensor:
+        """Logits [N, V / TP] at the slots of a pass."""
+        attention = self.attention(self.cache, queries)
+        return self.model.forward_tokens(tokens, RowParams(position=queries.position, slots=slots, attention=attention))
 
     def _decide_round(self, rules: list, logits: Tensor, slot: Tensor, position: Tensor, masked: Tensor) -> None:
         with self.stats.phase("sample"):

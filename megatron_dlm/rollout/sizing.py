@@ -39,6 +39,7 @@ def engine_options(rollout: EngineConfig, groups: Groups, longest: int, full_att
         kv_cache_bytes=limit,
         full_attention=full_attention,
         attention_backend=rollout.rollout_attention_backend,
+        cuda_graphs=rollout.rollout_cuda_graphs,
         longest_first=rollout.longest_first,
         rounds_per_sync=rollout.rollout_rounds_per_sync or _ROUNDS_PER_SYNC[platform.device().type],
     )

@@ -93,8 +93,7 @@ class TrainState:
 
     @property
     def module(self) -> nn.Module:
-        """The first chunk, without its data-parallel wrapper: the whole model unless there are virtual pipeline stages.
-        """
+        """The first chunk, without its data-parallel wrapper: the whole model unless there are virtual pipeline stages."""
         return self.chunks[0].module
 
     def unwrapped_chunks(self) -> list[nn.Module]:

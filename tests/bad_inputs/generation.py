@@ -62,6 +62,7 @@ ENTRIES = [
     Bad("all memory and more", "generate", "--kv-cache-memory-fraction 1.5", "--kv-cache-memory-fraction is 1.5"),
     Bad("pages of nothing", "generate", "--kv-page-size 0", "--kv-page-size is 0"),
     Bad("a pass of nothing", "generate", "--max-tokens-per-pass 0", "--max-tokens-per-pass is 0"),
+    Bad("graphs of any attention", "generate", "--rollout-cuda-graphs", ("--rollout-cuda-graphs", "flash", "auto")),
     Bad("no rounds", "generate", "--rollout-rounds-per-sync 0", "--rollout-rounds-per-sync is 0"),
     Bad("a stop token that is the mask", "generate", "--stop-token-ids 2 0", "--stop-token-ids 0 is the mask"),
     Bad("rows of nothing", "score", "--max-tokens-per-row 0", "--max-tokens-per-row is 0"),

@@ -86,6 +86,7 @@ ROUNDS = {
     "5 rounds, few slots": dict(rounds_per_sync=5, max_running_requests=3),
     "5 rounds, tight": dict(rounds_per_sync=5, page_size=4, kv_cache_bytes=40 * 4 * TOKEN_BYTES),
     "50 rounds": dict(rounds_per_sync=50),
+    "replayed": dict(rounds_per_sync=3, cuda_graphs=True),
 }
 
 
@@ -111,11 +112,11 @@ def test_rounds_without_the_host_change_nothing(
 class CountedRounds(Rounds):
     made = 0
 
-    def __init__(self, empty: int, commits: int | None, *place, **named) -> None:
+    def __init__(self, empty: int, commits: int | None, *place) -> None:
         CountedRounds.made += 1
-        width = len(place[4]) + empty
-        named |= dict(width=width, commits=None if commits is None else min(commits, width))
-        super().__init__(*place, **named)
+        *place, width = place
+        width = (width or len(place[4])) + empty
+        super().__init__(*place, width, None if commits is None else min(commits, width))
 
 
 def plainly(model, wanted: list[Request]) -> dict:

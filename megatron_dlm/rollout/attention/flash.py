@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.rollout.attention.optional import FLAG, check_device, check_sizes, load
-from megatron_dlm.rollout.attention.pieces import Pieces, ends
+from megatron_dlm.rollout.attention.pieces import Pieces
 from megatron_dlm.rollout.attention.queries import Queries
 from megatron_dlm.rollout.attention.sdpa import Stored
 from megatron_dlm.rollout.kv_cache import BlockKVCache, CacheShape
@@ -56,7 +56,7 @@ class _Flash:
         self.cache, self.pieces = cache, Pieces.of(queries)
         self.stored = Stored(cache, queries)
         self.page_table = self.pieces.page_table()
-        self.query_ends = torch.from_numpy(ends(self.pieces.count)).to(queries.device, torch.int32)
+        self.query_ends = self.pieces.query_ends()
         self.key_length = self.pieces.key_length.to(torch.int32)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -9,6 +9,7 @@ the next one is two pieces, a prompt is one piece per block, and under full atte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -54,6 +55,10 @@ class Pieces:
         """As many keys as any piece sees, or more."""
         return max(self.queries.key_length)
 
+    def query_ends(self) -> Tensor:
+        """int32 [c + 1], on the device: 0, and where the tokens of each piece end."""
+        return _send(ends(self.count).astype(np.int32), self.queries)
+
     def page_table(self) -> Tensor:
         """int32 [c, pages of the most keys], on the device. Entries beyond a piece's keys mean nothing."""
         used = -(-self.most_keys // self.queries.page_size)
@@ -79,7 +84,15 @@ class Pieces:
 
 
 def _send(values: np.ndarray, queries: Queries) -> Tensor:
-    return torch.from_numpy(values).to(queries.device)
+    if queries.seen is not None:
+        return torch.from_numpy(values).to(queries.device)
+    # What the host knows of such a pass is the same in each, and a CUDA graph could not copy it from there.
+    return _constant(values.tobytes(), values.dtype.str, values.shape, queries.device)
+
+
+@lru_cache(maxsize=256)
+def _constant(content: bytes, dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).copy()).to(device)
 
 
 def ends(lengths: np.ndarray) -> np.ndarray:
