@@ -284,6 +284,7 @@ class Engine:
         """The tokens of the pass that may be unmasked now: in the current block of a span that denoises. int64 [N]."""
         batch = self.batch
         wanted = (position >= batch.start[token_slot]) & (position < batch.block_end[token_slot])
+        wanted &= position >= self.logit_shift  # the first token of a text has none before it, and is known
         if self.options.masked_head:
             wanted &= ~batch.known[token_slot, position]
         is_denoised = torch.zeros(int(sequence[-1]) + 1, dtype=torch.bool, device=self.device)

@@ -142,8 +142,8 @@ def test_an_aborted_response_goes_on_where_it_was(model) -> None:
     assert rounds > 3
 
 
-@pytest.mark.parametrize("page_size, limit", [(16, 8192), (3, 9)])
-def test_block_models_may_have_their_logits_ahead(page_size: int, limit: int) -> None:
+@pytest.mark.parametrize("page_size, limit, masked_head", [(16, 8192, False), (3, 9, True)])
+def test_block_models_may_have_their_logits_ahead(page_size: int, limit: int, masked_head: bool) -> None:
     model = make_model(torch.float64, logit_shift=1)
     settings = [{}, dict(block_size=1, denoising_steps=1), dict(block_size=8, denoising_steps=5), dict(temperature=0.0)]
     wanted = [
@@ -151,7 +151,7 @@ def test_block_models_may_have_their_logits_ahead(page_size: int, limit: int) ->
         for number, request in enumerate(requests(SAMPLING, 18))
     ]
     wanted += [dataclasses.replace(request, sample=1, stream=request.stream + 1) for request in wanted]
-    options = EngineOptions(6, 40, page_size=page_size, max_tokens_per_pass=limit)
+    options = EngineOptions(6, 40, limit, page_size=page_size, masked_head=masked_head)
     found = by_key(Engine(model, vocabulary(), options).run(wanted))
     for request in wanted:
         is_naive(found[request.prompt_key, request.sample], naive.generate(model, request))
