@@ -277,7 +277,7 @@ class Cases:
     def rollout(self, state, sampling: SamplingParams, backend: str = "sdpa", page: int = 16) -> list[Trace]:
         """Responses of all replicas, in the order of the requests."""
         from megatron_dlm.parallel.exchange import gather_objects
-        from megatron_dlm.rollout.replicas import Job, generate, requests_for
+        from megatron_dlm.rollout.replicas import Job, requests_for
         from megatron_dlm.rollout.rig import RolloutRig
 
         config = RolloutConfig(
@@ -287,7 +287,7 @@ class Cases:
         sampling = dataclasses.replace(sampling, block_size=self.block, denoising_steps=self.block)
         prompts = random_prompts(5, lambda n: 1 + 2 * n, self.session.model.vocab_size, 3)
         mine = prompts[rig.replica :: rig.num_replicas]
-        traces = generate(rig.engine, requests_for(mine, 3, sampling, Job(7, 0)))
+        traces = rig.engine.run(requests_for(mine, 3, sampling, Job(7, 0)))
         everyone = [trace for part in gather_objects(traces, state.groups.dp) for trace in part]
         return sorted(everyone, key=lambda trace: (trace.prompt_key, trace.sample))
 

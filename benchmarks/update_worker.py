@@ -113,8 +113,10 @@ class Bench:
         requests = replicas.requests_for(prompts, job.samples, sampling, replicas.Job(job.seed, 0))
         watch = Stopwatch()
         with watch.phase("rollout"):
-            traces = replicas.generate(self.rig.engine, requests)
+            traces = self.rig.engine.run(requests)
             platform.synchronize()
+        place = {(request.prompt_key, request.sample): index for index, request in enumerate(requests)}
+        traces.sort(key=lambda trace: place[trace.prompt_key, trace.sample])
         return Generated(traces, watch.seconds["rollout"])
 
     def update(self, layout: str, traces: list[Trace], keep_gradients: str | None) -> Updated:

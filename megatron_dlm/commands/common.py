@@ -46,19 +46,23 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Do something on every rank; a user's mistake that rank 0 finds there is raised on all, so that none waits for it.
-    Collective."""
-    from megatron_dlm.parallel.exchange import broadcast_object
+    """Do something on every rank; a user's mistake that any of them finds there (the first of them, if several do) is
+    raised on all, so that none waits for another. Collective."""
+    import torch.distributed as dist
+
+    from megatron_dlm.parallel.exchange import gather_objects
 
     result = mistake = None
     try:
         result = action()
     except UserError as error:
         mistake = error
-    found = broadcast_object(mistake, src=0)
-    if found is not None:
-        found.told = found is not mistake  # what came from rank 0 is told there
-        raise found
+    for rank, found in enumerate(gather_objects(mistake)):
+        if found is not None:
+            if rank == dist.get_rank():
+                raise mistake
+            found.told = True  # by that rank
+            raise found
     return result
 
 

@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     complete(config)
     from megatron_dlm.evaluation.generate import check_room, describe, generate_records, read_prompt_lines, summarize
     from megatron_dlm.evaluation.line_sampling import sampling_of_line, sampling_params
+    from megatron_dlm.rollout.attention.backends import check_attention
     from megatron_dlm.rollout.rig import RolloutRig
     from megatron_dlm.training.setup import Session
 
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
         session = Session.open(config["model"], parallel, words, seed)
         model, tokenizer = session.model, session.tokenizer
         check_rollout_layout(parallel, model)
+        capacity = {field.name: getattr(settings, field.name) for field in dataclasses.fields(CapacityConfig)}
+        together(lambda: check_attention(EngineConfig(**capacity), model))
         sampling_params(settings, model, tokenizer)  # the flags come first, for lines could not be blamed for them
         lines = read_prompt_lines(settings.prompts, tokenizer, words.prompt_template, words.apply_chat_template)
         sampling = [sampling_of_line(line.sampling, line.where, settings, model, tokenizer) for line in lines]
@@ -44,7 +47,6 @@ def main(argv: list[str]) -> None:
             state = session.train_state(None, 1)
             report.say(f"{len(lines)} prompts; {session.describe(state)}")
             restore(state, config["checkpoint"], model, None, any_block_size=True)
-            capacity = {field.name: getattr(settings, field.name) for field in dataclasses.fields(CapacityConfig)}
             capacity["max_running_requests"] = min(settings.max_running_requests, len(lines) * settings.num_samples)
             engine = EngineConfig(**capacity, rollout_block_size=settings.rollout_block_size)
             rig = RolloutRig.open(session, state, engine, longest, 0)  # responses included

@@ -48,8 +48,9 @@ class RLConfig:
     log_samples: int = 4
     """Responses of each RL step that are appended to samples.jsonl in --save, to be read; 0 for none."""
     offload_train: bool = False
-    """Move the policy's optimizer state to host memory, and free its gradients, while responses are generated. It makes
-    room for a larger KV cache; every RL step pays for two transfers of the optimizer state, so it is off by default."""
+    """Move the policy's optimizer state to host memory, and free its gradients, while responses are generated. The KV
+    cache gets larger by that with --offload-rollout only; otherwise it has to fit beside them while the policy is
+    trained. Every RL step pays for two transfers of the optimizer state, so it is off by default."""
     offload_rollout: bool = False
     """Free the KV cache while the policy is trained. With --offload-train it may be as large as what then is free."""
     save_debug_rollout_data: str | None = None

@@ -20,10 +20,12 @@ class CapacityConfig:
     kv_cache_gib: float | None = None
     """Memory for the KV cache of each process, in GiB; a share of what is free when it is not given."""
     kv_cache_memory_fraction: float = 0.5
-    """Share of the free memory that the KV cache may take, if it needs so much."""
+    """Share of the free memory that the KV cache may take, if it needs so much. What the optimizer is still to take
+    does not count as free."""
     rollout_rounds_per_sync: int | None = None
     """Denoising rounds that the device makes before the host looks what became of them, while no response waits to be
-    started; 4 on a GPU and 1 on a CPU when it is not given."""
+    started; 4 on a GPU and 1 on a CPU when it is not given. Always 1 under full attention or a logit shift, for
+    responses of different block sizes, and for engines that share experts."""
     rollout_cuda_graphs: bool = False
     """Capture these rounds as CUDA graphs; with --rollout-attention-backend flash, on a GPU."""
     longest_first: bool = False

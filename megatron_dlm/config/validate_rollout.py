@@ -17,7 +17,8 @@ TENSOR, EXPERTS = "--rollout-tensor-model-parallel-size", "--rollout-expert-mode
 
 def check_capacity(settings: CapacityConfig) -> None:
     """Refuse what no engine can work with."""
-    at_least(settings, 1, "max_running_requests", "max_tokens_per_pass", "kv_page_size", "rollout_rounds_per_sync")
+    within(settings, 1, 2**16, "max_running_requests")
+    at_least(settings, 1, "max_tokens_per_pass", "kv_page_size", "rollout_rounds_per_sync")
     above(settings, 0, "kv_cache_gib")
     within(settings, 0, 1, "kv_cache_memory_fraction", low_open=True)
     if settings.rollout_cuda_graphs and settings.rollout_attention_backend != "flash":

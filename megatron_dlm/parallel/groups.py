@@ -22,6 +22,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,8 @@ class Groups:
     """The groups of this process in one layout, with sizes and ranks as plain integers.
 
     `dp` spans all ranks that hold the same parameters and get different rows (context-parallel ranks included).
-    `pg_collection` is the same for megatron-core: pass it to models, DDP, optimizer and schedule.
+    `pg_collection` is the same for megatron-core: pass it to models, DDP, optimizer and schedule. `timeout`: how long
+    an operation of any group waits for the other ranks.
     """
 
     tp: dist.ProcessGroup
@@ -58,6 +60,7 @@ class Groups:
     dp_size: int
     cp_size: int
     ep_size: int
+    timeout: timedelta
 
     @property
     def is_pipeline_first(self) -> bool:
@@ -84,8 +87,9 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
         ConfigError: the world size is not a multiple of tensor x pipeline parallel size, or of the expert layout.
     """
     platform.install()
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
-        _join(timedelta(minutes=parallel.distributed_timeout_minutes))
+        _join(timeout)
     tp, pp, ep = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -117,7 +121,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
     dist.barrier()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    return _describe(ProcessGroupCollection.use_mpu_process_groups())
+    return _describe(ProcessGroupCollection.use_mpu_process_groups(), timeout)
 
 
 def rollout_groups(training: Groups, tensor_size: int | None = None, expert_size: int | None = None) -> Groups:
@@ -150,21 +154,21 @@ def rollout_groups(training: Groups, tensor_size: int | None = None, expert_size
     same_experts = (experts, shard) == (training.ep_size, trained.expt_tp.size())
     if training.pp_size == 1 and tensor == training.tp_size and same_experts:
         return training
-    ranks = range(world)
-    alone = _new_groups([[rank] for rank in ranks])
-    replicas = _new_groups([list(ranks[place::tensor]) for place in range(tensor)])
-    tp = trained.tp if tensor == training.tp_size else _new_groups(_blocks(world, tensor))
+    ranks, split = range(world), partial(_new_groups, timeout=training.timeout)
+    alone = split([[rank] for rank in ranks])
+    replicas = split([list(ranks[place::tensor]) for place in range(tensor)])
+    tp = trained.tp if tensor == training.tp_size else split(_blocks(world, tensor))
     if experts == 1:
         ep, expert_tp, tp_ep, expert_replicas = alone, tp, tp, replicas
     else:
         size = experts * shard
-        expert_replicas = _new_groups([list(ranks[place::size]) for place in range(size)])
+        expert_replicas = split([list(ranks[place::size]) for place in range(size)])
         if same_experts:
             ep, expert_tp, tp_ep = trained.ep, trained.expt_tp, trained.tp_ep
         else:
-            tp_ep = _new_groups(_blocks(world, size))
-            expert_tp = _new_groups(_blocks(world, shard))
-            ep = _new_groups([block[place::shard] for block in _blocks(world, size) for place in range(shard)])
+            tp_ep = split(_blocks(world, size))
+            expert_tp = split(_blocks(world, shard))
+            ep = split([block[place::shard] for block in _blocks(world, size) for place in range(shard)])
     collection = ProcessGroupCollection(
         tp=tp,
         pp=alone,
@@ -187,7 +191,7 @@ def rollout_groups(training: Groups, tensor_size: int | None = None, expert_size
         inter_dist_opt=None,
         intra_dist_opt=dist.group.WORLD,
     )
-    return _describe(collection)
+    return _describe(collection, training.timeout)
 
 
 def destroy(keep_world: bool = False) -> None:
@@ -246,7 +250,7 @@ def _check_meeting_place(host: str, port: int) -> None:
             raise ConfigError(f"MASTER_PORT {port} cannot be opened ({error.strerror}). Use another one.") from None
 
 
-def _describe(collection: ProcessGroupCollection) -> Groups:
+def _describe(collection: ProcessGroupCollection, timeout: timedelta) -> Groups:
     tp, pp, dp = collection.tp, collection.pp, collection.dp_cp
     return Groups(
         tp=tp,
@@ -263,12 +267,14 @@ def _describe(collection: ProcessGroupCollection) -> Groups:
         dp_size=dp.size(),
         cp_size=collection.cp.size(),
         ep_size=collection.ep.size(),
+        timeout=timeout,
     )
 
 
-def _new_groups(partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+def _new_groups(partition: Sequence[Sequence[int]], timeout: timedelta) -> dist.ProcessGroup:
     """Split the world into the given lists of ranks; returns the group of this rank. Collective."""
-    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition], backend=platform.backend())
+    parts = [list(ranks) for ranks in partition]
+    mine, _ = dist.new_subgroups_by_enumeration(parts, timeout=timeout, backend=platform.backend())
     _rollout_groups.append(mine)
     return mine
 

@@ -65,10 +65,9 @@ def read(folder: Path) -> list[Kept]:
     """
     with reading(folder):
         try:
-            records = [record for _, record in read_jsonl(folder / FILE)]
-        except DataError as error:
+            return _groups(record for _, record in read_jsonl(folder / FILE))
+        except (DataError, TypeError, AttributeError) as error:  # the latter over fields that are others than ours
             raise ValueError(str(error)) from error
-        return _groups(records)
 
 
 def _groups(records: Iterable[dict[str, Any]]) -> list[Kept]:

@@ -10,7 +10,8 @@ left is the rest:
     otherwise            they are dropped
 
 Prompts that were not begun, or were dropped, are owed: they are the first new ones of the next step. So is the next
-turn of a prompt that the sampler offers while its group is still at work, once; no epoch loses a prompt.
+turn of a prompt that the sampler offers while its group is still at work. A prompt is owed one turn at most: where
+there are hardly more prompts than a step works on, turns that come on top of it lapse.
 
 A response keeps the key of the step in which its group began, so it goes on drawing as if it had never stopped.
 

@@ -16,6 +16,7 @@ from megatron_dlm.diffusion.keys import stream
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import Load, check_budget
 from megatron_dlm.diffusion.trace import Trace
+from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.rewards.base import CRASH, TIMEOUT, Scorer, Verdict
 from megatron_dlm.rl.advantages import group_advantages, in_band, overlong
 from megatron_dlm.rl.exchange import Graded, gather_graded
@@ -121,7 +122,7 @@ class TraceRLTrainer:
         during = partial(self.turns.phase, watch=watch)
         self.turns.ledger.begin_step()
         with during("rollout"):
-            traces = self._generate(report)
+            traces, generated = self._generate(report)
         with watch.phase("reward_time"):
             rollout = self._grade(traces)
         learned, advantages = self._advantages(rollout.graded)
@@ -146,19 +147,21 @@ class TraceRLTrainer:
         self.step_index += 1
         metrics |= {f"perf/{name}": seconds for name, seconds in watch.seconds.items()} | self.turns.ledger.metrics()
         metrics["perf/step_time"] = sum(watch.seconds.values())
-        metrics["perf/rollout_tokens_per_sec"] = (
-            sum(graded.length for graded in rollout.graded) / watch.seconds["rollout_time"]
-        )
+        generated = sum(gather_objects(generated if self.rig.is_leader else 0))
+        metrics["perf/rollout_tokens_per_sec"] = generated / watch.seconds["rollout_time"]
         return metrics
 
-    def _generate(self, report: Report) -> list[Trace]:
-        """The responses to learn from that this replica has."""
+    def _generate(self, report: Report) -> tuple[list[Trace], int]:
+        """The responses to learn from that this replica has, and how many tokens it generated for whatever response."""
         supply, samples, name = self.supply, self.rollout_config.n_samples_per_prompt, f"rollout {self.step_index}"
         fresh, own = supply.begin(), supply.going_on(self.seed)
         group = lambda ticket: requests_for([fresh[ticket]], samples, self.sampling, Job(self.seed, self.step_index))
         with report.bar(len(own) + len(fresh) * samples // self.rig.num_replicas, name) as bar:
             harvest = roll(self.rig, name, len(fresh), samples, group, own, supply.missing, bar.update)
-        return supply.settle(harvest, fresh, self.step_index)
+        had = {(request.prompt_key, request.sample): request.num_done for request in own}
+        ended = [*harvest.finished, *harvest.aborted]
+        tokens = sum(len(trace.response_ids) - had.get((trace.prompt_key, trace.sample), 0) for trace in ended)
+        return supply.settle(harvest, fresh, self.step_index), tokens
 
     def _grade(self, traces: list[Trace]) -> Rollout:
         """Verdicts of this replica's responses, and the records of everybody's. Of a tensor-parallel group one rank

@@ -49,7 +49,18 @@ class Denoiser:
             uniform = uniforms(batch.stream[slot], place, batch.steps_taken[slot])
             scores = policy_scores(logits_part, batch.temperature[slot], self.vocabulary, self.tp_group)
             parts.append(draw(self._whole(scores), uniform, *how))
-        return Draws(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws)))
+        columns = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws))
+        return self._agreed(Draws(*columns))
+
+    def _agreed(self, draws: Draws) -> Draws:
+        """The draws of the first rank on all tensor-parallel ranks: they must not differ in a single bit, and a kernel
+        that adds in another order would be enough.
+        """
+        if self.tp_group is None:
+            return draws
+        table = torch.stack([getattr(draws, field.name).double() for field in fields(Draws)])
+        dist.broadcast(table, dist.get_global_rank(self.tp_group, 0), group=self.tp_group)
+        return Draws(table[0].long(), *table[1:])
 
     def _whole(self, scores: Tensor) -> Tensor:
         """[N, V / TP] -> [N, V]."""

@@ -80,8 +80,8 @@ class Engine:
         self.model, self.vocabulary, self.options = model, vocabulary, options
         self.tp_group = model.pg_collection.tp if dist.get_world_size(model.pg_collection.tp) > 1 else None
         config, weight = model.config, model.embedding.word_embeddings.weight
-        experts = model.pg_collection.tp_ep if config.num_moe_experts is not None else None
-        self.expert_group = experts if experts is not None and dist.get_world_size(experts) > 1 else None
+        shares_experts = config.num_moe_experts is not None and config.expert_model_parallel_size > 1
+        self.expert_group = model.pg_collection.tp_ep if shares_experts else None
         self.device = weight.device
         kv_heads = config.num_query_groups // config.tensor_model_parallel_size
         if kv_heads * config.tensor_model_parallel_size != config.num_query_groups:
@@ -371,4 +371,6 @@ class Engine:
         commits_only = [span.slot for span in plan.spans if span.commit and not span.denoise]
         if commits_only:
             self.batch.forwards[torch.tensor(commits_only, device=self.device)] += 1
-        stats.preemptions, stats.shared_tokens = self.scheduler.num_preemptions, self.scheduler.num_shared_tokens
+        preemptions, shared = self.scheduler.take_counts()
+        stats.preemptions += preemptions
+        stats.shared_tokens += shared

@@ -42,13 +42,14 @@ class GraphedForward:
     def __init__(self, forward: Callable[[Tensor, Queries, Tensor], Tensor]) -> None:
         self.forward = forward
         self.captured: dict[tuple[int, ...], _Captured] = {}
+        self._pool = None  # of all graphs: only the logits of the last replay are ever read
 
     def clear(self) -> None:
         """Forget all graphs: what they point to may move."""
         self.captured.clear()
 
     def __call__(self, tokens: Tensor, queries: Queries, slots: Tensor) -> Tensor:
-        shape = (len(tokens), len(slots), queries.key_length[0])
+        shape = (len(queries.count), queries.count[0], len(slots), *queries.pages.shape, queries.key_length[0])
         if shape not in self.captured:
             own = replace(queries, **{name: getattr(queries, name).clone() for name in _CHANGING})
             self.captured[shape] = self._capture(tokens.clone(), own, slots.clone())
@@ -71,7 +72,8 @@ class GraphedForward:
                 again()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
             logits = again()
         return _Captured(tokens, queries, logits, graph.replay)
 

@@ -45,8 +45,9 @@ def num_pages(shape: CacheShape, sequences: int, longest: int, limit_bytes: int 
     allowed = limit_bytes // shape.page_bytes
     if allowed < one:
         raise ConfigError(
-            f"A KV cache of {limit_bytes / 2**20:,.1f} MiB is too small: one text of {longest} tokens needs "
-            f"{one * shape.page_bytes / 2**20:,.1f} MiB. Give it more memory, or allow shorter prompts and responses."
+            f"A KV cache of {limit_bytes:,} bytes is too small: one text of {longest} tokens needs "
+            f"{one * shape.page_bytes:,}. Give it more memory with --kv-cache-gib or --kv-cache-memory-fraction, or "
+            "allow shorter prompts and responses."
         )
     return min(wanted, allowed)
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from megatron_dlm.data.prompts import Prompt
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
-from megatron_dlm.rollout.engine import Engine
 from megatron_dlm.rollout.queue import Queue
 from megatron_dlm.rollout.request import Request, rollout_stream
 from megatron_dlm.rollout.rig import RolloutRig
@@ -50,25 +49,6 @@ def requests_for(prompts: Sequence[Prompt], samples: int, sampling: SamplingPara
         for prompt in prompts
         for sample in range(samples)
     ]
-
-
-def generate(engine: Engine, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Trace]:
-    """Run requests on this replica's engine; traces in the order of the requests.
-
-    Args:
-        requests: no two with the same prompt key and sample.
-        progress: called with the number of responses that a pass completed.
-    """
-    order = {(request.prompt_key, request.sample): index for index, request in enumerate(requests)}
-    traces: list[Trace | None] = [None] * len(requests)
-    engine.submit(requests)
-    while not engine.idle:
-        finished = engine.step()
-        for trace in finished:
-            traces[order[trace.prompt_key, trace.sample]] = trace
-        if progress is not None and finished:
-            progress(len(finished))
-    return traces
 
 
 @dataclass(slots=True)

@@ -71,6 +71,15 @@ def check(request: Request, max_length: int, full_attention: bool = False) -> No
             f"Prompt {request.prompt_key} has {prompt} tokens; with {sampling.max_new_tokens} new ones it needs "
             f"{needed}, more than the {max_length} of the cache. Shorten the prompt or the response."
         )
+    if not 1 <= sampling.denoising_steps <= sampling.block_size:
+        raise DataError(
+            f"Prompt {request.prompt_key} is to take {sampling.denoising_steps} denoising steps per block of "
+            f"{sampling.block_size} tokens. Use 1 to {sampling.block_size}."
+        )
+    if request.partial is None and sampling.max_new_tokens < 1:
+        raise DataError(
+            f"Prompt {request.prompt_key} is to have {sampling.max_new_tokens} new tokens. Ask for at least one."
+        )
     if request.partial is None:
         return
     if request.partial.finish_reason != "abort" or request.tokens_left < 1:

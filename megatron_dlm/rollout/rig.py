@@ -23,6 +23,7 @@ from megatron_dlm.rollout.sglang.opening import open_sglang
 from megatron_dlm.rollout.sglang.weights import SGLangRefit
 from megatron_dlm.rollout.sizing import engine_options
 from megatron_dlm.training.setup import Session
+from megatron_dlm.training.sleep import state_to_come
 from megatron_dlm.training.state import TrainState
 
 
@@ -69,7 +70,8 @@ class RolloutRig:
         full = bool(session.model.full_attention)
         block = 1 if full else rollout.rollout_block_size or session.model.block_size
         longest = -(-(longest_prompt + longest_response) // block) * block
-        engine = Engine(model, session.vocabulary, engine_options(rollout, groups, longest, full))
+        options = engine_options(rollout, groups, longest, full, state_to_come(state))
+        engine = Engine(model, session.vocabulary, options)
         rig = cls(state, engine, groups, transfer, session.model.block_size, (session.tokenizer.eos_id,))
         rig.refit()
         return rig

@@ -103,6 +103,12 @@ class Scheduler:
             sequence.block_steps = 0
             sequence.uncommitted = not self.full_attention
 
+    def take_counts(self) -> tuple[int, int]:
+        """Sequences that lost their pages, and prompt tokens that were shared, since the last call."""
+        counts = self.num_preemptions, self.num_shared_tokens
+        self.num_preemptions = self.num_shared_tokens = 0
+        return counts
+
     def drop_cache(self) -> list[int]:
         """Forget all keys and values; returns the slots whose current block begins anew."""
         plan = Plan()
@@ -217,11 +223,13 @@ class Scheduler:
         if prefix.complete:
             return self._share(sequence, prefix, plan)
         if prefix.leader is not None:
+            sequence.starved = False  # it waits for the prompt, not for pages
             return False
         if not prefix.pages:
             wanted = self._pages_for(prefix.length)
             if not self._reclaim(wanted, sequence, plan):
-                self._preempt(sequence, plan)
+                self._leave_prefix(sequence)
+                sequence.starved = True
                 return False
             prefix.pages = self.pool.take(wanted)
         prefix.leader = sequence.order
@@ -238,7 +246,8 @@ class Scheduler:
         if prefix.length % self.page_size:
             if not self._reclaim(1, sequence, plan):
                 self.pool.release(pages)
-                self._preempt(sequence, plan)
+                self._leave_prefix(sequence)
+                sequence.starved = True
                 return False
             (own,) = self.pool.take(1)
             plan.copies.append((pages[-1], own))
@@ -257,6 +266,7 @@ class Scheduler:
             younger = [one for one in self.running.values() if one.order > sequence.order and one.pages]
             if younger:
                 self._preempt(younger[-1], plan)
+                younger[-1].starved = True
                 self.num_preemptions += 1
             elif not self.prefixes.evict(in_use=True):
                 return False
@@ -268,7 +278,6 @@ class Scheduler:
         first step found the text, so the block begins anew (and draws the same tokens again).
         """
         self._let_go(sequence)
-        sequence.starved = True
         if self.full_attention and sequence.block_steps and sequence.request.sampling.prefix_cache:
             sequence.block_steps = 0
             plan.restarts.append(sequence.slot)

@@ -12,21 +12,25 @@ from megatron_dlm.platform import memory
 from megatron_dlm.rollout.options import EngineOptions
 
 _TOKENS_PER_PASS = {"cuda": 8192, "cpu": 1024}  # on a CPU the activations of a pass should stay in its cache
+_LARGE_PAGE = 256  # larger pages than texts only waste memory, but some kernels want pages of so many tokens
 _ROUNDS_PER_SYNC = {"cuda": 4, "cpu": 1}  # on a GPU not measured
 
 
-def engine_options(rollout: EngineConfig, groups: Groups, longest: int, full_attention: bool) -> EngineOptions:
+def engine_options(
+    rollout: EngineConfig, groups: Groups, longest: int, full_attention: bool, spoken_for: int = 0
+) -> EngineOptions:
     """What an engine is built with. Collective over the tensor-parallel group, whose ranks take the same decisions and
     therefore have the same number of pages.
 
     Args:
         groups: the rollout layout.
         longest: longest text in tokens, its terminal block included.
+        spoken_for: bytes of the memory that is free now which others will take.
     """
     if rollout.kv_cache_gib is not None:
-        limit = int(rollout.kv_cache_gib * 2**30)
+        limit = int(min(rollout.kv_cache_gib * 2**30, memory.available()))
     else:
-        limit = int(rollout.kv_cache_memory_fraction * memory.available())
+        limit = int(rollout.kv_cache_memory_fraction * max(0, memory.available() - spoken_for))
     if groups.tp_size > 1:
         least = torch.tensor(limit, device=platform.device())
         dist.all_reduce(least, dist.ReduceOp.MIN, groups.tp)
@@ -35,7 +39,7 @@ def engine_options(rollout: EngineConfig, groups: Groups, longest: int, full_att
         max_running_requests=rollout.max_running_requests,
         max_length=longest,
         max_tokens_per_pass=rollout.max_tokens_per_pass or _TOKENS_PER_PASS[platform.device().type],
-        page_size=rollout.kv_page_size,
+        page_size=min(rollout.kv_page_size, max(longest, _LARGE_PAGE)),
         kv_cache_bytes=limit,
         full_attention=full_attention,
         attention_backend=rollout.rollout_attention_backend,

@@ -188,6 +188,21 @@ def optimizer_tensors(state: TrainState) -> Iterator[Tensor]:
             yield from (value for value in values.values() if isinstance(value, Tensor))
 
 
+def state_to_come(state: TrainState) -> int:
+    """Bytes of this rank that the optimizer takes when it first updates, and has not taken yet: its moments, in the
+    type of what it updates (of a bf16 model: the master weights). 0 while the state sleeps: they sleep with it then.
+    """
+    if asleep(state):
+        return 0
+    owed = 0
+    for part in _parts(state.optimizer):
+        for group in part.optimizer.param_groups:
+            moments = 2 if "betas" in group else 1 if group.get("momentum") else 0
+            new = (tensor for tensor in group["params"] if not part.optimizer.state.get(tensor))
+            owed += moments * sum(tensor.nbytes for tensor in new)
+    return owed
+
+
 def host_tensors(state: TrainState) -> list[Tensor]:
     """Where a sleeping state's optimizer is; kept when it wakes if it is pinned."""
     return [] if state.sleep is None else state.sleep.copy.chunks

@@ -40,6 +40,20 @@ def test_layout(world: int, tp: int, pp: int) -> None:
         assert answer["replicas"] == [other for other in range(world) if ranks[other]["place"][0] == answer["place"][0]]
 
 
+def timeouts(parallel: dict, tp: int | None, ep: int | None) -> list[float]:
+    """Seconds that the groups of the rollout layout wait, those that it has of its own."""
+    from megatron_dlm.parallel.groups import initialize, rollout_groups
+
+    collection = rollout_groups(initialize(ParallelConfig(**parallel), seed=1), tp, ep).pg_collection
+    groups = [collection.tp, collection.pp, collection.dp, collection.ep, collection.expt_tp, collection.expt_dp]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.parametrize("tp, ep", [(2, None), (2, 2)])
+def test_groups_of_the_rollout_wait_as_long_as_those_of_training(tp: int, ep: int | None) -> None:
+    assert pool(2).run(timeouts, dict(distributed_timeout_minutes=7), tp, ep) == [[420.0] * 6] * 2
+
+
 def own_layout(parallel: dict, tp: int | None, ep: int | None) -> dict:
     from megatron_dlm.parallel.groups import initialize, rollout_groups
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,29 @@ def test_what_does_not_fit_the_resumed_run_starts_anew(tmp_path, changes: dict) 
     assert f"{len(in_work)} of the prompts in work start anew" in said[0]
     assert resumed.step(quiet())["rollout/partial_ratio" if config.over_sampling_batch_size else "rollout/reward"] >= 0
     assert len(resumed.supply.progress()["owed"]) < len(in_work) + 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["trace"].update(mood="fine"),
+        lambda record: record["trace"]["sampling"].update(min_p=0.1),
+        lambda record: record["trace"].pop("steps"),
+        lambda record: record["trace"]["sampling"].update(stop_token_ids=None),
+        lambda record: record.update(trace=[1]),
+        lambda record: record.update(trace="p0"),
+    ],
+)
+def test_fields_that_are_others_than_ours_are_refused(tmp_path, change) -> None:
+    trainer = make_trainer(rollout=OVER)
+    trainer.step(quiet())
+    trainer.supply.files()(tmp_path)
+    file = tmp_path / kept.FILE
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    change(records[-1])
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        kept.read(tmp_path)
 
 
 def test_a_damaged_file_of_kept_responses_is_refused(tmp_path) -> None:

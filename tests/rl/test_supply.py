@@ -129,6 +129,38 @@ def test_no_prompt_is_lost_and_none_comes_twice(config, count: int) -> None:
     assert sum(learned.values()) == 12 * 3 and len(learned) == count
 
 
+@pytest.mark.parametrize("config", [ROLLOUT, OVER, DROPPING], ids=["waiting", "keeping", "dropping"])
+def test_the_rate_of_a_rollout_counts_what_was_generated_in_it(config) -> None:
+    """Whether it is learned now, later or never; the engine is watched as it hands responses out."""
+    trainer = make_trainer(rollout=config)
+    engine, had, news = trainer.rig.engine, {}, []
+
+    def watched(method):
+        def call(*args):
+            traces = method(*args)
+            for trace in traces:
+                key = (trace.prompt_key, trace.sample)
+                news.append(len(trace.response_ids) - had.pop(key, 0))
+                if trace.finish_reason == "abort" and config.partial_rollout:
+                    had[key] = len(trace.response_ids)
+            return traces
+
+        return call
+
+    engine.step, engine.abort = watched(engine.step), watched(engine.abort)
+    counted, learned = 0.0, 0.0
+    for _ in range(4):
+        news.clear()
+        metrics = trainer.step(quiet())
+        assert metrics["perf/rollout_tokens_per_sec"] * metrics["perf/rollout_time"] == pytest.approx(sum(news))
+        counted, learned = counted + sum(news), learned + metrics["rollout/tokens"]
+    waiting = sum(len(trace.response_ids) for group in trainer.supply.kept for trace in group.traces.values())
+    if config is DROPPING:
+        assert counted > learned and not waiting
+    else:
+        assert counted == learned + waiting and (waiting > 0) == (config is OVER)
+
+
 def test_prompts_that_were_dropped_begin_the_next_step() -> None:
     rig, supply = open_supply(DROPPING)
     first, traces = one_step(rig, supply, 0)

@@ -62,28 +62,11 @@ def test_flex_reads_pages_in_place_when_they_are_tiles(monkeypatch, page: int) -
         assert largest_difference(flex.FlexAttention, GatheredAttention, shape(page), CPU, seed) < 1e-12
 
 
-def test_products_on_a_cpu_are_as_exact_as_their_scores(monkeypatch) -> None:
-    """In float32 they are held against the kernel; also where one product is too large and is cut."""
-
-    class Products(GatheredAttention):
-        def __init__(self, cache, queries) -> None:
-            super().__init__(cache, queries)
-            self.by_products = True
-
-    for scores in (2**20, 500):
-        monkeypatch.setattr("megatron_dlm.rollout.attention.sdpa._SCORES", scores)
-        assert largest_difference(Products, GatheredAttention, shape(16, torch.float32), CPU) < 1e-5
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_floats_are_near_float64(dtype: torch.dtype) -> None:
     """The same numbers in both, so the inputs are rounded to the shorter type first."""
 
     class InFloat64(GatheredAttention):
-        def __init__(self, cache, queries) -> None:
-            super().__init__(cache, queries)
-            self.by_products = False
-
         def _attend(self, layer, call, lines, scale):
             real, cache = self.cache.storage, self.cache
             cache.storage = real.double()

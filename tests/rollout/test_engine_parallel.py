@@ -23,8 +23,11 @@ MIXED = dict(
     rotary_percent=0.5,
     add_qkv_bias=True,
 )
+TIGHT = dict(kv_page_size=4, kv_cache_gib=24 * 512 / 2**30)  # 24 pages of a rank; one text needs 7
 LAYOUTS = {
     "tp2": (2, dict(tensor_model_parallel_size=2), {}),
+    "tp2, few pages": (2, dict(tensor_model_parallel_size=2), {}, TIGHT),
+    "tp2, rounds": (2, dict(tensor_model_parallel_size=2), {}, dict(rollout_rounds_per_sync=3)),
     "ep2": (2, dict(expert_model_parallel_size=2), dict(num_experts=4, moe_router_topk=2)),
     "tp2 ep2": (
         4,
@@ -36,7 +39,7 @@ LAYOUTS = {
 }
 
 
-def make_rig(parallel: dict, sizes: dict):
+def make_rig(parallel: dict, sizes: dict, engine: dict):
     """A rig in float32, weights drawn alike whatever the layout."""
     from megatron_dlm.checkpoint.distributed import load
     from megatron_dlm.config.parallel import ParallelConfig
@@ -51,31 +54,31 @@ def make_rig(parallel: dict, sizes: dict):
     state = session.train_state(None, 1)
     if folder.exists():
         load(state, folder, with_optimizer=False)
-    config = RolloutConfig(rollout_max_response_len=11, max_running_requests=5)
+    config = RolloutConfig(rollout_max_response_len=11, **{"max_running_requests": 5, **engine})
     return state, RolloutRig.open(session, state, config, 13, 11)
 
 
-def generate_all(parallel: dict, sizes: dict, save_to=None) -> tuple[int, list]:
+def generate_all(parallel: dict, sizes: dict, save_to=None, engine: dict | None = None) -> tuple[int, list]:
     from megatron_dlm.checkpoint.distributed import save
-    from megatron_dlm.rollout.replicas import generate
     from tests.rollout.test_engine import SAMPLING, requests
 
-    state, rig = make_rig(parallel, dict(sizes))
+    state, rig = make_rig(parallel, dict(sizes), engine or {})
     if save_to is not None:
         save(state, save_to, 0, {}, with_optimizer=False)
     wanted = requests(11, dataclasses.replace(SAMPLING, threshold=0.2))
     mine = wanted[:9] if rig.replica == 0 else wanted[9:]  # one replica has far more to do than the other
-    traces = generate(rig.engine, wanted if rig.num_replicas == 1 else mine)
+    traces = rig.engine.run(wanted if rig.num_replicas == 1 else mine)
+    traces.sort(key=lambda trace: [request.prompt_key for request in wanted].index(trace.prompt_key))
     return rig.replica, [(trace.prompt_key, trace.response_ids.tolist(), trace.steps.tolist()) for trace in traces]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_generate_what_one_process_does(tmp_path, layout: str) -> None:
-    world, parallel, sizes = LAYOUTS[layout]
+    world, parallel, sizes, *engine = LAYOUTS[layout]
     sizes = dict(sizes, folder=tmp_path / "start")
     ((_, expected),) = pool(1).run(generate_all, {}, sizes, tmp_path / "start")
     found: dict[int, list] = {}
-    for replica, traces in pool(world).run(generate_all, parallel, sizes):
+    for replica, traces in pool(world).run(generate_all, parallel, sizes, None, *engine):
         assert found.setdefault(replica, traces) == traces  # tensor-parallel ranks agree
     assert [trace for replica in sorted(found) for trace in found[replica]] == expected
     assert sorted(key for key, _, _ in expected) == sorted(f"p{n}" for n in range(11))

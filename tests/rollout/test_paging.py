@@ -119,6 +119,29 @@ class CountedRounds(Rounds):
         super().__init__(*place, width, None if commits is None else min(commits, width))
 
 
+def test_rounds_of_several_block_sizes_are_captured_apart(model) -> None:
+    """Eight sequences of block 4, then four of block 8: as many tokens in a round, and not the same shape."""
+    settings = [dict(block_size=4), dict(block_size=8, denoising_steps=8)]
+    engine = Engine(model, vocabulary(), options(rounds_per_sync=3, cuda_graphs=True))
+    for changes, count in zip(settings, (8, 4)):
+        sampling = dataclasses.replace(SAMPLING, max_new_tokens=20, ignore_eos=True, **changes)
+        wanted = groups(count, 1, sampling)
+        found, reference = by_key(engine.run(wanted)), plainly(model, wanted)
+        for key, trace in found.items():
+            same(trace, reference[key])
+    assert len(engine.graphs.captured) > 1
+
+
+def test_counts_begin_anew(model) -> None:
+    engine, wanted = Engine(model, vocabulary(), options()), groups(3, 3, SAMPLING)
+    engine.run(wanted)
+    first = (engine.stats.shared_tokens, engine.stats.preemptions, engine.stats.finished)
+    engine.drop_cache()
+    engine.stats.reset()
+    engine.run(wanted)
+    assert (engine.stats.shared_tokens, engine.stats.preemptions, engine.stats.finished) == first and first[0] > 0
+
+
 def plainly(model, wanted: list[Request]) -> dict:
     """Nothing shared, nothing scarce."""
     return by_key(Engine(model, vocabulary(), options(share_prompts=False, max_running_requests=64)).run(wanted))
@@ -315,6 +338,17 @@ def test_what_cannot_go_on_is_refused(model) -> None:
     wider = dataclasses.replace(SAMPLING, block_size=5, denoising_steps=5)
     with pytest.raises(DataError, match="in blocks of 5: its .* tokens end inside a block"):
         engine.submit([dataclasses.replace(request, partial=half, sampling=wider)])
+    assert engine.idle
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [(dict(max_new_tokens=0), "0 new tokens"), (dict(denoising_steps=5), "5 denoising steps per block of 4")],
+)
+def test_what_can_never_be_sampled_is_refused(model, changes: dict, words: str) -> None:
+    engine = Engine(model, vocabulary(), options())
+    with pytest.raises(DataError, match=words):
+        engine.submit(groups(1, 1, dataclasses.replace(SAMPLING, **changes)))
     assert engine.idle
 
 

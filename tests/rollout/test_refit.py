@@ -127,15 +127,22 @@ MOVED = {
     "tp2 ep2 to tp1 ep1": (2, Setup(tp=2, ep=2, experts=4, sequence_parallel=True), 1, 1),
     "tp2 experts to tp1": (2, Setup(tp=2, experts=4, sequence_parallel=True), 1, None),
     "pp2 experts": (2, Setup(pp=2, experts=4, expert_bias=True), None, None),
+    "pp2 bf16": (2, Setup(pp=2, bf16=True), None, None),
+    "tp2 sp bf16 to tp1": (2, Setup(tp=2, sequence_parallel=True, bf16=True), 1, None),
+    "dp2 overlap bf16 to tp2": (2, Setup(distributed=True, overlap=True, bf16=True), 2, None),
+    "pp2 experts bf16": (2, Setup(pp=2, experts=4, expert_bias=True, bf16=True), None, None),
+    "ep2 bias bf16 to ep1": (2, Setup(ep=2, experts=4, expert_bias=True, bf16=True), None, 1),
 }
+ROUNDING = 0.02  # of logits of a bf16 model, where a matrix is multiplied in one piece or in two
 
 
 @pytest.mark.parametrize("case", MOVED)
 def test_the_rollout_model_computes_what_the_training_model_does(case: str) -> None:
     world, setup, tp, ep = MOVED[case]
+    error, change = (ROUNDING, 2 * ROUNDING) if setup.bf16 and tp is not None else (1e-5, 1e-3)
     for answer in pool(world).run(carried, setup, tp, ep, BUCKET, True):
         report = answer["report"]
-        assert max(answer["errors"]) < 1e-5 and answer["learned"] > 1e-3
+        assert max(answer["errors"]) < error and answer["learned"] > change
         assert report.moved > 0 and report.seconds > 0
         assert report.moved + report.shared == answer["total"]  # nothing is written twice, nothing left out
         assert answer["batches"] >= report.received / BUCKET

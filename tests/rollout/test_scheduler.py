@@ -146,6 +146,16 @@ def test_kept_prefixes_go_before_anybody_loses_pages() -> None:
     assert one.plan().spans and one.num_preemptions == 0 and len(one.prefixes) == 1
 
 
+def test_a_dropped_cache_keeps_nobody_out() -> None:
+    """Who waits for its leader's prompt waits for no page: others may start meanwhile."""
+    one = scheduler(tokens=8)
+    one.submit([request(40, sample=sample) for sample in range(3)])
+    one.plan()
+    one.drop_cache()
+    one.submit([request(3, key="new")])
+    assert [start.request.prompt_key for start in one.plan().starts] == ["new"]
+
+
 def test_longest_first() -> None:
     one = scheduler(slots=1, longest_first=True)
     one.submit([request(4, new=8, key="short"), request(4, new=40, key="long"), request(4, new=16, key="middle")])

@@ -68,6 +68,29 @@ def loss_only(row, model):
     return output, lambda logits: float(loss(logits)[0])
 
 
+def state_made(setup: Setup) -> tuple[int, ...]:
+    """What is said to come before the first update, what came with it, what then is still to come."""
+    from megatron_dlm.training.sleep import optimizer_tensors, sleep, state_to_come, wake
+    from megatron_dlm.training.step import train_step
+
+    state = make(setup)
+    held = lambda: sum(tensor.nbytes for tensor in optimizer_tensors(state) if tensor.dim())  # without Adam's counters
+    said, before = state_to_come(state), held()
+    sleep(state)
+    sleeping = state_to_come(state)
+    wake(state)
+    train_step(state, share(state, rows(4)), forward_step, LENGTH)
+    return said, held() - before, sleeping, state_to_come(state)
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_what_an_optimizer_will_take_is_known_before(name: str) -> None:
+    world, setup = SETUPS[name]
+    for said, came, sleeping, left in pool(world).run(state_made, setup):
+        assert said == came and sleeping == left == 0
+        assert (said > 0) == (setup.optimizer == "adam" or setup.momentum > 0)
+
+
 def take_a_nap(state, setup: Setup) -> None:
     """Sleep, look at what is left, read the weights, and sleep again."""
     from megatron_dlm.training.sleep import asleep, sleep, wake

@@ -9,7 +9,7 @@ the next one is two pieces, a prompt is one piece per block, and under full atte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def _send(values: np.ndarray, queries: Queries) -> Tensor:
     return _constant(values.tobytes(), values.dtype.str, values.shape, queries.device)
 
 
-@lru_cache(maxsize=256)
+@cache  # captured graphs read these for as long as they live
 def _constant(content: bytes, dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).copy()).to(device)
 

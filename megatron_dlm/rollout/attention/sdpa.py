@@ -20,11 +20,6 @@ from megatron_dlm.rollout.attention.queries import Queries
 from megatron_dlm.rollout.kv_cache import BlockKVCache
 
 _FEW_QUERIES, _FEW_KEYS = 16, 64  # sequences with up to so many share a call whatever their lengths
-# On a CPU the fused kernel is slow where a sequence has few queries: two products of bfloat16 take less than half its
-# time (64 sequences of 4 tokens, 128 keys: 0.47 ms to 1.08). They round the scores, so that log-probabilities are some
-# 0.02 from the trainer's; with the kernel, which the trainer uses too, most would be the same to the bit.
-PRODUCTS = frozenset({torch.bfloat16, torch.float16})
-_SCORES = 2**20  # of one product; more of them, in float32, would leave a CPU's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ class _Call:
     Attributes:
         texts: m.
         rows: of q. places: of the pages.
-        mask: what is added to the scores: [m, 1, 1, Q, K] for products, [m, 1, queries of a kv head, K] for the kernel.
+        mask: what is added to the scores, [m, 1, queries of a kv head, K].
     """
 
     texts: int
@@ -108,7 +103,6 @@ class GatheredAttention:
         self.cache, self.queries = cache, queries
         self.stored = Stored(cache, queries)
         self.buckets = Buckets(queries)
-        self.by_products = queries.device.type == "cpu" and cache.shape.dtype in PRODUCTS
         self.calls: list[_Call] = []
 
     def _prepare(self, heads: int) -> None:
@@ -119,9 +113,8 @@ class GatheredAttention:
         shape, sharing = self.cache.shape, heads // self.cache.shape.kv_heads
         keys = bucket.pages.shape[1] * shape.page_size
         hidden = torch.arange(keys, device=bucket.pages.device) >= bucket.last_visible[:, :, None]
-        mask = torch.zeros(hidden.shape, dtype=torch.float32 if self.by_products else shape.dtype, device=hidden.device)
-        mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
-        mask = mask[:, :, None] if self.by_products else mask.repeat(1, 1, sharing, 1)
+        mask = torch.zeros(hidden.shape, dtype=shape.dtype, device=hidden.device)
+        mask = mask.masked_fill_(hidden, float("-inf"))[:, None].repeat(1, 1, sharing, 1)
         return _Call(bucket.texts, bucket.rows(heads), self.cache.places(bucket.pages), mask)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -139,27 +132,11 @@ class GatheredAttention:
         dim, texts = lines.shape[1], call.texts
         queries = lines.index_select(0, call.rows).view(texts * self.cache.shape.kv_heads, -1, dim)
         keys, values = self.cache.gather(layer, call.places, texts)
-        if self.by_products:
-            return self._products(queries, keys, values, call.mask, scale).view(-1, dim)
         split = lambda x: x.view(texts, self.cache.shape.kv_heads, -1, dim)
         out = F.scaled_dot_product_attention(
             split(queries), split(keys), split(values), attn_mask=call.mask, scale=scale
         )
         return out.reshape(-1, dim)
-
-    def _products(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-        """The same for [m * kv heads, n, d] each, by two batched products; the softmax is taken in float32."""
-        heads = self.cache.shape.kv_heads
-        texts = max(1, _SCORES // (heads * queries.shape[1] * keys.shape[1]))
-        parts = []
-        for query, key, value, hidden in zip(
-            queries.split(texts * heads), keys.split(texts * heads), values.split(texts * heads), mask.split(texts)
-        ):
-            scores = torch.bmm(query, key.transpose(1, 2))
-            weights = scores.view(len(hidden), heads, -1, *hidden.shape[3:]).float().mul_(scale).add_(hidden)
-            weights = weights.softmax(-1).to(value.dtype).view(scores.shape)
-            parts.append(torch.bmm(weights, value))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Stored:

@@ -137,7 +137,7 @@ def check_interpreter(python: str | None) -> Interpreter:
         raise ConfigError("--sglang-python is not set. Give the python of the environment that SGLang is installed in.")
     if not (os.path.isfile(python) and os.access(python, os.X_OK)):
         raise ConfigError(f"--sglang-python {python} is no program that can be run. Give the path of a python.")
-    found = _ask(python)
+    found = _ask(os.path.abspath(python))  # it is asked from another folder
     if found.sglang is None:
         raise DependencyError(
             f"--sglang-python {python} has no SGLang. Install sglang>={_NEEDED} in its environment, or give another."

@@ -138,8 +138,8 @@ class SGLangEngine:
         Args:
             keys: (prompt_key, sample) of each; None for all.
 
-        Returns: what they had come to: complete blocks only, none for one that had not begun. One that was completed in
-            the meantime is returned as such.
+        Returns: what they had come to, in complete blocks. One that was completed in the meantime is returned as such;
+            one that has no block is forgotten, whether or not it was in work, but for what it brought with it.
         """
         wanted = None if keys is None else set(keys)
         names = [
@@ -206,8 +206,9 @@ class SGLangEngine:
         traces = []
         for answer in answers:
             request, version = self._running.pop(answer["name"])
-            blocks = [Block.from_wire(block) for block in answer["blocks"]]
-            traces.append(trace_of(request, blocks, version, answer["name"] in aborted))
+            blocks, stopped = [Block.from_wire(block) for block in answer["blocks"]], answer["name"] in aborted
+            if blocks or request.partial is not None or not stopped:
+                traces.append(trace_of(request, blocks, version, stopped))
         return traces
 
     def _shared(self, action: Callable[[], object]):

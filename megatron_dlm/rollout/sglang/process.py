@@ -82,17 +82,25 @@ class Child:
         self.folder = _private_folder(settings)
         ours, theirs = socket.socketpair()
         self.link = Link(ours)
-        with theirs, open(self.folder / "log", "wb") as log:
-            self.process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                env=_environment(self.folder, settings),
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(theirs.fileno(), *inherited),
-                start_new_session=True,
-            )
+        try:
+            with theirs, open(self.folder / "log", "wb") as log:
+                self.process = subprocess.Popen(
+                    [*command, str(theirs.fileno())],
+                    env=_environment(self.folder, settings),
+                    cwd=self.folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(theirs.fileno(), *inherited),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self.link.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise DependencyError(
+                f"SGLang did not start, because {command[0]} cannot be run on {socket.gethostname()} "
+                f"({error.strerror}). Give --sglang-python a program that is there on every host."
+            ) from None
         atexit.register(self.close)
         try:
             self.link.send(settings.to_wire(self.folder))
@@ -158,7 +166,9 @@ class Child:
 
 
 def server_command(python: str) -> list[str]:
-    return [python, "-m", "megatron_dlm.rollout.sglang.server"]
+    """`python`: as the user gave it. The child starts in a folder of its own; links are not followed, because an
+    environment's python is one."""
+    return [os.path.abspath(python), "-m", "megatron_dlm.rollout.sglang.server"]
 
 
 def _private_folder(settings: ChildSettings) -> Path:

@@ -63,7 +63,9 @@ class Link:
 
     def ready(self, timeout: float = 0.0) -> bool:
         """Whether `receive` would find something (a message, or the end) within so many seconds."""
-        return bool(select.select([self._end], [], [], timeout)[0])
+        poll = select.poll()  # unlike select, also for descriptors above 1023
+        poll.register(self._end, select.POLLIN)
+        return bool(poll.poll(1000 * timeout))
 
     def wait_for_end(self) -> None:
         """Return when the other side has closed its end, whatever is still to be read."""

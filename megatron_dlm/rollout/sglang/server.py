@@ -6,6 +6,9 @@ runs in SGLang's interpreter, with this package on its path and one end of a soc
 sent as they finish; all other commands are answered one by one, in order: {"ok": true, ...}, or {"error": "..."}.
 Generation goes on while the loop waits for the next command, and stands still while it works on one. When the trainer
 is gone, so is this process, with everything that it started and its folder, whatever it is doing.
+
+Commands are read and answers are sent by a thread each. The trainer hands in many requests before it reads an answer:
+were the loop to wait until one is read, nobody would read the rest of the requests, and both sides would wait for ever.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,22 +47,23 @@ class Backend(Protocol):
 def serve(link: Link, backend: Backend) -> None:
     """Work until a `stop` comes, or the trainer is gone."""
     tasks: set[asyncio.Task] = set()
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as sender:
+        say = lambda answer: sender.submit(_send, link, answer)
         while True:
             try:
                 message = backend.loop.run_until_complete(_next(link, backend.loop, reader))
                 command = message.pop("command")
                 if command == "stop":
-                    link.send({"ok": True})
+                    say({"ok": True})
                     return
                 if command == "generate":
                     for request in message["requests"]:
-                        tasks.add(task := backend.loop.create_task(_respond(link, backend, **request)))
+                        tasks.add(task := backend.loop.create_task(_respond(say, backend, **request)))
                         task.add_done_callback(tasks.discard)
                 elif command == "abort":
                     backend.abort(message["names"])
                 else:
-                    link.send(_answer(backend, command, message))
+                    say(_answer(backend, command, message))
             except Closed:
                 return
 
@@ -68,7 +72,14 @@ async def _next(link: Link, loop: asyncio.AbstractEventLoop, reader: ThreadPoolE
     return await loop.run_in_executor(reader, link.receive)
 
 
-async def _respond(link: Link, backend: Backend, name: str, prompt: list[int], sampling: dict[str, Any]) -> None:
+def _send(link: Link, answer: Message) -> None:
+    with contextlib.suppress(Closed):  # `serve` will find out
+        link.send(answer)
+
+
+async def _respond(
+    say: Callable[[Message], object], backend: Backend, name: str, prompt: list[int], sampling: dict[str, Any]
+) -> None:
     blocks = []
     try:
         async for block in backend.generate(name, prompt, sampling):
@@ -77,8 +88,7 @@ async def _respond(link: Link, backend: Backend, name: str, prompt: list[int], s
     except Exception as error:  # the trainer must hear of it, whatever it is
         traceback.print_exc()
         answer = {"name": name, "failed": f"{type(error).__name__}: {error}"}
-    with contextlib.suppress(Closed):  # `serve` will find out
-        link.send(answer)
+    say(answer)
 
 
 def _answer(backend: Backend, command: str, message: Message) -> Message:

@@ -15,6 +15,7 @@ from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.model.shape import resolve
 from megatron_dlm.rollout.sglang.check import check_backend, check_interpreter, check_model, model_config
 from megatron_dlm.rollout.sglang.plugin import parse_version
+from megatron_dlm.rollout.sglang.process import server_command
 from tests.tiny import model_config as tiny
 
 
@@ -129,6 +130,17 @@ def test_settings(tmp_path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             check_backend(config, tiny(), tensor_size)
+
+
+def test_an_interpreter_may_be_given_from_here(tmp_path, monkeypatch) -> None:
+    python(tmp_path, says("0.5.23"))
+    (name,) = (path.name for path in tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path.parent)
+    for given in (f"{tmp_path.name}/{name}", f"./{tmp_path.name}/{name}"):
+        assert check_interpreter(given).sglang == "0.5.23"
+        assert server_command(given)[0] == str(tmp_path / name)
+    (tmp_path / "link").symlink_to(sys.executable)  # as in a virtual environment
+    assert server_command(f"{tmp_path.name}/link")[0] == str(tmp_path / "link")
 
 
 def test_versions() -> None:
