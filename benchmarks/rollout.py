@@ -37,6 +37,7 @@ from benchmarks.workers import Worker
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.diffusion.trace import SamplingParams
+from megatron_dlm.rollout.attention.backends import BACKENDS
 from megatron_dlm.rollout.options import EngineOptions
 
 PLAIN, ENGINE = "plain loop", "engine"
@@ -122,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", **several, default=[256, 1, 16, 64], help="max_running_requests; few take fewer requests")
     add("--budgets", **several, help="max_tokens_per_pass; 8192 1024 on a GPU and 1024 8192 elsewhere if not given")
     add("--page-sizes", **several, default=[16, 4, 64], help="page_size")
+    add("--rounds", **several, help="rounds_per_sync; 4 1 8 on a GPU and 1 elsewhere if not given")
+    add("--attention-backends", nargs="+", choices=BACKENDS, default=["auto"], help="attention_backend")
+    add("--cuda-graphs", action="store_true", help="measured with them, too; needs a GPU and FlashAttention")
     add("--without", nargs="*", choices=FEATURES, default=list(FEATURES), help="measured with each of these off, too")
     model = parser.add_argument_group("model", "Random weights; a size that is given beats the preset's.")
     add = model.add_argument
@@ -163,6 +167,7 @@ def _job(options: argparse.Namespace) -> Job:
     sizes |= {name: getattr(options, name) for name in (*_SIZES, "vocab_size") if getattr(options, name) is not None}
     options.block_size = options.block_size or sizes.pop("block_size", 4)
     options.denoising_steps = options.denoising_steps or options.block_size
+    options.rounds = options.rounds or ([4, 1, 8] if options.device == "cuda" else [1])
     _check(options, sizes)
     model = ModelConfig(
         **sizes | dict(block_size=options.block_size, bf16=options.dtype == "bf16", fp64=options.dtype == "fp64")
@@ -211,6 +216,8 @@ def _check(options: argparse.Namespace, sizes: dict[str, Any]) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {range_}.")
     if (options.bandwidth is None) != (options.flops is None):
         raise ConfigError("--bandwidth and --flops belong together. Give both or none.")
+    if options.cuda_graphs and options.device != "cuda":
+        raise ConfigError("--cuda-graphs needs a GPU. Leave it out.")
     if options.json and (Path(options.json).is_dir() or not Path(options.json).resolve().parent.is_dir()):
         raise ConfigError(f"--json {options.json} cannot be written to. Give a file in a folder that exists.")
 
@@ -223,12 +230,18 @@ def _engines(options: argparse.Namespace, job: Job) -> list[Contestant]:
         max_length=job.longest,
         max_tokens_per_pass=options.budgets[0],
         page_size=options.page_sizes[0],
+        rounds_per_sync=options.rounds[0],
+        attention_backend=options.attention_backends[0],
     )
     found = [(ENGINE, base)]
     found += [(FEATURES[name], dataclasses.replace(base, **{name: False})) for name in options.without]
     found += [(f"{n} running", dataclasses.replace(base, max_running_requests=n)) for n in options.batches[1:]]
     found += [(f"{n} tokens a pass", dataclasses.replace(base, max_tokens_per_pass=n)) for n in options.budgets[1:]]
     found += [(f"pages of {n}", dataclasses.replace(base, page_size=n)) for n in options.page_sizes[1:]]
+    found += [(f"{n} rounds", dataclasses.replace(base, rounds_per_sync=n)) for n in options.rounds[1:]]
+    found += [(name, dataclasses.replace(base, attention_backend=name)) for name in options.attention_backends[1:]]
+    if options.cuda_graphs:
+        found.append(("CUDA graphs", dataclasses.replace(base, attention_backend="flash", cuda_graphs=True)))
     # Few sequences at a time are as slow as the plain loop: eight turns of them say enough, and whole groups.
     few = lambda one: min(total, max(8 * one.max_running_requests, 2 * options.samples))
     return [Contestant(name, options.threads[0], few(one), one) for name, one in found]
@@ -238,7 +251,9 @@ def _different(engines: Sequence[Contestant], job: Job) -> str | None:
     """Why speeds must not be compared; None if they may be."""
     small = small_case(job)
     with _workers(small, apart=False) as workers:
-        cases = [(one.name, dataclasses.replace(one.options, max_length=small.longest)) for one in engines]
+        # Kernels for GPUs know no float64; gpu_check.py holds the backends against each other.
+        plain = dict(max_length=small.longest, attention_backend="sdpa", cuda_graphs=False)
+        cases = [(one.name, dataclasses.replace(one.options, **plain)) for one in engines]
         complaints = workers[ENGINE].ask("different", cases)
     if not complaints:
         return None

@@ -25,6 +25,16 @@ SIZES: dict[str, dict[str, object]] = {
         vocab_size=4096,
         rotary_base=1e4,
     ),
+    "12m-deep": dict(  # as many layers as SDAR-1.7B
+        num_layers=28,
+        hidden_size=192,
+        ffn_hidden_size=512,
+        num_attention_heads=3,
+        num_query_groups=1,
+        kv_channels=64,
+        vocab_size=4096,
+        rotary_base=1e4,
+    ),
     "70m": dict(
         num_layers=8,
         hidden_size=768,
@@ -38,7 +48,7 @@ SIZES: dict[str, dict[str, object]] = {
     "4b": PRESETS["sdar-4b"],
     "8b": PRESETS["sdar-8b"],
 }
-"""Models by name: two that a CPU can be asked to run, and SDAR's."""
+"""Models by name: three that a CPU can be asked to run, and SDAR's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,9 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 _pools: dict[int, Pool] = {}
 
-# gloo keeps the polling threads of destroyed groups, some twenty for each case, and thousands of them would stop the
-# machine: workers are replaced before that.
-CASES_PER_POOL = 8
+# gloo keeps the polling threads of destroyed groups, some thirty for each case, and thousands of them would stop the
+# machine: workers are replaced before that. They are forked with all imports made, so that costs little.
+CASES_PER_POOL = 2
 
 
 class WorkerError(AssertionError):
@@ -139,7 +139,9 @@ def free_port() -> int:
 
 
 def pool(world_size: int) -> Pool:
-    """The pool of this world size, started when first asked for."""
+    """The pool of this world size, started when first asked for. Others end: their idle threads take time, too."""
+    for other in [size for size in _pools if size != world_size]:
+        _pools[other].close()
     if world_size not in _pools:
         _pools[world_size] = Pool(world_size)
     return _pools[world_size]
@@ -151,6 +153,18 @@ def _close_all() -> None:
         running.close()
 
 
+_IMPORTED = (
+    "megatron_dlm.checkpoint.distributed",
+    "megatron_dlm.checkpoint.hf.importer",
+    "megatron_dlm.evaluation.evaluate",
+    "megatron_dlm.rl.trainer",
+    "megatron_dlm.rollout.rig",
+    "megatron_dlm.sft.trainer",
+    "tests.small_model",
+    "tests.tiny",
+)
+
+
 def _serve_nursery() -> None:
     import torch
 
@@ -159,6 +173,8 @@ def _serve_nursery() -> None:
     if not platform.is_cuda():  # a process that has touched CUDA cannot be forked
         platform.install()
 
+    for module in _IMPORTED:
+        importlib.import_module(module)
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
     for order in sys.stdin:

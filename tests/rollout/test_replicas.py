@@ -42,7 +42,7 @@ def roll_in(parallel: dict, sizes: dict, enough: int | None, save_to=None) -> tu
     from megatron_dlm.rollout.replicas import roll
     from tests.rollout.test_engine_parallel import make_rig
 
-    state, rig = make_rig(parallel, dict(sizes, fp64=True))
+    state, rig = make_rig(parallel, dict(sizes, fp64=True), {})
     if save_to is not None:
         save(state, save_to, 0, {}, with_optimizer=False)
     counted = []

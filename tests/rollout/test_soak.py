@@ -57,7 +57,7 @@ def test_soak() -> None:
     engine = Engine(
         model,
         vocabulary(),
-        EngineOptions(30, LONGEST, max_tokens_per_pass=80, page_size=5, kv_cache_bytes=28 * 5 * 2 * 2 * 8 * 8),
+        EngineOptions(30, LONGEST, 80, page_size=5, rounds_per_sync=3, kv_cache_bytes=28 * 5 * 2 * 2 * 8 * 8),
     )
     order = rng.permutation(COUNT) // 100 + np.arange(COUNT)  # groups stay more or less together
     todo = [wanted[index] for index in np.argsort(order, kind="stable")]
