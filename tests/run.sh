@@ -7,4 +7,4 @@ use_environment test
 # Small tensors and several processes: more threads would only wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Two at a time, each file by one of them; more would start a pool of processes for parallel code each.
-exec python -m pytest -rfEs --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+exec python -m pytest -rfEs --durations 10 --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"

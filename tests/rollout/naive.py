@@ -28,7 +28,9 @@ class Naive:
     sampling_logprobs: list[float]
     reason: str
     forwards: int
-    states: list = field(default_factory=list)
+    margins: list[float] = field(
+        default_factory=list
+    )  # per denoising step: what would have to change for another outcome
 
 
 def generate(model, request: Request) -> Naive:
@@ -57,6 +59,7 @@ class Text:
         self.tokens: list[int | None] = list(prompt)
         self.step_of, self.logprob_of, self.sampled_of = {}, {}, {}
         self.steps = 0
+        self.margins: list[float] = []
 
     def masked(self, start: int, end: int) -> list[int]:
         return [position for position in range(start, end) if self.tokens[position] is None]
@@ -67,11 +70,13 @@ class Text:
 
     def unmask(self, masked: list[int], logits: torch.Tensor, round_: int) -> None:
         """One denoising step, the `round_`-th of its block. Args: logits: [len(masked), padded vocabulary]."""
-        drawn = {}
+        drawn, margins = {}, []
         for row, position in enumerate(masked):
             u = float(uniforms(self.request.stream, torch.tensor([position]), torch.tensor([self.steps]))[0])
             drawn[position] = _draw(logits[row : row + 1], u, self.sampling)
+            margins.append(_margin_of_draw(logits[row : row + 1], u, self.sampling))
         self.steps += 1
+        self.margins.append(min(*margins, _margin_of_choice(drawn, self.sampling, round_)))
         for position in _unmask(masked, drawn, self.sampling, round_):
             self.tokens[position], self.logprob_of[position], self.sampled_of[position], _ = drawn[position]
             self.step_of[position] = self.steps
@@ -94,6 +99,7 @@ class Text:
             [self.sampled_of[p] for p in inside],
             reason,
             self.steps,
+            self.margins,
         )
 
 
@@ -128,6 +134,25 @@ def _draw(logits: torch.Tensor, u: float, sampling) -> tuple[int, float, float, 
         if u < passed:
             break
     return token, logprob[token], math.log(shaped[token]), _confidence(token, shaped, untempered, sampling)
+
+
+def _margin_of_draw(logits: torch.Tensor, u: float, sampling) -> float:
+    """Probability that would have to move for another token; of plain sampling and of greedy decoding only."""
+    policy = allowed_logprobs(logits, sampling.temperature or 1.0)[0].exp()
+    if sampling.temperature == 0:
+        best, second = policy.topk(2).values.tolist()
+        return best - second
+    return float((policy.double().cumsum(0) - u).abs().min())
+
+
+def _margin_of_choice(drawn: dict, sampling, round_: int) -> float:
+    """Confidence that would have to move for other positions, under the static and the dynamic policy."""
+    confidence = sorted((one[3] for one in drawn.values()), reverse=True)
+    count = sampling.block_size // sampling.denoising_steps + (round_ < sampling.block_size % sampling.denoising_steps)
+    gaps = [confidence[count - 1] - confidence[count]] if count < len(confidence) else []
+    if sampling.remasking == "dynamic":
+        gaps += [abs(one - sampling.threshold) for one in confidence]
+    return min(gaps, default=math.inf)
 
 
 def _confidence(token: int, drawn_from: list[float], untempered: list[float], sampling) -> float:
