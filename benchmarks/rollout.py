@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
@@ -36,14 +36,15 @@ from benchmarks.rollout_worker import Bench, Generated
 from benchmarks.workers import Worker
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.config.rollout import CapacityConfig
 from megatron_dlm.diffusion.trace import SamplingParams
-from megatron_dlm.rollout.attention.backends import BACKENDS
 from megatron_dlm.rollout.options import EngineOptions
 
 PLAIN, ENGINE = "plain loop", "engine"
 FEATURES = {"share_prompts": "prompts not shared", "fuse_commit": "commits apart", "masked_head": "head everywhere"}
 """Switches of EngineOptions, and what the engine is called without each."""
 
+BACKENDS = get_args(get_type_hints(CapacityConfig)["rollout_attention_backend"])
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
 
