@@ -7,6 +7,8 @@ end of a block, and none is needed (attention/pieces.py).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,7 +51,7 @@ def _check_sizes(shape: CacheShape, library: str) -> None:
     check_sizes(shape, library, lambda dim: dim % 8 == 0 and dim <= 256, "a multiple of 8 up to 256")
 
 
-class _Flash:
+class _Flash(ABC):
     """row_params.Attention over the cache: store the keys and values of the pass, then read them in place."""
 
     def __init__(self, cache: BlockKVCache, queries: Queries) -> None:
@@ -63,9 +65,9 @@ class _Flash:
         self.stored(layer, k, v)
         return self._read(q[:, 0], *self.cache.paged(layer), scale).reshape(len(q), 1, -1)
 
+    @abstractmethod
     def _read(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """[T, heads, d]. q: the same; keys, values: [pages, page size, kv heads, d]."""
-        raise NotImplementedError
 
 
 class Flash3(_Flash):
