@@ -12,7 +12,7 @@ import numpy as np
 
 
 def overlong(lengths: Sequence[int], max_response_len: int, margin: int) -> np.ndarray:
-    """bool: responses that end within `margin` tokens of the limit count as wrong, because they were cut or nearly so."""
+    """bool: responses that end within `margin` tokens of the limit count as wrong, for they were cut or nearly so."""
     return np.asarray(lengths) >= max_response_len - margin
 
 

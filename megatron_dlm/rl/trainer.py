@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,15 +13,17 @@ from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt
 from megatron_dlm.diffusion.keys import stream
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.planner import Load, check_budget
+from megatron_dlm.diffusion.planner import check_budget
 from megatron_dlm.diffusion.trace import Trace
+from megatron_dlm.diffusion.views import Item
 from megatron_dlm.parallel.exchange import gather_objects
-from megatron_dlm.rewards.base import CRASH, TIMEOUT, Scorer, Verdict
-from megatron_dlm.rl.advantages import group_advantages, in_band, overlong
-from megatron_dlm.rl.exchange import Graded, gather_graded
+from megatron_dlm.rewards.base import Scorer
+from megatron_dlm.rl.advantages import group_advantages, in_band
+from megatron_dlm.rl.collect import Collector
+from megatron_dlm.rl.exchange import Graded
 from megatron_dlm.rl.metrics import console, learned_metrics, rollout_metrics, staleness_metrics
 from megatron_dlm.rl.objective import PolicyObjective
-from megatron_dlm.rl.samples import Judged, dump, readable
+from megatron_dlm.rl.samples import readable
 from megatron_dlm.rl.supply import Supply
 from megatron_dlm.rl.turns import Turns
 from megatron_dlm.rl.update import (
@@ -34,7 +35,6 @@ from megatron_dlm.rl.update import (
     trace_item,
     update_policy,
 )
-from megatron_dlm.rollout.replicas import Job, requests_for, roll
 from megatron_dlm.rollout.rig import RolloutRig
 from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report, Stopwatch
@@ -42,18 +42,6 @@ from megatron_dlm.training.setup import Session
 from megatron_dlm.training.state import TrainState
 
 STAGE = "tracerl"
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """The responses of one RL step: those that this rank judged and whose traces it holds, and the records of all."""
-
-    judged: list[Judged]
-    graded: list[Graded]
-
-    @property
-    def traces(self) -> list[Trace]:
-        return [one.trace for one in self.judged]
 
 
 class TraceRLTrainer:
@@ -75,7 +63,7 @@ class TraceRLTrainer:
         seed: int,
         progress: Mapping[str, Any] | None = None,
     ) -> None:
-        self.session, self.state, self.rig, self.scorer = session, state, rig, scorer
+        self.session, self.state, self.rig = session, state, rig
         self.rl, self.rollout_config, self.seed = rl, rollout, seed
         self.turns = Turns(state, rig, rl)
         progress = progress or {}
@@ -97,6 +85,21 @@ class TraceRLTrainer:
             shrinkage=rl.shrinkage,
             use_rollout_logprobs=rl.use_rollout_logprobs,
         )
+        self.collector = Collector(
+            rig,
+            self.supply,
+            scorer,
+            session.tokenizer,
+            session.groups.rank,
+            rl,
+            rollout,
+            self.sampling,
+            seed,
+            self._item,
+        )
+
+    def _item(self, trace: Trace) -> Item:
+        return trace_item(trace, self.settings.grid, self.settings.shrinkage, self._oldest_version())
 
     def _largest_item(self, longest_prompt: int) -> int:
         """Most tokens that a trace can take in a row: its text, and a noisy copy of each block per denoising step of
@@ -122,9 +125,9 @@ class TraceRLTrainer:
         during = partial(self.turns.phase, watch=watch)
         self.turns.ledger.begin_step()
         with during("rollout"):
-            traces, generated = self._generate(report)
+            traces, generated = self.collector.generate(self.step_index, report)
         with watch.phase("reward_time"):
-            rollout = self._grade(traces)
+            rollout = self.collector.grade(self.step_index, traces)
         learned, advantages = self._advantages(rollout.graded)
         metrics = rollout_metrics(rollout.graded) | learned_metrics(advantages, len(rollout.graded))
         if self.rollout_config.over_sampling_batch_size is not None:
@@ -150,72 +153,6 @@ class TraceRLTrainer:
         generated = sum(gather_objects(generated if self.rig.is_leader else 0))
         metrics["perf/rollout_tokens_per_sec"] = generated / watch.seconds["rollout_time"]
         return metrics
-
-    def _generate(self, report: Report) -> tuple[list[Trace], int]:
-        """The responses to learn from that this replica has, and how many tokens it generated for whatever response."""
-        supply, samples, name = self.supply, self.rollout_config.n_samples_per_prompt, f"rollout {self.step_index}"
-        fresh, own = supply.begin(), supply.going_on(self.seed)
-        group = lambda ticket: requests_for([fresh[ticket]], samples, self.sampling, Job(self.seed, self.step_index))
-        with report.bar(len(own) + len(fresh) * samples // self.rig.num_replicas, name) as bar:
-            harvest = roll(self.rig, name, len(fresh), samples, group, own, supply.missing, bar.update)
-        had = {(request.prompt_key, request.sample): request.num_done for request in own}
-        ended = [*harvest.finished, *harvest.aborted]
-        tokens = sum(len(trace.response_ids) - had.get((trace.prompt_key, trace.sample), 0) for trace in ended)
-        return supply.settle(harvest, fresh, self.step_index), tokens
-
-    def _grade(self, traces: list[Trace]) -> Rollout:
-        """Verdicts of this replica's responses, and the records of everybody's. Of a tensor-parallel group one rank
-        judges.
-        """
-        if not self.rig.is_leader:
-            return Rollout([], gather_graded([]))
-        decode, prompts = self.session.tokenizer.decode, self.supply.prompts
-        texts = [decode(trace.response_ids.tolist(), skip_special_tokens=True) for trace in traces]
-        verdicts = self.scorer.score([(prompts[trace.prompt_key], text) for trace, text in zip(traces, texts)])
-        judged = [
-            Judged(prompts[trace.prompt_key], trace, text, verdict)
-            for trace, text, verdict in zip(traces, texts, verdicts)
-        ]
-        if self.rl.save_debug_rollout_data is not None:
-            dump(self.rl.save_debug_rollout_data, self.step_index, self.session.groups.rank, judged)
-        too_long = overlong(
-            [len(trace.response_ids) for trace in traces],
-            self.rollout_config.rollout_max_response_len,
-            self.rl.overlong_margin,
-        )
-        return Rollout(
-            judged,
-            gather_graded(
-                [
-                    self._record(index, trace, verdict, bool(cut))
-                    for index, (trace, verdict, cut) in enumerate(zip(traces, verdicts, too_long))
-                ]
-            ),
-        )
-
-    def _record(self, index: int, trace: Trace, verdict: Verdict, too_long: bool) -> Graded:
-        item = trace_item(trace, self.settings.grid, self.settings.shrinkage, self._oldest_version())
-        lag = self.rig.engine.weight_version - trace.weight_versions
-        return Graded(
-            group=trace.prompt_key,
-            sample=trace.sample,
-            owner=self.session.groups.rank,
-            index=index,
-            correct=verdict.correct,
-            reward=0.0 if too_long else verdict.correct,
-            length=len(trace.response_ids),
-            steps=trace.num_steps,
-            forwards=trace.num_forwards,
-            truncated=trace.finish_reason == "length",
-            overlong=too_long,
-            judge_failed=verdict.reason in (CRASH, TIMEOUT),
-            load=Load(item.group, item.shared_length, item.own_length),
-            num_targets=item.views.num_targets,
-            continued=(trace.prompt_key, trace.sample) in self.supply.continued,
-            stale=int((lag > 0).sum()),
-            version_lag=int(lag.sum()),
-            largest_lag=int(lag.max(initial=0)),
-        )
 
     def _oldest_version(self) -> int:
         """Of the weights whose tokens this step learns; asked for before the weights are updated."""

@@ -238,15 +238,15 @@ def test_nothing_is_learned_of_masked_tokens() -> None:
     for mask in (False, True):
         trainer = make_trainer(rollout=dataclasses.replace(OVER, mask_offpolicy_in_partial_rollout=mask))
         counted = []
-        grade = trainer._grade
+        grade = trainer.collector.grade
 
-        def spy(traces, grade=grade, trainer=trainer, counted=counted):
-            rollout = grade(traces)
+        def spy(step, traces, grade=grade, trainer=trainer, counted=counted):
+            rollout = grade(step, traces)
             fresh = sum((trace.weight_versions == trainer.rig.engine.weight_version).sum() for trace in traces)
             counted.append((sum(record.num_targets for record in rollout.graded), fresh, rollout.graded))
             return rollout
 
-        trainer._grade = spy
+        trainer.collector.grade = spy
         for _ in range(5):
             trainer.step(quiet())
         targets.append(counted)
@@ -308,13 +308,13 @@ def steps_in(parallel: dict, sizes: dict, count: int, load_from: Path | None, sa
 
     trainer = make({}) if load_from is None else resume(load_from, make)[0]
     seen = []
-    grade = trainer._grade
+    grade = trainer.collector.grade
 
-    def spy(traces):
-        seen.append(grade(traces))
+    def spy(step, traces):
+        seen.append(grade(step, traces))
         return seen[-1]
 
-    trainer._grade = spy
+    trainer.collector.grade = spy
     kept_now = lambda: [(group.key, sorted(group.traces)) for group in trainer.supply.kept]
     found = [(None, None, kept_now(), trainer.supply.progress()["owed"])]
     for _ in range(count):
