@@ -217,11 +217,11 @@ def made_up_advantages(traces: Sequence[Trace]) -> dict[tuple[str, int], float]:
 def records(traces: Sequence[Trace], grid: Grid, rank: int) -> list:
     """The record of each trace that this rank holds (`rl.exchange.Graded`), as the trainer would make it."""
     from megatron_dlm.rl.exchange import Graded
-    from megatron_dlm.rl.update import trace_item
+    from megatron_dlm.rl.methods import TARGET, counts_of, replay
 
     found = []
     for index, trace in enumerate(traces):
-        item = trace_item(trace, grid, 1)
+        item = replay(grid).item(trace, 0)
         found.append(
             Graded(
                 group=trace.prompt_key,
@@ -237,7 +237,7 @@ def records(traces: Sequence[Trace], grid: Grid, rank: int) -> list:
                 overlong=False,
                 judge_failed=False,
                 load=Load(item.group, item.shared_length, item.own_length),
-                num_targets=item.views.num_targets,
+                counts=counts_of(item, TARGET),
             )
         )
     return found

@@ -152,20 +152,20 @@ class Cases:
 
     def rl_rows(self, state, step: int, traces: Sequence[Trace] | None = None, temperature: float = TEMPERATURE):
         """The same for a TraceRL update on made-up traces, or on those given; old log-probabilities included."""
+        from megatron_dlm.rl.methods import replay
         from megatron_dlm.rl.objective import PolicyObjective
-        from megatron_dlm.rl.update import UpdateSettings, build_rows, old_logprobs, plan_updates, policy_forward
+        from megatron_dlm.rl.rows import build_rows
+        from megatron_dlm.rl.update import UpdateSettings, plan_updates, policy_forward, with_old_logprobs
 
         traces = self.traces if traces is None else traces
         settings = UpdateSettings(
             objective=PolicyObjective(0.2, 0.3, 0.1),
             temperature=temperature,
             aggregation="constant",
-            max_response_len=LONGEST_RESPONSE,
+            longest=LONGEST_RESPONSE,
             num_updates=1,
             max_tokens_per_row=ROW,
-            grid=self.grid,
-            shrinkage=1,
-            use_rollout_logprobs=False,
+            states=replay(self.grid),
         )
         words, groups, vocabulary = self.session.tokenizer, state.groups, self.session.vocabulary
         ((members, plan),) = plan_updates(records(traces, self.grid, 0), settings, groups, step)
@@ -173,7 +173,7 @@ class Cases:
         rows = build_rows(
             members, plan, mine, made_up_advantages(traces), settings, groups.dp_rank, words.mask_id, words.pad_id
         )
-        rows = old_logprobs(state, rows, plan.length, vocabulary, settings)
+        rows = with_old_logprobs(state, rows, plan.length, vocabulary, settings)
         # Targets name responses by their place in the update; results are ordered by their place in `traces`.
         order = torch.tensor([graded.index for graded in members], device=platform.device())
         plain = [

@@ -19,16 +19,15 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from benchmarks.common import PACKED, PER_STEP, records
-from megatron_dlm import platform
 from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, pack
 from megatron_dlm.diffusion.rows import build_row
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.diffusion.views import Item, Views
-from megatron_dlm.rl.objective import response_weights
-from megatron_dlm.rl.update import RLRow, UpdateSettings, build_rows, plan_updates, trace_item
+from megatron_dlm.rl.methods import TARGET, counts_of
+from megatron_dlm.rl.rows import RLRow, Told, build_rows
+from megatron_dlm.rl.update import UpdateSettings, plan_updates
 
 
 def lay_out(
@@ -45,7 +44,7 @@ def lay_out(
     Returns: the rows, their length, and how many tokens in them are not padding.
     """
     if layout == PACKED:  # the trainer's own path
-        ((members, plan),) = plan_updates(records(traces, settings.grid, 0), settings, groups, 0)
+        ((members, plan),) = plan_updates(records(traces, settings.states.grid, 0), settings, groups, 0)
         ours = {index: traces[graded.index] for index, graded in enumerate(members)}
         rows = build_rows(members, plan, ours, advantages, settings, 0, mask_id, pad_id)
         length = plan.length
@@ -58,24 +57,15 @@ def lay_out(
 def _rows_of(split, traces, advantages, settings: UpdateSettings, mask_id: int, pad_id: int) -> tuple[list[RLRow], int]:
     """Rows of items that `split` makes of each trace's item; what it makes shares nothing."""
     items: list[tuple[int, Item]] = []
-    whole = [trace_item(trace, settings.grid, settings.shrinkage) for trace in traces]
+    whole = [settings.states.item(trace, 0) for trace in traces]
     for response, item in enumerate(whole):
         items += [(response, part) for part in split(response, item)]
     loads = [Load(item.group, item.shared_length, item.own_length) for _, item in items]
     plan = pack(loads, settings.max_tokens_per_row, 1, ROW_MULTIPLE)
-    weights = response_weights(
-        [item.views.num_targets for item in whole], settings.aggregation, settings.max_response_len
-    )
     advantage = np.array([advantages[trace.prompt_key, trace.sample] for trace in traces])
-    rows = []
-    for members in plan.ranks[0]:
-        row = build_row([items[index] for index in members], plan.length, mask_id, pad_id)
-        response, index = row.targets.response.numpy(), row.targets.index.numpy()
-        rollout = np.array([traces[r].logprobs[i] for r, i in zip(response.tolist(), index.tolist())], dtype=np.float64)
-        columns = (advantage[response], weights[response], rollout)
-        columns = (torch.from_numpy(column).to(platform.device()) for column in columns)
-        rows.append(RLRow(row.to(platform.device()), *columns, old_logprob=None))
-    return rows, plan.length
+    told = Told([counts_of(item, TARGET) for item in whole], advantage, dict(enumerate(traces)), settings)
+    laid = [build_row([items[index] for index in members], plan.length, mask_id, pad_id) for members in plan.ranks[0]]
+    return [told.complete(row) for row in laid], plan.length
 
 
 def one_item_per_step(response: int, item: Item) -> list[Item]:

@@ -128,7 +128,7 @@ class Bench:
         from benchmarks.common import made_up_advantages, whole_tensors
         from benchmarks.layouts import lay_out
         from benchmarks.memory import Peak
-        from megatron_dlm.rl.update import old_logprobs, policy_forward
+        from megatron_dlm.rl.update import policy_forward, with_old_logprobs
         from megatron_dlm.training.step import accumulate_gradients
 
         state, session, settings = self.state, self.session, self._settings()
@@ -141,7 +141,7 @@ class Bench:
                 )
                 platform.synchronize()
             with watch.phase("old log-probs"):
-                rows = old_logprobs(state, rows, length, vocabulary, settings)
+                rows = with_old_logprobs(state, rows, length, vocabulary, settings)
                 platform.synchronize()
             with watch.phase("forward+backward"):
                 metrics = accumulate_gradients(state, rows, policy_forward(vocabulary, settings), length)
@@ -161,6 +161,7 @@ class Bench:
 
     def _settings(self):
         from megatron_dlm.diffusion.layout import Grid
+        from megatron_dlm.rl.methods import replay
         from megatron_dlm.rl.objective import PolicyObjective
         from megatron_dlm.rl.update import UpdateSettings
 
@@ -169,10 +170,8 @@ class Bench:
             objective=PolicyObjective(0.2, 0.2, 0.01),
             temperature=1.0,
             aggregation="constant",
-            max_response_len=job.rollout.rollout_max_response_len,
+            longest=job.rollout.rollout_max_response_len,
             num_updates=1,
             max_tokens_per_row=job.max_tokens_per_row,
-            grid=Grid(self.session.model.block_size),
-            shrinkage=1,
-            use_rollout_logprobs=False,
+            states=replay(Grid(self.session.model.block_size)),
         )

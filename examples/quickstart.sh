@@ -46,7 +46,7 @@ python -m megatron_dlm sft "${MODEL[@]}" "${SFT[@]}" --train-iters "$SFT_STEPS" 
 echo; echo "== 2. TraceRL from there, $RL_STEPS steps"
 python -m megatron_dlm tracerl --seed "$SEED" "${RESPONSE[@]}" --load "$OUTPUT/sft" --finetune \
     --prompt-data "$OUTPUT/data/prompts.jsonl" --num-rollout "$RL_STEPS" --rollout-batch-size 64 --n-samples-per-prompt 16 \
-    --num-steps-per-rollout 4 --use-rollout-logprobs --max-tokens-per-row 4608 --lr 1e-4 --log-interval 1 \
+    --num-steps-per-rollout 4 --old-logprobs rollout --max-tokens-per-row 4608 --lr 1e-4 --log-interval 1 \
     --save "$OUTPUT/tracerl" --metrics-jsonl "$OUTPUT/tracerl.jsonl"
 
 echo; echo "== 3. For comparison: more supervised fine-tuning, for the seconds that TraceRL took"

@@ -169,7 +169,7 @@ def test_a_mistake_is_told_in_one_sentence(capsys, words: list[str], sentence: s
 
 
 def test_models_of_full_attention_and_with_logits_ahead(data) -> None:  # noqa: F811
-    """Fine-tuned, then generated from and evaluated: the checkpoint says how such a model decodes."""
+    """Fine-tuned, then generated from, scored and evaluated: the checkpoint says how such a model decodes."""
     flags = ["--tokenizer-model", data / "tokenizer", "--data-path", data / "sft.jsonl", "--train-iters", 1]
     at = MODEL.index("--block-size")
     wide = [*MODEL[:at], *MODEL[at + 2 :], "--full-attention", "--logit-shift", 1]
@@ -188,5 +188,15 @@ def test_models_of_full_attention_and_with_logits_ahead(data) -> None:  # noqa: 
         asked = ["--load", folder, "--eval-prompt-data", data / "prompts.jsonl", "--eval-num-prompts", 3]
         said = command("evaluate", *asked, *more, "--rollout-max-response-len", 10)
         assert "accuracy" in said.stdout
-    refused = command("score", "--load", whole, "--input", output, "--output", data / "no.jsonl", expect=2)
-    assert "full attention" in refused.stderr
+    output = whole / "exact.jsonl"
+    asked = ["--load", whole, "--prompts", data / "one.jsonl", "--output", output, "--max-new-tokens", 10, "--fp64"]
+    command("generate", *asked, "--rollout-block-size", 4, "--no-prefix-cache", "--horizon", 2, "--remasking", "static")
+    command("score", "--load", whole, "--input", output, "--output", whole / "scored.jsonl", "--fp64")
+    (record,) = lines(whole / "scored.jsonl")
+    np.testing.assert_allclose(record["trace_logprobs"], record["logprobs"], rtol=0, atol=1e-10)
+    asked = ["--load", whole, "--input", output, "--output", data / "no.jsonl"]
+    assert (
+        "--block-size 4 does not go with full attention" in command("score", *asked, "--block-size", 4, expect=2).stderr
+    )
+    said = command("score", *asked, "--max-tokens-per-row", 9, expect=2).stderr
+    assert "needs a row of 14 tokens for the text and its masks" in said

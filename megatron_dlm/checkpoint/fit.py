@@ -20,6 +20,7 @@ _MAY_DIFFER = (
     *("model_preset", "init_method_std", "make_vocab_size_divisible_by", "bf16", "fp64"),
     "transformer_overrides",  # compared below
 )
+VALUE_MODEL = "value_model"  # true in what is stored beside a value model's weights
 _OF_ATTENTION = ("block_size", "full_attention")
 
 
@@ -31,6 +32,23 @@ def check_stage(saved: dict[str, Any], stage: str, directory: str) -> None:
             f"--load {directory} was written by {there}, and this is {stage}. Add --finetune to start {stage} from its "
             "weights."
         )
+
+
+def check_kind(saved: dict[str, Any], value: bool, source: str) -> None:
+    """Refuse a policy where a value model is wanted, and the other way round.
+
+    Args:
+        saved: what was stored beside the weights. value: whether they should be a value model's.
+        source: the flag that named the weights, with its value.
+    """
+    if bool(saved.get(VALUE_MODEL)) == value:
+        return
+    if value:
+        raise CheckpointError(
+            f"{source} holds a policy, not a value model. Give the folder 'value' that a run with --use-value-model "
+            "wrote within its --save."
+        )
+    raise CheckpointError(f"{source} holds a value model, not a policy. Give the folder above it.")
 
 
 def check_same_model(saved: dict[str, Any], model: ModelConfig, source: str, finetune: bool = False) -> None:

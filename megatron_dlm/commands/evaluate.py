@@ -20,6 +20,7 @@ from megatron_dlm.config.flags import parse
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sections import pick_parts
+from megatron_dlm.config.validate_reward import check_judge
 from megatron_dlm.config.validate_rollout import check_rollout_layout
 from megatron_dlm.config.validate_training import (
     check_eval,
@@ -44,10 +45,13 @@ def main(argv: list[str]) -> None:
     check_logging(config["logging"])
     check_tokenizer(words)
     check_reward(reward)
+    check_judge(reward)
     prepare_process()
     complete(config)
     from megatron_dlm.evaluation.evaluate import Evaluator
     from megatron_dlm.evaluation.report import table
+    from megatron_dlm.rewards.code_options import CodeOptions
+    from megatron_dlm.rewards.endpoint import open_endpoint
     from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
     from megatron_dlm.rollout.attention.backends import check_attention
     from megatron_dlm.rollout.rig import RolloutRig
@@ -63,16 +67,21 @@ def main(argv: list[str]) -> None:
         check_eval(evaluation, rollout, session.model)
         check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
         prompts, found = read_prompts(evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len)
-        check_verifiers(reward.reward, prompts)
+        check_verifiers(reward.reward, prompts, reward.judge_url)
+        endpoint = together(lambda: open_endpoint(reward))
+        code = CodeOptions.of(reward)
+        isolation = together(lambda: code.check(prompts, reward.reward))
         open_outputs(config, session.groups.is_main)
         with open_report(config["logging"], session.groups.is_main, config) as report:
             state = session.train_state(None, 1)
             report.say(f"{found}; {session.describe(state)}")
+            if isolation:
+                report.say(isolation)
             restore(state, config["checkpoint"], session.model, None)
             rig = RolloutRig.open(
                 session, state, rollout, longest_prompt(prompts), longest_response(rollout, evaluation)
             )
-            with make_scorer(reward.reward, reward.reward_workers, reward.reward_timeout) as scorer:
+            with make_scorer(reward.reward, reward.reward_workers, reward.reward_timeout, endpoint, code) as scorer:
                 evaluator = Evaluator(rig, scorer, session.tokenizer, prompts, evaluation, rollout, config["run"].seed)
                 metrics = evaluator(report, state.iteration)
             report.record(state.iteration, metrics)

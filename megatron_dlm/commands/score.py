@@ -11,7 +11,7 @@ from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.run import RunConfig
 from megatron_dlm.config.sections import pick_parts
 from megatron_dlm.config.tokenizer import TokenIdsConfig
-from megatron_dlm.config.validate_generation import check_score, check_scored_model
+from megatron_dlm.config.validate_generation import check_score
 from megatron_dlm.config.validate_training import check_logging
 
 SECTIONS = {
@@ -36,10 +36,9 @@ def main(argv: list[str]) -> None:
     with running():
         session = Session.open(config["model"], parallel, config["tokenizer"], RunConfig().seed)
         model, tokenizer = session.model, session.tokenizer
-        check_scored_model(model)
         limits = Limits(tokenizer.vocab_size, tokenizer.mask_id, model.max_position_embeddings)
         lines = read_traces(settings.input, limits, model.block_size, given_block_size, settings.temperature)
-        budget = row_budget(lines, settings.max_tokens_per_row)
+        budget = row_budget(lines, settings.max_tokens_per_row, bool(model.full_attention))
         open_outputs(config, session.groups.is_main)
         with open_report(config["logging"], session.groups.is_main, config) as report:
             state = session.train_state(None, 1)

@@ -106,6 +106,7 @@ def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None
     finetune = isinstance(checkpoint, CheckpointConfig) and checkpoint.finetune
 
     def check(saved: dict[str, Any]) -> None:
+        fit.check_kind(saved, False, f"--load {checkpoint.load}")
         if stage is not None and not finetune:
             fit.check_stage(saved, stage, checkpoint.load)
         fit.check_same_model(saved, model, f"--load {checkpoint.load}", finetune or any_block_size)
@@ -126,6 +127,7 @@ def checkpointer(
     progress: Callable[[], dict],
     say: Callable[[str], None],
     files: Callable[[], Callable[[Path], None] | None] = lambda: None,
+    value_state=None,
 ) -> Callable[[int, bool], None]:
     """save(step, force): writes a checkpoint when --save-interval says so, always with `force`, never the same step
     twice; and deletes those that --keep-last-n leaves over.
@@ -136,8 +138,11 @@ def checkpointer(
     Args:
         files: called on all ranks when a checkpoint is written; what it returns, if anything, is called on rank 0 and
             writes more files into the checkpoint's folder.
+        value_state: the TrainState of a value model, if there is one; its checkpoints come and go with the policy's
+            (commands/value_weights.py).
     """
     from megatron_dlm.checkpoint import distributed, places
+    from megatron_dlm.commands import value_weights
 
     origin = _origin(checkpoint) if checkpoint.save is not None and session.groups.is_main else None
     written: list[int] = []
@@ -150,6 +155,8 @@ def checkpointer(
         if origin is not None:
             extra["hf"] = origin.info
         write_more = files()
+        if value_state is not None:
+            extra |= value_weights.save(value_state, checkpoint, step, session.model)
 
         def add(folder: Path) -> None:
             add_files(folder, session.tokenizer, origin)
@@ -168,6 +175,8 @@ def checkpointer(
         say(f"Saved iteration {step} to {checkpoint.save}")
         if checkpoint.keep_last_n is not None and session.groups.is_main:
             places.keep_newest(checkpoint.save, step, checkpoint.keep_last_n)
+            if value_state is not None:  # after the policy's: none of them is ever without its value model
+                places.keep_newest(Path(checkpoint.save) / value_weights.FOLDER, step, checkpoint.keep_last_n)
 
     return save
 

@@ -1,13 +1,14 @@
-"""TraceRL: its prompts, the size of its updates, and its objective."""
+"""RL: its prompts, the size of its updates, and which responses it learns from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+
+from megatron_dlm.config.objective import ObjectiveConfig
 
 
 @dataclass(slots=True)
-class RLConfig:
+class RLConfig(ObjectiveConfig):
     """TraceRL."""
 
     prompt_data: list[str] = field(default_factory=list)
@@ -20,23 +21,6 @@ class RLConfig:
     """Updates per RL step; give this or --global-batch-size."""
     max_tokens_per_row: int = 4096
     """Token budget of a packed row, noisy copies included."""
-    eps_clip: float = 0.2
-    """Ratios of new to old policy are clipped below 1 minus this."""
-    eps_clip_high: float | None = None
-    """Ratios are clipped above 1 plus this; --eps-clip when it is not given."""
-    kl_loss_coef: float = 0.01
-    """Weight of the KL penalty in the loss."""
-    loss_aggregation: Literal["constant", "response", "token"] = "constant"
-    """What the sum of token losses is divided by: a constant length, the response's length, or the number of tokens."""
-    shrinkage: int = 1
-    """Number of neighbouring denoising steps of a trace that are learned as one."""
-    grid_anchor: Literal["absolute", "response"] = "absolute"
-    """Where training counts its blocks from: the start of the sequence, as generation does, or of the response."""
-    use_rollout_logprobs: bool = False
-    """Take the log-probabilities of the rollout as the old policy instead of computing them again (not with --bf16).
-    With --partial-rollout they are those of the weights that decided each token, some older than this step's."""
-    normalize_advantages_by_std: bool = True
-    """Divide advantages by the standard deviation of the rewards in their group."""
     min_group_accuracy: float = 0.2
     """Leave out groups whose share of right responses is lower."""
     max_group_accuracy: float = 0.8

@@ -8,19 +8,21 @@ it does read (`PARTS`). Two sections may share a field name only if no command r
 from __future__ import annotations
 
 from megatron_dlm.config.checkpoint import CheckpointConfig, LoadConfig
+from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.eval import EvalConfig, TrainingEvalConfig
 from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
-from megatron_dlm.config.reward import RewardConfig
+from megatron_dlm.config.reward import JudgeConfig, RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import RunConfig, TrainingRunConfig
 from megatron_dlm.config.score import ScoreConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
+from megatron_dlm.config.value import ValueConfig
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -32,6 +34,8 @@ SECTIONS: dict[str, type] = {
     "sft": SFTConfig,
     "rollout": RolloutConfig,
     "rl": RLConfig,
+    "curriculum": CurriculumConfig,
+    "value": ValueConfig,
     "reward": RewardConfig,
     "eval": TrainingEvalConfig,
     "generate": GenerateConfig,
@@ -44,6 +48,7 @@ PARTS: dict[str, type] = {
     "checkpoint": LoadConfig,
     "logging": ReportConfig,
     "rollout": EngineConfig,
+    "reward": JudgeConfig,
     "eval": EvalConfig,
     "run": RunConfig,
 }

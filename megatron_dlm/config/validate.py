@@ -322,6 +322,12 @@ def within(config: Any, low: float, high: float, *names: str, low_open: bool = F
             raise ConfigError(f"{flag_name(name)} is {value}. Use a value {interval}.")
 
 
+def needs_data(sources: list[str], flag: str, noun: str) -> None:
+    """Refuse a list of sources that is empty."""
+    if not sources:
+        raise ConfigError(f"{flag} names no {noun}. Give at least one.")
+
+
 def needs(config: Any, name: str, other: str, why: str) -> None:
     """Refuse `name` being given (not None, not False) while `other` is not."""
     given, missing = getattr(config, name), getattr(config, other)

@@ -58,15 +58,6 @@ def check_score(settings: ScoreConfig, checkpoint: LoadConfig, block_size: int |
         raise ConfigError(f"--block-size is {block_size}. Use 1 or more.")
 
 
-def check_scored_model(model: ModelConfig) -> None:
-    """Refuse a model whose responses `score` cannot lay out."""
-    if model.full_attention:
-        raise ConfigError(
-            "score does not work with models of full attention yet, because its traces are of attention blocks. Give "
-            "--no-full-attention and a --block-size to see the weights under blocks."
-        )
-
-
 def _files(settings: GenerateConfig | ScoreConfig, checkpoint: LoadConfig, source: str) -> None:
     given = getattr(settings, source)
     if checkpoint.load is None and checkpoint.hf_checkpoint is None:

@@ -53,15 +53,6 @@ def check_rollout_layout(
     _check_experts(parallel, model, engine)
 
 
-def check_learned_model(model: ModelConfig) -> None:
-    """Refuse a model whose rollouts `tracerl` cannot learn from."""
-    if model.full_attention:
-        raise ConfigError(
-            "tracerl does not work with models of full attention yet. Use a model with attention blocks, or train this "
-            "one with sft."
-        )
-
-
 def _check_query_groups(parallel: LayoutConfig, model: ModelConfig, engine: EngineConfig | None) -> None:
     """Training may keep a group on several processes, the engine's cache may not."""
     given = engine.rollout_tensor_model_parallel_size if engine is not None else None

@@ -13,12 +13,11 @@ from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.reward import RewardConfig
-from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
-from megatron_dlm.config.validate import above, at_least, check_temperature, needs, within
+from megatron_dlm.config.validate import above, at_least, check_temperature, needs, needs_data, within
 from megatron_dlm.config.validate_rollout import check_capacity
 from megatron_dlm.config.validate_sampling import (
     check_decoding_block,
@@ -88,7 +87,7 @@ def check_tokenizer(tokenizer: TokenizerConfig) -> None:
 
 def check_sft(sft: SFTConfig, model: ModelConfig) -> None:
     """Refuse fine-tuning settings that cannot work with this model."""
-    _needs_data(sft.data_path, "--data-path", "training file")
+    needs_data(sft.data_path, "--data-path", "training file")
     at_least(sft, 1, "train_iters", "global_batch_size", "max_tokens_per_row", "seq_length")
     within(sft, 0, 1, "min_mask_ratio", low_open=True)
     at_least(sft, 1, "max_loss_weight")  # below 1 even a fully masked block would be cut
@@ -156,40 +155,6 @@ def check_stop_tokens(engine: EngineConfig | GenerateConfig, vocab_size: int, ma
             raise ConfigError(f"--stop-token-ids {token} is the mask, which is never generated. Use another id.")
 
 
-def check_rl(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
-    """Refuse RL settings that cannot work with this rollout and this model."""
-    _needs_data(rl.prompt_data, "--prompt-data", "prompt source")
-    at_least(rl, 1, "num_rollout", "global_batch_size", "num_steps_per_rollout", "max_tokens_per_row", "shrinkage")
-    at_least(rl, 1, "max_empty_steps")
-    within(rl, 0, 1, "eps_clip", low_open=True, high_open=True)
-    above(rl, 0, "eps_clip_high")
-    at_least(rl, 0, "kl_loss_coef", "overlong_margin", "log_samples")
-    within(rl, 0, 1, "min_group_accuracy", "max_group_accuracy")
-    if rl.min_group_accuracy > rl.max_group_accuracy:
-        raise ConfigError(
-            f"--min-group-accuracy {rl.min_group_accuracy} is above --max-group-accuracy "
-            f"{rl.max_group_accuracy}. Swap them."
-        )
-    if rollout.n_samples_per_prompt < 2:
-        raise ConfigError(
-            "--n-samples-per-prompt 1 gives RL nothing to learn from, for advantages compare the "
-            "responses to one prompt. Use 2 or more."
-        )
-    if rollout.rollout_temperature == 0:
-        raise ConfigError(
-            "--rollout-temperature 0 gives RL nothing to learn from, for all responses to a prompt are then the same. "
-            "Use a temperature above 0."
-        )
-    if rl.overlong_margin >= rollout.rollout_max_response_len:
-        raise ConfigError(
-            f"--overlong-margin {rl.overlong_margin} would count every response as too long. "
-            f"Use less than --rollout-max-response-len {rollout.rollout_max_response_len}."
-        )
-    _check_update_size(rl, rollout)
-    if rl.use_rollout_logprobs:
-        _check_rollout_logprobs(rl, rollout, model)
-
-
 def check_reward(reward: RewardConfig) -> None:
     """Refuse a judge that cannot work."""
     at_least(reward, 1, "reward_workers")
@@ -200,7 +165,7 @@ def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig
     """Refuse evaluation settings that cannot work with this rollout and this model; during training, prompts go with an
     interval."""
     if evaluation.eval_prompt_data is not None:
-        _needs_data(evaluation.eval_prompt_data, "--eval-prompt-data", "prompt source")
+        needs_data(evaluation.eval_prompt_data, "--eval-prompt-data", "prompt source")
     if isinstance(evaluation, TrainingEvalConfig):
         needs(evaluation, "eval_interval", "eval_prompt_data", "the prompts to evaluate on")
         needs(evaluation, "eval_prompt_data", "eval_interval", "how often to evaluate on them")
@@ -242,59 +207,10 @@ def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig
     )
 
 
-def _needs_data(sources: list[str], flag: str, noun: str) -> None:
-    if not sources:
-        raise ConfigError(f"{flag} names no {noun}. Give at least one.")
-
-
 def _fits_positions(tokens: int, what: str, model: ModelConfig) -> None:
     longest = model.max_position_embeddings
     if longest is not None and tokens > longest:
         raise ConfigError(
             f"{what}: {tokens} positions are needed, and this model has {longest} (--max-position-embeddings). "
             f"Use at most {longest}."
-        )
-
-
-def _check_update_size(rl: RLConfig, rollout: RolloutConfig) -> None:
-    if (rl.global_batch_size is None) == (rl.num_steps_per_rollout is None):
-        given = "neither is" if rl.global_batch_size is None else "both are"
-        raise ConfigError(
-            "The size of an update is given by --global-batch-size (responses) or by "
-            f"--num-steps-per-rollout (updates per RL step), and {given} given. Give exactly one."
-        )
-    responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
-    sizes = {"--global-batch-size": rl.global_batch_size, "--num-steps-per-rollout": rl.num_steps_per_rollout}
-    for flag, value in sizes.items():
-        if value is not None and value > responses:
-            raise ConfigError(
-                f"{flag} {value} is more than the {responses} responses of an RL step "
-                f"(--rollout-batch-size x --n-samples-per-prompt). Use at most {responses}."
-            )
-
-
-def _check_rollout_logprobs(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
-    """They are the old policy only if training sees each token in the state in which the rollout decided it."""
-    flag = "--use-rollout-logprobs"
-    if rl.shrinkage != 1:
-        raise ConfigError(
-            f"{flag} works only with --shrinkage 1, not {rl.shrinkage}, which merges decoding states. "
-            f"Use 1, or leave {flag} out."
-        )
-    if rl.grid_anchor != "absolute":
-        raise ConfigError(
-            f"{flag} works only with --grid-anchor absolute, the grid of generation, not "
-            f"{rl.grid_anchor}. Use absolute, or leave {flag} out."
-        )
-    if rollout.rollout_block_size not in (None, model.block_size):
-        raise ConfigError(
-            f"{flag} works only with one block size, and --rollout-block-size "
-            f"{rollout.rollout_block_size} differs from "
-            f"--block-size {model.block_size}. Make them equal, or leave {flag} out."
-        )
-    if model.bf16:
-        raise ConfigError(
-            f"{flag} does not work with --bf16, in whose rounding the rollout's log-probabilities differ from those of "
-            "training. "
-            f"Leave one of the two out."
         )

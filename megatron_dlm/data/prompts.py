@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_dlm.config.errors import DataError
 from megatron_dlm.data import reasoning_gym
-from megatron_dlm.data.jsonl import read_jsonl, text_field
+from megatron_dlm.data.jsonl import read_jsonl
 from megatron_dlm.data.records import content_key, prompt_of, question_tokens
+from megatron_dlm.data.tasks import read_task
 
 if TYPE_CHECKING:
     from megatron_dlm.data.tokenizer import Tokenizer
-
-MATH = "math"  # the verifier of prompts that come from files
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +31,9 @@ class Prompt:
         token_ids: the prompt as the model sees it, templates applied.
         question: the text before any template.
         ground_truth: the expected answer, as text.
-        verifier: which judge decides ('math', 'reasoning_gym').
+        verifier: which judge decides (rewards/scorers.py).
         metadata: what else the judge needs; plain data.
+        source: where it was read from, as the user wrote it.
     """
 
     key: str
@@ -42,6 +42,7 @@ class Prompt:
     ground_truth: str
     verifier: str
     metadata: dict = field(default_factory=dict, compare=False)
+    source: str = field(default="", compare=False)
 
 
 class Dropped(NamedTuple):
@@ -62,8 +63,9 @@ def load_prompts(
     """Read all sources.
 
     Args:
-        sources: paths of JSON-lines files with `ground_truth_answer` and one of `question`, `prompt`, `messages`
-            (data/records.py says what they mean), or `reasoning_gym:NAME?size=500&seed=1`.
+        sources: paths of JSON-lines files with `ground_truth_answer` (data/tasks.py: and how it is judged) and one of
+            `question`, `prompt`, `messages` (data/records.py says what they mean), or
+            `reasoning_gym:NAME?size=500&seed=1`.
         prompt_template: text with {question}.
         apply_chat_template: whether questions become the user's turn of the tokenizer's chat template.
         max_prompt_len: longer prompts, in tokens, are left out; None keeps all.
@@ -103,11 +105,21 @@ def _from_file(path: str, tokenizer: Tokenizer, prompt_template: str, apply_chat
     prompts = []
     for line, record in read_jsonl(path):
         where = f"{path}, line {line}"
-        truth = text_field(record, "ground_truth_answer", where, null="")
-        question, token_ids = prompt_of(record, where, tokenizer, prompt_template, apply_chat_template)
+        task = read_task(record, where)
+        question, token_ids = prompt_of(task.record, where, tokenizer, prompt_template, apply_chat_template)
         if not token_ids:
             raise DataError(f"{where}: the prompt has no tokens. Give every prompt at least one.")
-        prompts.append(Prompt(content_key(question), tuple(token_ids), question, truth, MATH))
+        prompts.append(
+            Prompt(
+                content_key(question),
+                tuple(token_ids),
+                question,
+                task.ground_truth,
+                task.verifier,
+                task.metadata,
+                path,
+            )
+        )
     return prompts
 
 
@@ -123,6 +135,7 @@ def _from_generator(source: str, tokenizer: Tokenizer, prompt_template: str, app
                 task.answer,
                 reasoning_gym.NAME,
                 task.metadata,
+                source,
             )
         )
     return prompts

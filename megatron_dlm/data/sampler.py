@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
@@ -91,6 +91,14 @@ class EpochSampler(Generic[Item]):
             else:
                 self._next_epoch()
         return taken
+
+    def offer(self, count: int, step: int, at_work: Collection[str]) -> list[Item]:
+        """`take`, as a `mixture.Sampler`: an epoch depends on no step, and offers whoever's turn it is."""
+        return self.take(count)
+
+    def progress(self) -> dict[str, Any]:
+        """What a resumed run needs, as a `mixture.Sampler`."""
+        return {"position": self.position.as_dict()}
 
     def take_distinct(self, count: int) -> list[Item]:
         """The next `count` items, all of one epoch: its last few are left out where they are too few (others in each

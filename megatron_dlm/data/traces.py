@@ -29,8 +29,8 @@ _SAMPLING = {
     "prefix_cache": bool,
     "horizon": int,
 }
-"""What a line says of its draw for the record, and lines of older files or other programs need not say: scoring reads
-the block size and the temperature alone."""
+"""What a line says of its draw, mostly for the record: lines of older files or other programs need not say it. Scoring
+reads the block size and the temperature, and under full attention the longest response and the horizon."""
 _NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -69,7 +69,7 @@ class TraceLine:
         where: file and line, for messages.
         record: the JSON object as it was read.
         trace: complete to the end of its terminal block; `trace.sampling` holds the block size and temperature to score
-            it with.
+            it with, and under full attention the longest response.
         logprobs: float64 [R] that the line brought along, or None.
     """
 
@@ -89,12 +89,17 @@ class Limits:
 
 
 def read_traces(
-    path: str, limits: Limits, default_block_size: int, block_size: int | None = None, temperature: float | None = None
+    path: str,
+    limits: Limits,
+    default_block_size: int | None,
+    block_size: int | None = None,
+    temperature: float | None = None,
 ) -> list[TraceLine]:
     """All traces of a file.
 
     Args:
-        default_block_size: of lines that name none.
+        default_block_size: of lines that name none. None: of a model of full attention, whose lines have to name their
+            decoding block and their longest response.
         block_size, temperature: where given, they beat what a line says.
 
     Raises:
@@ -107,22 +112,24 @@ def read_traces(
 
 
 def _read_line(
-    record: dict, where: str, limits: Limits, default: int, block_size: int | None, temperature: float | None
+    record: dict, where: str, limits: Limits, default: int | None, block_size: int | None, temperature: float | None
 ) -> TraceLine:
     ids = lambda field: token_ids_of(record, field, where, limits.vocab_size, limits.mask_id)
     prompt, response, steps = ids("prompt_token_ids"), ids("token_ids"), _steps(record, "step_map", where)
     _same_length(record, "token_ids", "step_map", where)
     own = _number(record, "block_size", where, whole=True, lowest=1)
+    canvas = None if default is not None else _canvas(record, own, len(response), where)
     block = block_size or own or default
     tail, tail_steps = [], []
     if record.get("tail_token_ids") is not None or record.get("tail_step_map") is not None:
         tail, tail_steps = ids("tail_token_ids"), _steps(record, "tail_step_map", where)
         _same_length(record, "tail_token_ids", "tail_step_map", where)
-    tail, tail_steps = _terminal_block(len(prompt), steps, tail, tail_steps, block, own, where)
-    if len(prompt) + len(response) + len(tail) > limits.max_length:
+    tail, tail_steps = _terminal_block(len(prompt), steps, tail, tail_steps, block, own, where, canvas)
+    whole = len(prompt) + len(response) + (len(tail) if canvas is None else canvas)
+    if whole > limits.max_length:
         raise DataError(
-            f"{where}: this text has {len(prompt) + len(response) + len(tail)} tokens with its terminal block, and the "
-            f"model has {limits.max_length} positions (--max-position-embeddings). Leave the line out."
+            f"{where}: this text has {whole} tokens with {'its terminal block' if canvas is None else 'its canvas'}, "
+            f"and the model has {limits.max_length} positions (--max-position-embeddings). Leave the line out."
         )
     if temperature is None:
         temperature = _number(record, "temperature", where, whole=False, lowest=0)
@@ -150,17 +157,49 @@ def _read_line(
     return TraceLine(where, record, trace, _logprobs(record, where))
 
 
+def _canvas(record: dict, own: int | None, length: int, where: str) -> int:
+    """Tokens of the canvas behind a response of `length` tokens, under full attention.
+
+    Raises:
+        DataError: the line does not say how long the response could have become, or in which blocks it was decoded.
+    """
+    longest = _number(record, "max_new_tokens", where, whole=True, lowest=1)
+    _number(record, "horizon", where, whole=True, lowest=0)
+    for name, value in (("block_size", own), ("max_new_tokens", longest)):
+        if value is None:
+            raise DataError(
+                f"{where}: a model of full attention sees the masks behind a response too, and the line has no "
+                f"'{name}' to say where they were. Add it."
+            )
+    if longest < length:
+        raise DataError(
+            f"{where}: 'token_ids' has {length} entries, more than 'max_new_tokens' {longest}. Correct one of them."
+        )
+    return longest - length
+
+
 def _terminal_block(
-    prompt: int, steps: list[int], tail: list[int], tail_steps: list[int], block: int, own: int | None, where: str
+    prompt: int,
+    steps: list[int],
+    tail: list[int],
+    tail_steps: list[int],
+    block: int,
+    own: int | None,
+    where: str,
+    canvas: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """The tail as the scoring blocks need it, tokens and steps.
 
     Args:
         prompt: tokens of the prompt. steps: step map of the response.
         block: tokens of a block in which the line is scored. own: of the block in which it was generated, if known.
+        canvas: under full attention, where blocks are counted from the first response token: tokens that could have
+            come behind the response.
     """
+    if canvas is not None:
+        prompt = 0
     length = prompt + len(steps)
-    room = -length % block
+    room = -length % block if canvas is None else min(-length % block, canvas)
     if len(tail) == room or not steps:
         return tail[:room], tail_steps[:room]
     if own not in (None, block) and (length + len(tail)) % own == 0:

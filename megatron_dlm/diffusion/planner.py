@@ -3,7 +3,7 @@
 1. `partition` splits the shuffled responses into updates of nearly equal size.
 2. `pack` fills the rows of one update: members of a group stay together (their prompt is stored once), the longest
    bundle goes first, into the emptiest row that can take it. Every data-parallel rank gets the same number of rows, all
-   of one length.
+   of one length. Items may come in parts (`pack_parts`, views.split_views), which go where there is room.
 
 Pure functions of lengths and keys, identical on every rank; nothing here touches tokens, devices or process groups.
 Losses are sums of weight x loss with weights computed from the whole update, so nothing that is decided here can change
@@ -13,6 +13,7 @@ a gradient (tests/diffusion/test_planner.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dlm.config.errors import ConfigError
@@ -38,21 +39,23 @@ class Plan:
         ranks: for each data-parallel rank its rows, each a tuple of item indices; the same number of rows for every
             rank (empty rows fill up).
         length: T, tokens of every row.
+        parts: shaped like `ranks`, which part of the item each entry is; None where items are whole.
     """
 
     ranks: tuple[tuple[tuple[int, ...], ...], ...]
     length: int
+    parts: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     @property
     def num_rows(self) -> int:
         return sum(len(rows) for rows in self.ranks)
 
 
-def partition(n: int, num_updates: int, stream: int) -> list[list[int]]:
-    """Shuffle range(n) and cut it into at most `num_updates` non-empty updates whose sizes differ by one at most; none
-    for n = 0.
+def partition(n: int, num_updates: int, stream: int | None) -> list[list[int]]:
+    """Shuffle range(n), or leave its order where `stream` is None, and cut it into at most `num_updates` non-empty
+    updates whose sizes differ by one at most; none for n = 0.
     """
-    order = permutation(stream, n).tolist()
+    order = list(range(n)) if stream is None else permutation(stream, n).tolist()
     num_updates = max(1, min(num_updates, n))
     cuts = [n * i // num_updates for i in range(num_updates + 1)] if n else []
     return [order[a:b] for a, b in zip(cuts, cuts[1:])]
@@ -104,6 +107,58 @@ def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 
     rows.sort(key=lambda row: -row.tokens)
     length = _round_up(max(row.tokens for row in rows), multiple_of) or multiple_of
     return Plan(tuple(tuple(tuple(row.items) for row in rows[rank::num_ranks]) for rank in range(num_ranks)), length)
+
+
+def pack_parts(
+    items: Sequence[Sequence[Load]], budget: int, num_ranks: int = 1, multiple_of: int = 1, together: bool = False
+) -> Plan:
+    """As `pack`, for items that come in parts. A row may hold several parts of one item.
+
+    Args:
+        items: for each item the loads of its parts.
+        together: all parts of an item go to one data-parallel rank, for what is computed from all tokens of a response.
+    """
+    loads = [load for parts in items for load in parts]
+    places = [(item, part) for item, parts in enumerate(items) for part in range(len(parts))]
+    if together:
+        plan = _pack_together(loads, [item for item, _ in places], budget, num_ranks, multiple_of)
+    else:
+        plan = pack(loads, budget, num_ranks, multiple_of)
+    named = lambda which: tuple(
+        tuple(tuple(places[index][which] for index in row) for row in rows) for rows in plan.ranks
+    )
+    return Plan(named(0), plan.length, named(1))
+
+
+def _pack_together(loads: list[Load], owners: Sequence[int], budget: int, num_ranks: int, multiple_of: int) -> Plan:
+    """Owners are dealt out, the largest first, to the rank that has least to do; then each rank fills its rows. An
+    owner that is larger than a fair share makes the other ranks wait for it.
+
+    Args:
+        owners: of each load, the number of the item that it is a part of.
+    """
+    check_budget(max((load.shared + load.own for load in loads), default=0), budget)
+    mine: dict[int, list[int]] = {}
+    for index, owner in enumerate(owners):
+        mine.setdefault(owner, []).append(index)
+    size = {owner: sum(loads[index].shared + loads[index].own for index in parts) for owner, parts in mine.items()}
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    tokens = [0] * num_ranks
+    for owner in sorted(mine, key=lambda owner: (-size[owner], owner)):
+        rank = min(range(num_ranks), key=tokens.__getitem__)
+        dealt[rank] += mine[owner]
+        tokens[rank] += size[owner]
+    bundles = []
+    for indices in dealt:
+        found = _bundles([loads[index] for index in indices], budget)
+        named = [_Bundle([indices[item] for item in bundle.items], bundle.tokens) for bundle in found]
+        bundles.append(sorted(named, key=lambda bundle: (-bundle.tokens, bundle.items)))
+    num_rows = max(1, math.ceil(max(tokens) / budget))
+    while None in (rows := [_fill(one, num_rows, budget) for one in bundles]):
+        num_rows += 1
+    longest = max(row.tokens for filled in rows for row in filled)
+    ranks = tuple(tuple(tuple(row.items) for row in sorted(filled, key=lambda row: -row.tokens)) for filled in rows)
+    return Plan(ranks, _round_up(longest, multiple_of) or multiple_of)
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -135,7 +135,9 @@ def _add_item(
     n, width = views.position.shape
     exists = views.position >= 0
     position = views.position[exists]
-    tokens = np.where(views.masked[exists], mask_id, item.tokens[position])
+    hidden = views.masked[exists]
+    tokens = np.full(len(position), mask_id, dtype=np.int64)
+    tokens[~hidden] = item.tokens[position[~hidden]]  # behind the text there are masks only
     # Views are numbered within the item. Two views of one block must differ; of different blocks they may not see each
     # other anyway.
     number = np.broadcast_to(np.arange(1, n + 1)[:, None], (n, width))[exists]

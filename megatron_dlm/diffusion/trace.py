@@ -108,6 +108,13 @@ class Trace:
         return np.concatenate([self.prompt_ids, self.response_ids, self.tail_ids])
 
     @property
+    def canvas_length(self) -> int:
+        """Under full attention, tokens of the text that the rollout showed to the model: the prompt and the longest
+        response, masks where nothing was decided.
+        """
+        return max(len(self.prompt_ids) + self.sampling.max_new_tokens, len(self.tokens))
+
+    @property
     def all_steps(self) -> np.ndarray:
         """int64 [R + tail]."""
         return np.concatenate([self.steps, self.tail_steps])

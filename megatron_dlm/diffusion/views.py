@@ -3,11 +3,20 @@
 An `Item` is one text of a group together with its views: copies of single blocks in which some tokens are hidden and
 some of the hidden ones are predicted. Supervised fine-tuning makes one view per block with freshly drawn masks; TraceRL
 makes one per denoising step that the block really took. A view without a predicted token is not made.
+
+Under full attention a rollout writes on a canvas, the prompt and the longest response that was allowed, which is all
+masks at first (rollout/engine.py). What decides a token sees the masks behind the response too, wherever that ends
+later; so a view of a trace shows the canvas, or as much of it as the `horizon` of the draw let the pass see.
+
+Invariants (tests/diffusion/test_views.py):
+  - each token is predicted in exactly one view of a trace, in the state in which it was decided;
+  - what stands behind the last token of a trace is a mask in every view, and never predicted;
+  - cutting the views of an item into several items changes no loss and no gradient.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -19,12 +28,12 @@ from megatron_dlm.diffusion.trace import Trace, shrink
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """n views of one text, each over a window of one attention block (W = block size; the text's length under full
-    attention).
+    """n views of one text, each over a window of one attention block (W = block size; under full attention the text's
+    length, or for a trace that of the canvas).
 
     Attributes:
-        block: int64 [n], block index.
-        position: int64 [n, W], absolute positions, -1 where the block is ragged.
+        block: int64 [n], block index, ascending.
+        position: int64 [n, W], absolute positions, -1 where the block is ragged or the view ends earlier.
         masked: bool [n, W], tokens shown as the mask token.
         target: bool [n, W], tokens predicted; a subset of `masked`.
         weight: float64 [n, W], weight of each target.
@@ -40,6 +49,18 @@ class Views:
     def num_targets(self) -> int:
         return int(self.target.sum())
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [n], tokens that each view shows."""
+        return (self.position >= 0).sum(axis=1)
+
+    def between(self, start: int, end: int) -> Views:
+        """Views number `start` to `end` alone."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self, **{name: value[start:end] for name, value in columns.items() if isinstance(value, np.ndarray)}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -47,7 +68,8 @@ class Item:
 
     Attributes:
         group: which prompt; items of one group in one row share the prompt's full blocks.
-        tokens: int64 [L], prompt, response and the rest of the terminal block.
+        tokens: int64 [L], prompt, response and the rest of the terminal block. Views may show positions behind them, as
+            masks.
         prompt_length: P; the first P tokens are the prompt.
         views: what is learned from it.
         grid: how positions fall into blocks.
@@ -76,7 +98,7 @@ class Item:
     @property
     def own_length(self) -> int:
         """Tokens that this item adds to a row that already holds its group's prompt; 0 without views."""
-        return self.clean_end - self.shared_length + int((self.views.position >= 0).sum())
+        return self.clean_end - self.shared_length + int(self.views.sizes.sum())
 
 
 def _windows(grid: Grid, prompt_length: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,10 +110,30 @@ def _windows(grid: Grid, prompt_length: int, length: int) -> tuple[np.ndarray, n
     return blocks, np.where((position >= 0) & (position < length), position, -1)
 
 
-def _no_views(grid: Grid, length: int) -> Views:
+def no_views(grid: Grid, length: int) -> Views:
     empty = np.zeros((0, grid.block_size or length))
     whole, truth = empty.astype(np.int64), empty.astype(bool)
     return Views(np.zeros(0, np.int64), whole, truth, truth, empty)
+
+
+def windows(trace: Trace, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of a trace that hold a response token, int64 [b], and their positions, int64 [b, W], -1 outside the
+    text; under full attention the canvas, which goes on behind the trace's last token."""
+    return _windows(grid, len(trace.prompt_ids), len(trace.tokens) if grid.block_size else trace.canvas_length)
+
+
+def _shown_until(trace: Trace) -> np.ndarray:
+    """Under full attention: int64 [R + tail], one past the last position that the pass that decided a token was shown.
+
+    The first step of a decoding block shows the whole canvas, later ones `horizon` positions behind the block.
+    """
+    sampling, steps, canvas = trace.sampling, trace.all_steps, trace.canvas_length
+    block = np.arange(len(steps)) // sampling.block_size  # counted from the first response token
+    first_step = np.full(int(block.max(initial=-1)) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first_step, block, steps)
+    horizon = canvas if sampling.horizon is None else sampling.horizon
+    block_end = np.minimum(len(trace.prompt_ids) + (block + 1) * sampling.block_size, canvas)
+    return np.where(steps == first_step[block], canvas, np.minimum(block_end + horizon, canvas))
 
 
 def trace_views(trace: Trace, grid: Grid, shrinkage: int = 1, oldest_version: int = 0) -> Views:
@@ -100,13 +142,18 @@ def trace_views(trace: Trace, grid: Grid, shrinkage: int = 1, oldest_version: in
     The tail after the stop token is hidden in the states in which it was hidden, and never predicted. Nor are tokens
     that weights before `oldest_version` decided; they are context. Weights are 1.
 
+    Under full attention the state is all that the deciding pass was shown; where shrinkage merges steps, what the one
+    that saw most was shown. A rollout with a prefix cache used older keys for the text before the block at all but the
+    block's first step; here they are those of the state itself.
+
     Source: TraceRL, arXiv 2509.06949, section 4.1.
     """
     prompt, length = len(trace.prompt_ids), len(trace.tokens)
     if length == prompt:  # aborted before its first token
-        return _no_views(grid, length)
-    blocks, position = _windows(grid, prompt, length)
-    is_response = position >= prompt
+        return no_views(grid, length)
+    blocks, position = windows(trace, grid)
+    beyond = position >= length  # masks, whatever the step
+    is_response = (position >= prompt) & ~beyond
     steps = np.where(
         is_response, trace.all_steps[np.where(is_response, position - prompt, 0)], 0
     )  # [b, W]; 0 stands for known text
@@ -116,19 +163,59 @@ def trace_views(trace: Trace, grid: Grid, shrinkage: int = 1, oldest_version: in
     learned = np.append(trace.weight_versions >= oldest_version, np.zeros(len(trace.tail_ids), dtype=bool))
     predicted = is_response & learned[np.where(is_response, position - prompt, 0)]
     if not predicted.any():
-        return _no_views(grid, length)
+        return no_views(grid, length)
     # (window, step) pairs in which some token is predicted, in order of window, then step
     pairs = np.unique(
         np.stack([np.broadcast_to(np.arange(len(blocks))[:, None], steps.shape)[predicted], steps[predicted]]), axis=1
     )
     window, step = pairs
+    shown = position[window]
+    if grid.block_size is None:
+        until, mine = _shown_until(trace), steps[0][is_response[0]]
+        ends = np.array([until[mine == one].max() for one in step])
+        shown = np.where(shown < ends[:, None], shown, -1)
     return Views(
         block=blocks[window],
-        position=position[window],
-        masked=steps[window] >= step[:, None],
+        position=shown,
+        masked=((steps[window] >= step[:, None]) | beyond[window]) & (shown >= 0),
         target=predicted[window] & (steps[window] == step[:, None]),
         weight=np.ones((len(window), position.shape[1])),
     )
+
+
+def split_views(item: Item, budget: int) -> list[Item]:
+    """An item whose copies exceed a row, as several items that fit, in order, each with some of the views.
+
+    Under full attention nothing is stored twice for it; in a model of attention blocks each part repeats the prompt and
+    as much finished text as its views read. The split is a function of the item and the budget alone.
+
+    Args:
+        budget: tokens of a row.
+
+    Returns:
+        The item itself if it fits. A view that fits no row with what it reads is an item of its own (`largest_part`).
+    """
+    if len(item.views.block) < 2 or item.shared_length + item.own_length <= budget:
+        return [item]
+    clean, ends = _clean_ends(item), np.cumsum(item.views.sizes)
+    parts, start = [], 0
+    while start < len(ends):
+        before = int(ends[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(clean + ends, budget + before, side="right")))
+        parts.append(replace(item, views=item.views.between(start, end)))
+        start = end
+    return parts
+
+
+def largest_part(item: Item) -> int:
+    """Tokens of a row that holds any of the item's views with what it reads: the least budget for `split_views`."""
+    return int((_clean_ends(item) + item.views.sizes).max(initial=item.shared_length))
+
+
+def _clean_ends(item: Item) -> np.ndarray:
+    """int64 [n], ascending: `clean_end` of an item whose last view is this one."""
+    starts = [item.grid.span(int(block), item.prompt_length, len(item.tokens))[0] for block in item.views.block]
+    return np.maximum(np.array(starts, dtype=np.int64), item.shared_length)
 
 
 def masked_views(
@@ -142,7 +229,7 @@ def masked_views(
         predict_until: tokens from this position on (padding of the last block) may be hidden but are not predicted.
     """
     if length == prompt_length:
-        return _no_views(grid, length)
+        return no_views(grid, length)
     blocks, position = _windows(grid, prompt_length, length)
     response = np.arange(prompt_length, length)
     hidden, weight = schedule.draw(

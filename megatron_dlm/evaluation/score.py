@@ -5,6 +5,9 @@ pass that training makes. Each response token gets two numbers, both under the p
 
   trace   in the state in which the step map says that it was unmasked;
   block   with all response tokens of its block masked (the tail too), and the text before the block clean.
+
+Under full attention blocks are those of decoding, counted from the first response token, and what stands behind the
+block is masked, to the end of the longest response (diffusion/views.py).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from megatron_dlm.data.traces import TraceLine
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, pack
 from megatron_dlm.diffusion.rows import Row, build_row
-from megatron_dlm.diffusion.views import Item, trace_views
+from megatron_dlm.diffusion.views import Item, largest_part, split_views, trace_views
 from megatron_dlm.model.policy import Vocabulary, label_logprobs, policy_scores
 from megatron_dlm.parallel.exchange import exchange_objects
 from megatron_dlm.training.report import Report
@@ -45,30 +48,34 @@ class ScoredRow:
     temperature: Tensor
 
 
-def items_of(line: TraceLine) -> tuple[Item, Item]:
+def items_of(line: TraceLine, full_attention: bool = False) -> tuple[Item, Item]:
     """A line as it stands in rows: with the views of its trace, and with one fully masked view per block."""
-    trace, grid = line.trace, Grid(line.trace.sampling.block_size)
-    at_once = dataclasses.replace(
-        trace, steps=np.ones_like(trace.steps), tail_steps=np.ones_like(trace.tail_steps)
-    )  # as if each block had taken a single step
+    trace, size = line.trace, line.trace.sampling.block_size
+    grid = Grid(None if full_attention else size)
+    block = 1 + np.arange(len(trace.all_steps)) // size if full_attention else np.ones_like(trace.all_steps)
+    steps, tail_steps = np.split(block, [len(trace.steps)])
+    at_once = dataclasses.replace(trace, steps=steps, tail_steps=tail_steps)  # as if each block had taken a single step
     group = content_key(f"{grid.block_size}: {trace.prompt_ids.tolist()}")
     make = lambda one: Item(group, trace.tokens, len(trace.prompt_ids), trace_views(one, grid), grid)
     return make(trace), make(at_once)
 
 
-def row_budget(lines: Sequence[TraceLine], budget: int | None) -> int:
-    """Tokens of a row: those asked for, or enough for the longest line.
+def row_budget(lines: Sequence[TraceLine], budget: int | None, full_attention: bool = False) -> int:
+    """Tokens of a row: those asked for, or enough for the longest line. Under full attention, where nothing is lost by
+    that, the copies of one line may stand in several rows, and the largest copy has to fit.
 
     Raises:
         DataError: a line does not fit the row that was asked for; the message names it.
     """
-    needed = [max(item.shared_length + item.own_length for item in items_of(line)) for line in lines]
+    size = largest_part if full_attention else lambda item: item.shared_length + item.own_length
+    needed = [max(size(item) for item in items_of(line, full_attention)) for line in lines]
     if budget is None:
         return max(LEAST_ROW, *needed)
     worst = max(needed)
     if worst > budget:
+        with_what = "for the text and its masks" if full_attention else "with its noisy copies"
         raise DataError(
-            f"{lines[needed.index(worst)].where}: this response needs a row of {worst} tokens with its noisy copies, "
+            f"{lines[needed.index(worst)].where}: this response needs a row of {worst} tokens {with_what}, "
             f"more than --max-tokens-per-row {budget}. Use at least {worst}, or leave the flag out."
         )
     return budget
@@ -111,13 +118,15 @@ def _score_part(
     items of line i are 2 i (trace) and 2 i + 1 (block).
     """
     groups, words = session.groups, session.tokenizer
-    items = [item for line in lines for item in items_of(line)]
-    loads = [Load(item.group, item.shared_length, item.own_length) for item in items]
+    full = bool(session.model.full_attention)
+    whole = [item for line in lines for item in items_of(line, full)]
+    parts = [(number, part) for number, item in enumerate(whole) for part in split_views(item, budget)]
+    loads = [Load(part.group, part.shared_length, part.own_length) for _, part in parts]
     plan = pack(loads, budget, groups.dp_size, math.lcm(ROW_MULTIPLE, groups.tp_size))
     temperature = np.array([line.trace.sampling.policy_temperature for line in lines], dtype=np.float64)
     rows = []
     for members in plan.ranks[groups.dp_rank]:
-        row = build_row([(item, items[item]) for item in members], plan.length, words.mask_id, words.pad_id)
+        row = build_row([parts[part] for part in members], plan.length, words.mask_id, words.pad_id)
         column = torch.from_numpy(temperature[row.targets.response.numpy() // 2])
         rows.append(ScoredRow(row.to(platform.device()), column.to(platform.device())))
     for scored, values in zip(rows, forward_only(state, rows, _forward(session.vocabulary), plan.length)):

@@ -107,15 +107,18 @@ class BlockDiffusionModel(GPTModel):
             torch.float64 if wide else torch.float32,
         )
 
-    def forward_row(self, row: Row) -> Tensor:
-        """Run this chunk over a packed row; the last stage returns the logits of the row's targets, [N, V / TP].
+    def forward_row(self, row: Row, headless: bool = False) -> Tensor:
+        """Run this chunk over a packed row; the last stage returns the logits of the row's targets, [N, V / TP], or
+        with `headless` the hidden states that its head would read, [N, h].
 
         A model with a logit shift is read where it predicts a target: at the token before it.
         """
         slots = row.targets.slot
         if self.logit_shift and self.post_process:
             slots = predecessors(row.layout, slots)
-        params = RowParams(position=row.layout.position, slots=slots, attention=DenseAttention(row.layout))
+        params = RowParams(
+            position=row.layout.position, slots=slots, attention=DenseAttention(row.layout), headless=headless
+        )
         return self.forward_tokens(row.tokens, params)
 
     def forward_tokens(self, tokens: Tensor, params: RowParams) -> Tensor:
@@ -128,7 +131,8 @@ class BlockDiffusionModel(GPTModel):
         """Logits at the slots only: over all noisy copies of a text, each token passes the head once."""
         if not self.post_process:
             return hidden_states
-        return self.head(self.hidden_at_slots(hidden_states, packed_seq_params.slots))
+        hidden = self.hidden_at_slots(hidden_states, packed_seq_params.slots)
+        return hidden if packed_seq_params.headless else self.head(hidden)
 
     def hidden_at_slots(self, hidden: Tensor, slots: Tensor) -> Tensor:
         """Final hidden states [T or T / TP, 1, h] -> [N, h] at the slots, equal on all tensor-parallel ranks."""

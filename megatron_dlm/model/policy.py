@@ -9,6 +9,7 @@ Under tensor parallelism the logits are sharded over the vocabulary; the group i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,11 +93,39 @@ def label_logprobs(scores: Tensor, labels: Tensor, group: dist.ProcessGroup | No
     return picked - log_normaliser(scores, group)
 
 
-@torch.no_grad()
 def entropy(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Entropy of the policy in nats, [N]; a metric, not differentiable."""
+    """Entropy of the policy in nats, [N], differentiable."""
     logprob = scores - log_normaliser(scores, group)[:, None]
-    total = -(logprob.exp() * logprob.masked_fill(logprob.isinf(), 0)).sum(-1)
-    if group is not None:
-        dist.all_reduce(total, group=group)
-    return total
+    return -_over_vocabulary(logprob.exp() * _finite(logprob), group)
+
+
+def divergence(scores: Tensor, teacher: Tensor, kind: str, group: dist.ProcessGroup | None = None) -> Tensor:
+    """How far the policy is from a teacher's at each of N targets, in nats, [N], differentiable in `scores`.
+
+    Args:
+        scores, teacher: [N, V / TP] from `policy_scores`, over the same vocabulary.
+        kind: 'reverse' is KL(policy || teacher), 'forward' KL(teacher || policy), 'jsd' the Jensen-Shannon divergence.
+
+    Source: generalised knowledge distillation, arXiv 2306.13649, eq. 1 (jsd: beta = 1/2)
+    """
+    own = _finite(scores - log_normaliser(scores, group)[:, None])
+    other = _finite(teacher - log_normaliser(teacher, group)[:, None])
+    allowed = ~scores.isinf()
+    p, q = own.exp() * allowed, other.exp() * allowed
+    if kind == "reverse":
+        return _over_vocabulary(p * (own - other), group)
+    if kind == "forward":
+        return _over_vocabulary(q * (other - own), group)
+    middle = torch.logaddexp(own, other) - math.log(2.0)
+    return 0.5 * _over_vocabulary(p * (own - middle) + q * (other - middle), group)
+
+
+def _finite(logprob: Tensor) -> Tensor:
+    """Log-probabilities with 0 for tokens outside the policy, whose probability is 0 besides."""
+    return logprob.masked_fill(logprob.isinf(), 0)
+
+
+def _over_vocabulary(terms: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[N, V / TP] -> sums over the whole vocabulary, [N]."""
+    total = terms.sum(-1)
+    return total if group is None else _sum_over(total, group)

@@ -35,6 +35,7 @@ class RowParams(PackedSeqParams):
     Attributes:
         position: int [T], RoPE positions.
         slots: int64 [N], where the head is evaluated.
+        headless: the last stage returns hidden states at the slots instead.
         attention: who sees whom.
     """
 
@@ -42,3 +43,4 @@ class RowParams(PackedSeqParams):
     position: Tensor = None
     slots: Tensor = None
     attention: Attention = None
+    headless: bool = False

@@ -23,10 +23,20 @@ class Verdict(NamedTuple):
     Attributes:
         correct: 1.0 or 0.0.
         reason: one or a few words for logs ('match', 'mismatch', 'no answer', 'timeout', 'crash', ...).
+        score: how right, from 0 to 1, for judges that can say (the share of tests that a program passes); None where
+            right and wrong are all there is.
+        parts: one word per part that was judged by itself, such as a test ('pass', 'fail', 'timeout', ...).
     """
 
     correct: float
     reason: str
+    score: float | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def value(self) -> float:
+        """The score, or `correct` where there is none."""
+        return self.correct if self.score is None else self.score
 
 
 Judge = Callable[[str, str, dict], Verdict]

@@ -8,6 +8,9 @@ response's end. It is compared
   3. by math-verify (symbolic, sets, intervals, matrices, units, percent), which can take any time and memory: that is
      for the worker's limits.
 
+What math-verify does not read is compared beforehand: the base of a numeral (52_8) and the power of a unit (15 cm^2),
+where both name one.
+
 An answer must be worked out: where the ground truth is a plain number, "47+85+36" is no answer to "47+85+36=", though
 it equals 168. Of a chain "132+36=168" the last member is judged. Neither is "90/2" an answer where it is an integer,
 while "9/2" is one where it is 4.5.
@@ -39,6 +42,10 @@ _DOLLAR = re.compile(r"\\?\$")
 _LAST_WORD = re.compile(r"(?<=\d)\s+[a-zA-Z]{2,}$")
 # A sum, difference or product of two members; scientific notation and signs, as in 10^{-3}, are no such thing.
 _SUM_OR_PRODUCT = re.compile(r"[\d)}\]!]\s*(?:[+*×·−-]|\\(?:times|cdot)(?![a-z])(?!\s*10\s*\^))\s*[\d({.\\]")
+_IN_BASE = re.compile(r"(\d[\da-zA-Z,]*)_\{?(\d+)\}?")
+# A power of a unit: of the ground truth, where nothing but a number stands before it, and of an answer
+_UNIT_POWER = re.compile(r"[\d.,\s]+\\(?:text|mbox|textbf|mathrm)\{[^{}]*\}\s*\^\s*\{?(\d+)\}?")
+_LAST_POWER = re.compile(r"[a-zA-Z]\s*\}?\s*\^\s*\{?(\d+)\}?$")
 _QUOTIENT = re.compile(r"[\d)}\]!]\s*(?:[/÷:]|\\div(?![a-z]))\s*[\d({.\\]|\\[dt]?frac(?![a-z])")
 
 
@@ -64,6 +71,11 @@ def judge(response: str, ground_truth: str, metadata: dict) -> Verdict:
         return Verdict(0.0, MISMATCH)
     if _plain(answer) == _plain(truth):
         return Verdict(1.0, MATCH)
+    numerals = [_IN_BASE.fullmatch(_plain(text)) for text in (answer, truth)]
+    if all(numerals):
+        return _verdict(len({(found[1].replace(",", ""), found[2]) for found in numerals}) == 1)
+    if _other_unit(answer, truth):
+        return Verdict(0.0, MISMATCH)
     number = _number(truth)
     if number is not None:
         answer = _last_member(answer)
@@ -91,6 +103,12 @@ def _compare(answers: list, truth: str) -> Verdict:
     if not answers:
         return Verdict(0.0, NO_ANSWER)
     return _verdict(verify(_parse_latex(truth), answers, timeout_seconds=None))
+
+
+def _other_unit(answer: str, truth: str) -> bool:
+    """Whether both name a power of a unit (15 cm^2), and not the same."""
+    powers = _LAST_POWER.search(answer.replace("$", "").strip()), _UNIT_POWER.fullmatch(_DOLLAR.sub("", truth).strip())
+    return all(powers) and powers[0][1] != powers[1][1]
 
 
 def _number(truth: str) -> str | None:

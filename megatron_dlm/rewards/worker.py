@@ -28,7 +28,7 @@ from megatron_dlm.rewards.base import CRASH, Judge, Verdict
 ORPHAN_FACTOR, ORPHAN_SECONDS = 3, 10.0  # the parent kills at the limit; this timer fires only when there is no parent
 
 
-def main(descriptor: int, judge_module: str, timeout: float, memory_limit: int) -> None:
+def main(descriptor: int, judge_module: str, timeout: float, memory_limit: int, options: dict | None = None) -> None:
     """Serve until the parent closes the pipe.
 
     Args:
@@ -36,13 +36,14 @@ def main(descriptor: int, judge_module: str, timeout: float, memory_limit: int) 
         judge_module: module with `judge`, and optionally `prepare`, which runs before the first item.
         timeout: the parent's limit per item, seconds.
         memory_limit: bytes of address space; 0 for none.
+        options: what `prepare` is called with, by name.
     """
     for asked in (signal.SIGINT, signal.SIGTERM):  # they reach the whole job; the parent decides, and closes the pipe
         signal.signal(asked, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     pipe = Connection(descriptor)
     module = importlib.import_module(judge_module)
-    getattr(module, "prepare", lambda: None)()
+    getattr(module, "prepare", lambda: None)(**(options or {}))
     if memory_limit:
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
     try:

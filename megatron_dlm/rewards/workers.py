@@ -40,7 +40,7 @@ Item = tuple[str, str, dict]  # response, ground truth, metadata
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from megatron_dlm.rewards.worker import main; main(int(sys.argv[2]), sys.argv[3], "
-    "float(sys.argv[4]), int(sys.argv[5]))"
+    "float(sys.argv[4]), int(sys.argv[5]), json.loads(sys.argv[6]))"
 )
 
 
@@ -53,7 +53,14 @@ class WorkerPool:
     Nothing is left over between calls.
     """
 
-    def __init__(self, judge_module: str, workers: int, timeout: float, memory_limit: int = MEMORY_LIMIT):
+    def __init__(
+        self,
+        judge_module: str,
+        workers: int,
+        timeout: float,
+        memory_limit: int = MEMORY_LIMIT,
+        options: dict | None = None,
+    ):
         """Start the workers; they import their judge while the caller goes on.
 
         Args:
@@ -62,10 +69,11 @@ class WorkerPool:
             workers: number of processes, at least 1.
             timeout: seconds of wall time per item.
             memory_limit: bytes of address space per worker, 0 for none.
+            options: what the judge's prepare() is called with, by name; plain data.
         """
         if workers < 1 or timeout <= 0:
             raise ValueError(f"a pool needs workers and time (workers {workers}, timeout {timeout})")
-        self._start = lambda: _Worker(judge_module, timeout, memory_limit)
+        self._start = lambda: _Worker(judge_module, timeout, memory_limit, options or {})
         self._workers = [self._start() for _ in range(workers)]
 
     def judge(self, items: Sequence[Item]) -> list[Verdict]:
@@ -153,7 +161,7 @@ class WorkerPool:
 class _Worker:
     """One process, the items it has been given, and since when it has been at the first of them."""
 
-    def __init__(self, judge_module: str, timeout: float, memory_limit: int):
+    def __init__(self, judge_module: str, timeout: float, memory_limit: int, options: dict):
         self.pipe, theirs = Pipe()
         arguments = [
             json.dumps([entry for entry in sys.path if isinstance(entry, str)]),
@@ -161,6 +169,7 @@ class _Worker:
             judge_module,
             timeout,
             memory_limit,
+            json.dumps(options),
         ]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, *map(str, arguments)],

@@ -34,6 +34,37 @@ def group_advantages(rewards: Sequence[float], normalize_by_std: bool = True) ->
     return centred / rewards.std() if normalize_by_std else centred
 
 
+def speed_advantages(
+    tokens_per_forward: Sequence[float],
+    correct: Sequence[float],
+    min_range: float = 0.01,
+    only_correct: bool = False,
+) -> np.ndarray:
+    """Advantages in speed, to be added, with a coefficient, to those in reward: normalised apart from them, for in a
+    sum of both the one that varies more would drown the other.
+
+    Args:
+        tokens_per_forward: [G], response tokens per model pass.
+        correct: [G], 1 or 0.
+        min_range: a group whose speeds differ by less teaches nothing about speed.
+        only_correct: compare the right responses with each other, and give the wrong ones 0: a fast wrong answer then
+            gains nothing.
+
+    Returns:
+        float64 [G]: speed minus the mean, over the population standard deviation; 0 where the range is too small.
+
+    Source: LightningRL, arXiv 2603.13319, which compares all responses, and leaves a prompt of too small a range out
+        altogether instead of its speed term only.
+    """
+    speeds = np.asarray(tokens_per_forward, dtype=np.float64)
+    advantages = np.zeros_like(speeds)
+    compared = np.asarray(correct) > 0 if only_correct else np.ones(len(speeds), dtype=bool)
+    chosen = speeds[compared]
+    if len(chosen) and np.ptp(chosen) >= min_range:
+        advantages[compared] = group_advantages(chosen)
+    return advantages
+
+
 def in_band(rewards: Sequence[float], low: float, high: float) -> bool:
     """Whether the group's mean reward lies in [low, high]: neither too hard nor too easy to learn from."""
     return low <= float(np.mean(rewards)) <= high

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_dlm.diffusion.planner import Load
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.parallel.exchange import exchange_objects, gather_objects
+from megatron_dlm.rl.normalise import Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +23,17 @@ class Graded:
     Attributes:
         group, sample: the prompt's key, and which of its responses.
         owner, index: the global rank that holds the trace, and its place there.
-        correct: the verdict. reward: after the over-long rule.
+        correct: the verdict. score: what the judge gave instead of right and wrong, or None.
+        reward: what the response earned: its verdict after the over-long rule, and what else is rewarded (rewards.py).
         length: response tokens. steps: denoising steps. forwards: model passes.
         truncated: it was cut at the limit. overlong: it ended so near the limit that it counts as wrong.
         judge_failed: its judge crashed or ran out of time, and so it counts as wrong.
-        load: its size in a row. num_targets: tokens that would be learned.
+        load: its size in a row. parts: those of its parts, if it may stand in several rows (views.split_views).
+        counts: of what would be learned.
         continued: it was begun in an earlier step. stale: tokens that older weights decided than those of this step;
             version_lag, largest_lag: how many updates older, in sum and at most.
+        form: 1 if it has the form of --format-reward.
+        chunks: scores of its parts by --process-reward. chunks_failed: parts that could not be judged.
     """
 
     group: str
@@ -44,11 +49,25 @@ class Graded:
     overlong: bool
     judge_failed: bool
     load: Load
-    num_targets: int
+    counts: Counts
     continued: bool = False
     stale: int = 0
     version_lag: int = 0
     largest_lag: int = 0
+    score: float | None = None
+    form: float = 0.0
+    chunks: tuple[float, ...] = ()
+    chunks_failed: int = 0
+    parts: tuple[Load, ...] = ()
+
+    @property
+    def num_targets(self) -> int:
+        return self.counts.targets
+
+    @property
+    def accuracy(self) -> float:
+        """How right it is, after the over-long rule: what accuracy bands and pass rates go by."""
+        return 0.0 if self.overlong else self.correct
 
 
 def gather_graded(mine: Sequence[Graded]) -> list[Graded]:

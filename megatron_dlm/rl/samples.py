@@ -52,10 +52,12 @@ def readable(
     return records
 
 
-def dump(folder: str, step: int, rank: int, judged: Sequence[Judged]) -> None:
-    """--save-debug-rollout-data: all responses that this rank judged, in a file of the step and the rank."""
+def dump(folder: str, step: int, rank: int, judged: Sequence[Judged], sampling_round: int = 1) -> None:
+    """--save-debug-rollout-data: all responses that this rank judged, in a file of the step and the rank, and of the
+    round of dynamic sampling from the second on."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    further = f"_round_{sampling_round:02d}" if sampling_round > 1 else ""
     write_jsonl(
-        Path(folder) / f"step_{step:06d}_rank_{rank:04d}.jsonl",
+        Path(folder) / f"step_{step:06d}_rank_{rank:04d}{further}.jsonl",
         [one.record() | {"token_ids": one.trace.response_ids.tolist()} for one in judged],
     )

@@ -13,6 +13,10 @@ Prompts that were not begun, or were dropped, are owed: they are the first new o
 turn of a prompt that the sampler offers while its group is still at work. A prompt is owed one turn at most: where
 there are hardly more prompts than a step works on, turns that come on top of it lapse.
 
+With --dynamic-sampling a step that was judged asks for `more` prompts, until enough of its groups can be learned from.
+Usable groups on top of that are dropped, and their prompts are owed. Whose turn it is among prompts that are not owed
+is said by a sampler: of epochs, of difficulty, or of a mixture of sources (rl/difficulty.py).
+
 A response keeps the key of the step in which its group began, so it goes on drawing as if it had never stopped.
 
 Invariants (tests/rl/test_supply.py):
@@ -28,12 +32,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt
-from megatron_dlm.data.sampler import EpochSampler, Position
+from megatron_dlm.data.sampler import EpochSampler
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
 from megatron_dlm.parallel.exchange import gather_objects
+from megatron_dlm.rl.bands import by_group
+from megatron_dlm.rl.difficulty import open_sampler
+from megatron_dlm.rl.exchange import Graded
 from megatron_dlm.rl.kept import Kept, file_of
+from megatron_dlm.rl.pass_rates import PassRates
 from megatron_dlm.rollout.replicas import Harvest, Job, requests_for
 from megatron_dlm.rollout.request import Request
 from megatron_dlm.rollout.rig import RolloutRig
@@ -57,9 +66,10 @@ class Settled:
 class Supply:
     """Decides the prompts of each step, the same on every rank.
 
-        fresh = supply.begin()                                    # new prompts of this step
+        fresh = supply.begin(step)                                # new prompts of this step
         harvest = roll(..., own=supply.going_on(seed), enough=supply.missing)
         traces = supply.settle(harvest, fresh, step)              # what this replica has of the groups to learn from
+        supply.observe(graded)                                    # how they were judged
 
     Args:
         prompts: all there are, no two with the same key.
@@ -67,9 +77,12 @@ class Supply:
         rig: which replica this is.
         config, sampling: of training rollouts.
         progress: of the run that is resumed, as `progress` returned it; empty for a new one.
+        curriculum: how prompts are chosen.
 
     Attributes:
-        sampler: gives prompts in the order of epochs.
+        sampler: says whose turn it is.
+        rates: how often each prompt was solved, where prompts are chosen by that; else None.
+        asked: the new prompts of this step, in the order of their turns.
         kept: groups of this replica, complete ones first.
         missing: how many groups of this step are still to be completed, on all replicas; None: all that are begun.
         continued: (prompt key, sample) of responses that this replica kept from an earlier step.
@@ -85,12 +98,17 @@ class Supply:
         config: RolloutConfig,
         sampling: SamplingParams,
         progress: Mapping[str, Any],
+        curriculum: CurriculumConfig | None = None,
     ) -> None:
-        self.sampler = EpochSampler(prompts, seed, Position.read(stage, progress.get("position")))
+        curriculum = curriculum or CurriculumConfig()
         self.prompts = {prompt.key: prompt for prompt in prompts}
+        by_difficulty = curriculum.prompt_sampling == "difficulty"
+        self.rates = PassRates(curriculum.difficulty_momentum) if by_difficulty else None
+        self.sampler = open_sampler(prompts, stage, seed, curriculum, self.rates, progress)
         self.rig, self.config, self.sampling = rig, config, sampling
         self.samples = config.n_samples_per_prompt
         self.kept: list[Kept] = []
+        self.asked: list[Prompt] = []
         self.missing: int | None = None
         self.continued: set[tuple[str, int]] = set()
         self.aborted = 0
@@ -102,20 +120,70 @@ class Supply:
     def progress(self) -> dict[str, Any]:
         """What a resumed run needs besides the kept groups; JSON can hold it."""
         return {
-            "position": self.sampler.position.as_dict(),
+            **self.sampler.progress(),
             "owed": [prompt.key for prompt in self._owed],
             "kept_groups": len(self._everywhere),
+            **({} if self.rates is None else {"pass_rates": len(self.rates)}),
         }
 
-    def begin(self) -> list[Prompt]:
+    def begin(self, step: int) -> list[Prompt]:
         """The new prompts of a step. The same on every rank."""
+        self.asked = self._begin(step)
+        return self.asked
+
+    def more(self, count: int, step: int) -> list[Prompt]:
+        """Further new prompts of this step, other ones than it has had: `count`, or as many as there are. The same on
+        every rank.
+        """
+        had = {prompt.key for prompt in self.asked}
+        found = self._fresh(min(count, len(self.prompts) - len(had)), step, had)
+        self.asked = [*self.asked, *found]
+        if len({prompt.key for prompt in self.asked}) != len(self.asked):  # their responses would draw alike
+            raise AssertionError(f"a prompt came twice in step {step}")
+        return found
+
+    def observe(self, graded: Iterable[Graded]) -> None:
+        """Remember how prompts were solved. `graded`: the records of all ranks."""
+        if self.rates is not None:
+            groups = by_group(graded)
+            self.rates.visit(
+                {
+                    key: sum(record.accuracy for record in members) / len(members)
+                    for key, members in sorted(groups.items())
+                }
+            )
+
+    def owe(self, keys: Iterable[str]) -> None:
+        """These prompts are the first new ones of the next step."""
+        for key in keys:
+            self._owe(self.prompts[key])
+
+    def metrics(self) -> dict[str, float]:
+        """What is known of the prompts, where they are chosen by that."""
+        if self.rates is None:
+            return {}
+        rows = self.rates.rows(self.prompts)
+        seen = self.rates.visits[rows] > 0
+        rates = self.rates.rates[rows][seen]
+        metrics = {"curriculum/seen_ratio": float(seen.mean())}
+        if len(rates):
+            metrics |= {
+                "curriculum/pass_rate": float(rates.mean()),
+                "curriculum/solved_ratio": float((rates == 1).mean()),
+                "curriculum/unsolved_ratio": float((rates == 0).mean()),
+            }
+        return metrics
+
+    def _begin(self, step: int) -> list[Prompt]:
         wanted, batch = self.config.over_sampling_batch_size, self.config.rollout_batch_size
         if wanted is None:
-            return self._fresh(batch) if self._owed else self.sampler.take_distinct(batch)
+            if isinstance(self.sampler, EpochSampler) and not self._owed:
+                return self.sampler.take_distinct(batch)
+            return self._fresh(batch, step)
         complete = [key for key, is_complete in self._everywhere if is_complete]
         self._ready, self.missing = complete[:batch], max(0, batch - len(complete))
         self.continued = {(group.key, sample) for group in self.kept for sample in group.traces}
-        return self._fresh(max(0, wanted - len(self._everywhere))) if self.missing else []
+        return self._fresh(max(0, wanted - len(self._everywhere)), step) if self.missing else []
 
     def going_on(self, seed: int) -> list[Request]:
         """The requests of this replica's kept groups that are not finished."""
@@ -147,8 +215,20 @@ class Supply:
         return traces
 
     def files(self) -> Callable[[Path], None] | None:
-        """What writes the kept groups of all replicas into a checkpoint's folder (rl/kept.py). Collective."""
-        return file_of(self.kept, self.rig.is_leader) if self._everywhere else None
+        """What writes the kept groups of all replicas (rl/kept.py) and the pass rates (rl/pass_rates.py) into a
+        checkpoint's folder. Collective.
+        """
+        writers = [file_of(self.kept, self.rig.is_leader)] if self._everywhere else []
+        if self.rates:  # None, or nothing was seen
+            writers.append(self.rates.write)
+        if not writers:
+            return None
+
+        def write_all(folder: Path) -> None:
+            for write in writers:
+                write(folder)
+
+        return write_all
 
     def restore(self, groups: Sequence[Kept]) -> int:
         """Take over the kept groups of all replicas of an earlier run, in the order in which they were kept.
@@ -177,9 +257,11 @@ class Supply:
             )
         )
 
-    def _fresh(self, count: int) -> list[Prompt]:
-        """Prompts that are not at work: those that are owed, then those whose turn it is."""
-        busy = {key for key, _ in self._everywhere}
+    def _fresh(self, count: int, step: int, had: Iterable[str] = ()) -> list[Prompt]:
+        """Prompts that are not at work: those that are owed, then those whose turn it is. `had`: keys of prompts that
+        the step has had.
+        """
+        busy = {key for key, _ in self._everywhere} | set(had)
         found: list[Prompt] = []
         candidates, self._owed = self._owed, []
         while True:
@@ -191,7 +273,9 @@ class Supply:
                     found.append(prompt)
             if len(found) == count:
                 return found
-            candidates = self.sampler.take(count - len(found))
+            candidates = self.sampler.offer(count - len(found), step, busy)
+            if not candidates:
+                raise ValueError(f"{count} prompts were asked for, and {len(found)} are not at work")
 
     def _owe(self, prompt: Prompt) -> None:
         if prompt not in self._owed:

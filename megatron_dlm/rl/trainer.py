@@ -1,54 +1,55 @@
-"""The TraceRL loop, top to bottom: rollout, reward, advantage, old log-probabilities, update, refit."""
+"""The RL loop, top to bottom: rollout, reward, advantage, old log-probabilities, values, updates, refit."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.errors import TrainingError
+from megatron_dlm.config.objective import with_method
+from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
+from megatron_dlm.config.value import ValueConfig
 from megatron_dlm.data.prompts import Prompt
-from megatron_dlm.diffusion.keys import stream
-from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import check_budget
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.diffusion.views import Item
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.rewards.base import Scorer
-from megatron_dlm.rl.advantages import group_advantages, in_band
-from megatron_dlm.rl.collect import Collector
+from megatron_dlm.rl.bands import by_group, usable
+from megatron_dlm.rl.collect import Collector, Rollout
+from megatron_dlm.rl.earnings import Earnings
 from megatron_dlm.rl.exchange import Graded
+from megatron_dlm.rl.learner import Learner, Models
+from megatron_dlm.rl.methods import TARGET, States
 from megatron_dlm.rl.metrics import console, learned_metrics, rollout_metrics, staleness_metrics
-from megatron_dlm.rl.objective import PolicyObjective
+from megatron_dlm.rl.rewards import group_earnings
 from megatron_dlm.rl.samples import readable
 from megatron_dlm.rl.supply import Supply
 from megatron_dlm.rl.turns import Turns
-from megatron_dlm.rl.update import (
-    UpdateSettings,
-    build_rows,
-    fetch,
-    old_logprobs,
-    plan_updates,
-    trace_item,
-    update_policy,
-)
+from megatron_dlm.rl.update import UpdateSettings, update_settings
 from megatron_dlm.rollout.rig import RolloutRig
 from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report, Stopwatch
 from megatron_dlm.training.setup import Session
-from megatron_dlm.training.state import TrainState
+from megatron_dlm.training.sleep import wake
+from megatron_dlm.training.state import TrainState, forget_optimizer
 
 STAGE = "tracerl"
 
 
 class TraceRLTrainer:
-    """Improves `state` by TraceRL; `step_index` counts finished RL steps.
+    """Improves `state` by RL; `step_index` counts finished RL steps.
 
     Args:
         progress: of the run that is resumed, as `progress` returned it; None for a new one.
+        models: those beside the policy; none by default.
+        value, curriculum, reward: their settings; the defaults where they are not given.
+        earnings: what is rewarded besides verdicts.
     """
 
     def __init__(
@@ -62,58 +63,59 @@ class TraceRLTrainer:
         rollout: RolloutConfig,
         seed: int,
         progress: Mapping[str, Any] | None = None,
+        *,
+        models: Models | None = None,
+        value: ValueConfig | None = None,
+        curriculum: CurriculumConfig | None = None,
+        reward: RewardConfig | None = None,
+        earnings: Earnings | None = None,
     ) -> None:
         self.session, self.state, self.rig = session, state, rig
-        self.rl, self.rollout_config, self.seed = rl, rollout, seed
-        self.turns = Turns(state, rig, rl)
+        self.rl, self.rollout_config, self.seed = with_method(rl), rollout, seed
+        self.reward, self.earnings = reward or RewardConfig(), earnings
+        models = models or Models(state)
+        self.turns = Turns(state, rig, self.rl, models.value)
         progress = progress or {}
         self.step_index = progress.get("rl_step", 0)
         rig.engine.weight_version = progress.get("weight_version", rig.engine.weight_version)
         self.sampling = rig.sampling(rollout)
-        self.supply = Supply(prompts, STAGE, seed, rig, rollout, self.sampling, progress)
+        self.supply = Supply(prompts, STAGE, seed, rig, rollout, self.sampling, progress, curriculum)
+        self.states = States.of(self.rl, session.grid.block_size, seed)
         check_budget(self._largest_item(max(len(prompt.token_ids) for prompt in prompts)), rl.max_tokens_per_row)
-        self.settings = UpdateSettings(
-            objective=PolicyObjective(
-                rl.eps_clip, rl.eps_clip if rl.eps_clip_high is None else rl.eps_clip_high, rl.kl_loss_coef
-            ),
-            temperature=self.sampling.policy_temperature,
-            aggregation=rl.loss_aggregation,
-            max_response_len=rollout.rollout_max_response_len,
-            num_updates=rl.num_steps_per_rollout or 0,
-            max_tokens_per_row=rl.max_tokens_per_row,
-            grid=Grid(session.model.block_size, rl.grid_anchor),
-            shrinkage=rl.shrinkage,
-            use_rollout_logprobs=rl.use_rollout_logprobs,
-        )
+        self.settings = update_settings(self.rl, self.states, self.sampling.policy_temperature)
+        self.learner = Learner(session, models, value or ValueConfig(), seed)
         self.collector = Collector(
             rig,
             self.supply,
             scorer,
             session.tokenizer,
             session.groups.rank,
-            rl,
+            self.rl,
             rollout,
             self.sampling,
             seed,
             self._item,
+            curriculum,
+            earnings,
         )
 
     def _item(self, trace: Trace) -> Item:
-        return trace_item(trace, self.settings.grid, self.settings.shrinkage, self._oldest_version())
+        return self.states.item(trace, self.step_index, self._oldest_version())
 
     def _largest_item(self, longest_prompt: int) -> int:
-        """Most tokens that a trace can take in a row: its text, and a noisy copy of each block per denoising step of
-        it.
+        """Most tokens that have to stand in one row: a text with one of its copies, or with all of those that have one
+        ratio together.
         """
-        sampling, block = self.sampling, self.session.model.block_size
-        response = sampling.max_new_tokens + 2 * max(
-            block, sampling.block_size
-        )  # with the rest of its first and last block
-        steps = sampling.denoising_steps if sampling.block_size == block else block
-        return longest_prompt + response + response * -(-steps // self.rl.shrinkage)
+        sampling, block = self.sampling, self.session.grid.block_size
+        copies = 1 if self.states.method.unit == TARGET else self.states.copies
+        if block is None:  # each copy is a whole canvas
+            return (longest_prompt + sampling.max_new_tokens) * copies
+        # with the rest of its first and last block
+        response = sampling.max_new_tokens + 2 * max(block, sampling.block_size)
+        return longest_prompt + response + (block if self.states.method.unit == TARGET else response * copies)
 
     def progress(self) -> dict[str, Any]:
-        """What a resumed run needs besides the TrainState and the supply's kept groups; JSON can hold it."""
+        """What a resumed run needs besides the models and the supply's kept groups; JSON can hold it."""
         version = self.rig.engine.weight_version
         return {"rl_step": self.step_index, "weight_version": version, **self.supply.progress()}
 
@@ -124,29 +126,18 @@ class TraceRLTrainer:
         watch = Stopwatch()
         during = partial(self.turns.phase, watch=watch)
         self.turns.ledger.begin_step()
-        with during("rollout"):
-            traces, generated = self.collector.generate(self.step_index, report)
-        with watch.phase("reward_time"):
-            rollout = self.collector.grade(self.step_index, traces)
-        learned, advantages = self._advantages(rollout.graded)
-        metrics = rollout_metrics(rollout.graded) | learned_metrics(advantages, len(rollout.graded))
+        rollout, generated, metrics = self.collector.collect(
+            self.step_index, report, partial(during, "rollout"), partial(watch.phase, "reward_time")
+        )
+        learned, advantages = self._advantages(rollout.candidates)
+        metrics |= rollout_metrics(rollout.graded) | learned_metrics(advantages, len(rollout.graded))
         if self.rollout_config.over_sampling_batch_size is not None:
             metrics |= staleness_metrics(rollout.graded, self.supply.aborted)
         if report.samples is not None and self.rl.log_samples:
             shown = readable(self.step_index + 1, rollout.judged, rollout.graded, advantages, self.rl.log_samples)
             report.keep_samples(shown)
         if learned:
-            with during("old_logprobs"):
-                prepared = self._prepare(learned, advantages, rollout.traces)
-            learning_rate = self.state.learning_rate()
-            with during("train"):
-                update = update_policy(self.state, prepared, self.session.vocabulary, self.settings)
-            metrics |= {f"train/{name}": value for name, value in update.items()} | {"train/lr": learning_rate}
-            with during("update_weights"):
-                refit = self.rig.refit()
-            metrics |= {"perf/refit_bytes": float(refit.moved), "perf/refit_shared_bytes": float(refit.shared)}
-            trained = self.session.groups.dp_size * sum(len(rows) * length for rows, length in prepared)
-            metrics["perf/train_tokens_per_sec"] = trained / watch.seconds["train_time"]
+            metrics |= self._learn(rollout, learned, advantages, during, watch)
         self.step_index += 1
         metrics |= {f"perf/{name}": seconds for name, seconds in watch.seconds.items()} | self.turns.ledger.metrics()
         metrics["perf/step_time"] = sum(watch.seconds.values())
@@ -154,48 +145,69 @@ class TraceRLTrainer:
         metrics["perf/rollout_tokens_per_sec"] = generated / watch.seconds["rollout_time"]
         return metrics
 
+    def _learn(
+        self,
+        rollout: Rollout,
+        learned: list[Graded],
+        advantages: dict[tuple[str, int], float],
+        during: Callable,
+        watch: Stopwatch,
+    ) -> dict[str, float]:
+        """Updates of all models that learn in this step, and the new weights for the engine."""
+        settings = self._settings_of(rollout, learned)
+        if self.rl.reset_optimizer:
+            wake(self.state)
+            forget_optimizer(self.state)
+        with during("old_logprobs"):
+            tokens = None if self.earnings is None else self.earnings.token_rewards(rollout.graded)
+            prepared = self.learner.prepare(learned, advantages, rollout.traces, settings, tokens)
+        metrics = self.learner.update(prepared, settings, during)
+        if not self.learner.policy_waits(self.step_index):
+            with during("update_weights"):
+                refit = self.rig.refit()
+            metrics |= {"perf/refit_bytes": float(refit.moved), "perf/refit_shared_bytes": float(refit.shared)}
+        seconds = sum(watch.seconds.get(name, 0.0) for name in ("train_time", "train_value_time"))
+        groups = self.session.groups
+        trained = groups.dp_size * sum(len(one.rows) * one.length for one in prepared)
+        real = sum(int((row.row.layout.group >= 0).sum()) for one in prepared for row in one.rows)
+        real = sum(gather_objects(real, groups.dp))
+        return metrics | {"perf/train_tokens_per_sec": trained / seconds, "train/tokens": float(real)}
+
+    def _settings_of(self, rollout: Rollout, learned: Sequence[Graded]) -> UpdateSettings:
+        """The settings of this step's updates."""
+        rl = self.rl
+        if rl.global_batch_size is not None:
+            updates = -(-len(learned) // rl.global_batch_size)
+        else:  # a step that learned little takes fewer updates, not smaller ones than a group
+            updates = min(rl.num_steps_per_rollout, max(1, len(learned) // self.rollout_config.n_samples_per_prompt))
+        longest = self.rollout_config.rollout_max_response_len
+        if rl.loss_aggregation == "longest":
+            longest = max(record.length for record in rollout.candidates)
+        return dataclasses.replace(
+            self.settings,
+            num_updates=updates,
+            longest=longest,
+            step=self.step_index,
+            oldest_version=self._oldest_version(),
+        )
+
     def _oldest_version(self) -> int:
         """Of the weights whose tokens this step learns; asked for before the weights are updated."""
         return self.rig.engine.weight_version if self.rollout_config.mask_offpolicy_in_partial_rollout else 0
 
-    def _advantages(self, graded: list[Graded]) -> tuple[list[Graded], dict[tuple[str, int], float]]:
-        """The responses to learn from, and their advantages. Groups outside the accuracy band are left out."""
-        groups: dict[str, list[Graded]] = {}
-        for record in graded:
-            groups.setdefault(record.group, []).append(record)
+    def _advantages(self, graded: Sequence[Graded]) -> tuple[list[Graded], dict[tuple[str, int], float]]:
+        """The responses to learn from, and their advantages. Groups that have nothing to teach are left out; a teacher
+        alone has something to say of all."""
         learned, advantages = [], {}
-        for members in groups.values():
-            rewards = [record.reward for record in members]
-            if not in_band(rewards, self.rl.min_group_accuracy, self.rl.max_group_accuracy) or min(rewards) == max(
-                rewards
-            ):
+        for members in by_group(graded).values():
+            if self.rl.policy_loss_coef and not usable(members, self.rl):
                 continue
-            values = group_advantages(rewards, self.rl.normalize_advantages_by_std)
+            values = group_earnings(members, self.reward, self.rl.normalize_advantages_by_std)
             for record, value in zip(members, values):
                 if record.num_targets:  # 0 where all is masked
                     learned.append(record)
                     advantages[record.group, record.sample] = float(value)
         return learned, advantages
-
-    def _prepare(self, learned: list[Graded], advantages: dict[tuple[str, int], float], traces: list[Trace]):
-        """Rows of all updates of this step, with the old policy's log-probabilities: computed before the first update
-        changes the weights.
-        """
-        groups, words = self.session.groups, self.session.tokenizer
-        settings = dataclasses.replace(self.settings, oldest_version=self._oldest_version())
-        if self.rl.global_batch_size is not None:
-            settings = dataclasses.replace(settings, num_updates=-(-len(learned) // self.rl.global_batch_size))
-        else:  # a step that learned little takes fewer updates, not smaller ones than a group
-            most = max(1, len(learned) // self.rollout_config.n_samples_per_prompt)
-            settings = dataclasses.replace(settings, num_updates=min(settings.num_updates, most))
-        updates = plan_updates(learned, settings, groups, stream(self.seed, "partition", self.step_index))
-        prepared = []
-        for (records, plan), mine in zip(updates, fetch(updates, traces, groups)):
-            rows = build_rows(records, plan, mine, advantages, settings, groups.dp_rank, words.mask_id, words.pad_id)
-            prepared.append(
-                (old_logprobs(self.state, rows, plan.length, self.session.vocabulary, settings), plan.length)
-            )
-        return prepared
 
     def run(
         self,

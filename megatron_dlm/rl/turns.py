@@ -5,7 +5,9 @@
         ...                              # --offload-rollout: the engine has its KV cache in here only
     with during("old_logprobs"):         # forward passes need neither
         ...
-    with during("train"):                # gradients and optimizer are there
+    with during("train"):                # gradients and optimizer are there, and the value model's sleep
+        ...
+    with during("train_value"):          # the other way round
         ...
 
 A phase is a name: its seconds are `perf/NAME_time`, its memory is a line of the ledger. What sleeping and waking take
@@ -29,39 +31,43 @@ from megatron_dlm.training.sleep import sleep, wake
 from megatron_dlm.training.state import TrainState
 
 GENERATING = ("rollout", "eval")
-UPDATING = ("train",)
+TRAIN, TRAIN_VALUE = "train", "train_value"
 
 
 class Turns:
     """One per run.
 
     Attributes:
-        ledger: of the policy and the engine.
+        ledger: of the policy, the value model if there is one, and the engine.
     """
 
-    def __init__(self, state: TrainState, rig: RolloutRig, rl: RLConfig) -> None:
-        self.state, self.rig = state, rig
+    def __init__(self, state: TrainState, rig: RolloutRig, rl: RLConfig, value_state: TrainState | None = None) -> None:
+        self.state, self.rig, self.value_state = state, rig, value_state
         self.offload_train, self.offload_rollout = rl.offload_train, rl.offload_rollout
         self.offloads = rl.offload_train or rl.offload_rollout
         self.ledger = Ledger()
         hold_state(self.ledger, state)
+        if value_state is not None:
+            hold_state(self.ledger, value_state, "value ")
         self.ledger.add("rollout weights", self._rollout_weights)
         self.ledger.add("kv cache", self._kv_cache)
 
     @contextmanager
     def phase(self, name: str, watch: Stopwatch | None = None) -> Iterator[None]:
         """A phase, with the memory that it needs. Collective."""
-        generating, updating = name in GENERATING, name in UPDATING
+        generating, updated = name in GENERATING, {TRAIN: self.state, TRAIN_VALUE: self.value_state}.get(name)
         timed = nullcontext if watch is None else lambda key: watch.phase(f"{key}_time")
         with self.ledger.told_in_shortage():
-            if self.offloads and (generating or updating):
+            if self.offloads and (generating or updated is not None):
                 with timed("offload"):
-                    if generating and self.offload_train:
-                        sleep(self.state)
+                    if self.offload_train:
+                        for state in (self.state, self.value_state):
+                            if state is not None and state is not updated:
+                                sleep(state)
                     if generating and self.offload_rollout:
                         self.rig.engine.wake()
-                    if updating:
-                        wake(self.state)
+                    if updated is not None:
+                        wake(updated)
             with timed(name):
                 yield
             self.ledger.mark(name)

@@ -6,6 +6,7 @@ one exchange.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,64 +15,91 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dlm import platform
-from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Plan, pack, partition
-from megatron_dlm.diffusion.rows import Row, build_row
+from megatron_dlm.config.rl import RLConfig
+from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Plan, pack_parts, partition
 from megatron_dlm.diffusion.trace import Trace
-from megatron_dlm.diffusion.views import Item, trace_views
-from megatron_dlm.model.policy import Vocabulary, entropy, label_logprobs, policy_scores
+from megatron_dlm.model.policy import Vocabulary, divergence, entropy, label_logprobs, policy_scores
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.parallel.groups import Groups
 from megatron_dlm.rl.exchange import Graded, deliver
-from megatron_dlm.rl.objective import PolicyObjective, response_weights
+from megatron_dlm.rl.methods import States
+from megatron_dlm.rl.objective import PolicyObjective
+from megatron_dlm.rl.rows import RLRow
+from megatron_dlm.rl.teacher import Teacher
 from megatron_dlm.training.state import TrainState
 from megatron_dlm.training.step import forward_only, train_step
 
 MISMATCH = "train_rollout_logprob_abs_diff"
-
-
-@dataclass(frozen=True, slots=True)
-class RLRow:
-    """A row with what the objective needs of each of its N targets; `old_logprob` is None until it is known."""
-
-    row: Row
-    advantage: Tensor
-    weight: Tensor
-    rollout_logprob: Tensor
-    old_logprob: Tensor | None
+_PER_UPDATE = ("loss", "pg_loss", "kl_loss", "entropy_loss", "distill_loss")  # sums with final weights
+_PER_UNIT = ("ratio", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", "k3", "ref_k3")
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateSettings:
-    """What `update_policy` is told of the configuration.
+    """What the updates of a step are told of the configuration.
 
     Attributes:
-        objective: the loss. temperature: of the policy, as it was sampled. aggregation, max_response_len:
-            `response_weights`.
-        num_updates: optimizer steps for this RL step. max_tokens_per_row: row budget. grid, shrinkage: how traces
-            become views.
-        use_rollout_logprobs: take the rollout's log-probabilities as the old policy's instead of computing them again:
-            those of the weights that decided each token, of whatever version.
-        oldest_version: of the weights whose tokens are learned.
+        objective: the loss. temperature: of the policy, as it was sampled.
+        states: which states of a response are learned.
+        aggregation, longest: `unit_weights`. kl_slice_sum: the penalty is summed within slices, whatever the
+            aggregation.
+        num_updates: optimizer steps for this RL step. max_tokens_per_row: row budget. shuffle: of responses.
+        old_logprobs: 'recomputed', 'rollout' or 'current' (config/objective.py).
+        entropy_coef: weight of the entropy. distill_coef, distill_kl: of the divergence from the teacher.
+        bf16_logprobs: whether log-probabilities are computed in bfloat16.
+        step: of RL. oldest_version: of the weights whose tokens are learned.
     """
 
     objective: PolicyObjective
     temperature: float
+    states: States
     aggregation: str
-    max_response_len: int
+    longest: int
     num_updates: int
     max_tokens_per_row: int
-    grid: Grid
-    shrinkage: int
-    use_rollout_logprobs: bool
+    old_logprobs: str = "recomputed"
+    kl_slice_sum: bool = False
+    shuffle: bool = True
+    entropy_coef: float = 0.0
+    distill_coef: float = 0.0
+    distill_kl: str = "reverse"
+    bf16_logprobs: bool = False
+    step: int = 0
     oldest_version: int = 0
+    together: bool = False
 
 
-def trace_item(trace: Trace, grid: Grid, shrinkage: int, oldest_version: int = 0) -> Item:
-    """A trace, ready to be laid out; nothing is learned of tokens that older weights decided."""
-    views = trace_views(trace, grid, shrinkage, oldest_version)
-    return Item(trace.prompt_key, trace.tokens, len(trace.prompt_ids), views, grid)
+def update_settings(rl: RLConfig, states: States, temperature: float) -> UpdateSettings:
+    """What the configuration says of updates; what changes from step to step is filled in by the trainer.
+
+    Args:
+        rl: with the fields of its method.
+    """
+    objective = PolicyObjective(
+        eps_clip=rl.eps_clip,
+        eps_clip_high=rl.eps_clip if rl.eps_clip_high is None else rl.eps_clip_high,
+        kl_coef=rl.kl_loss_coef,
+        kl_type=rl.kl_loss_type,
+        eps_clip_c=rl.eps_clip_c,
+        policy_coef=rl.policy_loss_coef,
+        tis=(rl.tis_clip_low, rl.tis_clip) if rl.use_tis else None,
+    )
+    return UpdateSettings(
+        objective,
+        temperature,
+        states,
+        aggregation=rl.loss_aggregation,
+        longest=0,
+        num_updates=0,
+        max_tokens_per_row=rl.max_tokens_per_row,
+        old_logprobs=rl.old_logprobs,
+        kl_slice_sum=rl.kl_aggregation == "slice_sum",
+        shuffle=rl.shuffle_responses,
+        entropy_coef=rl.entropy_coef,
+        distill_coef=rl.distill_coef,
+        distill_kl=rl.distill_kl,
+        bf16_logprobs=rl.bf16_logprobs,
+    )
 
 
 def plan_updates(
@@ -80,18 +108,20 @@ def plan_updates(
     """The updates of this RL step: for each its records and its rows. The same on every rank."""
     multiple = math.lcm(ROW_MULTIPLE, groups.tp_size)
     updates = []
-    for members in partition(len(records), settings.num_updates, stream):
+    for members in partition(len(records), settings.num_updates, stream if settings.shuffle else None):
         chosen = [records[index] for index in members]
-        updates.append(
-            (chosen, pack([graded.load for graded in chosen], settings.max_tokens_per_row, groups.dp_size, multiple))
-        )
+        loads = [graded.parts or (graded.load,) for graded in chosen]
+        plan = pack_parts(loads, settings.max_tokens_per_row, groups.dp_size, multiple, settings.together)
+        updates.append((chosen, plan))
     return updates
 
 
 def fetch(updates: list[tuple[list[Graded], Plan]], traces: Sequence[Trace], groups: Groups) -> list[dict[int, Trace]]:
     """For each update, the traces that this rank's rows need, by index into the update's records. Collective."""
     needs = [
-        [index for row in plan.ranks[rank] for index in row] for rank in range(groups.dp_size) for _, plan in updates
+        list(dict.fromkeys(index for row in plan.ranks[rank] for index in row))
+        for rank in range(groups.dp_size)
+        for _, plan in updates
     ]
     per_update = len(updates)
     data_ranks = gather_objects(groups.dp_rank)
@@ -103,65 +133,65 @@ def fetch(updates: list[tuple[list[Graded], Plan]], traces: Sequence[Trace], gro
     return [{index: next(received) for index in needs[groups.dp_rank * per_update + u]} for u in range(per_update)]
 
 
-def build_rows(
-    records: list[Graded],
-    plan: Plan,
-    traces: dict[int, Trace],
-    advantages: dict[tuple[str, int], float],
-    settings: UpdateSettings,
-    dp_rank: int,
-    mask_id: int,
-    pad_id: int,
-) -> list[RLRow]:
-    """This rank's rows of one update."""
-    weights = response_weights(
-        [graded.num_targets for graded in records], settings.aggregation, settings.max_response_len
-    )
-    rows = []
-    for members in plan.ranks[dp_rank]:
-        items = [
-            (index, trace_item(traces[index], settings.grid, settings.shrinkage, settings.oldest_version))
-            for index in members
-        ]
-        row = build_row(items, plan.length, mask_id, pad_id)
-        response, index = row.targets.response.numpy(), row.targets.index.numpy()
-        advantage = np.array([advantages[graded.group, graded.sample] for graded in records])[response]
-        rollout = np.array([traces[r].logprobs[i] for r, i in zip(response.tolist(), index.tolist())], dtype=np.float64)
-        columns = (torch.from_numpy(column).to(platform.device()) for column in (advantage, weights[response], rollout))
-        rows.append(RLRow(row.to(platform.device()), *columns, old_logprob=None))
-    return rows
+def _logprobs(logits: Tensor, labels: Tensor, vocabulary: Vocabulary, settings: UpdateSettings, group) -> tuple:
+    """Scores [N, V / TP] and log-probabilities [N] of the labels, in fp32 at least."""
+    scores = policy_scores(logits, settings.temperature, vocabulary, group)
+    if settings.bf16_logprobs:
+        return scores, label_logprobs(scores.bfloat16(), labels, group).float()
+    return scores, label_logprobs(scores, labels, group)
 
 
-def logprob_forward(vocabulary: Vocabulary, temperature: float):
-    """forward_step that returns each target's log-probability under the policy, [N] on the CPU, in the logits'
-    precision (fp32 at least).
-    """
+def logprob_forward(vocabulary: Vocabulary, settings: UpdateSettings):
+    """forward_step that returns each target's log-probability under the policy, [N] on the CPU."""
 
     def forward_step(rl_row: RLRow, model):
         def loss_fn(logits: Tensor) -> Tensor:
             group = model.module.pg_collection.tp
-            return label_logprobs(
-                policy_scores(logits, temperature, vocabulary, group), rl_row.row.targets.label, group
-            ).cpu()
+            return _logprobs(logits, rl_row.row.targets.label, vocabulary, settings, group)[1].cpu()
 
         return model.module.forward_row(rl_row.row), loss_fn
 
     return forward_step
 
 
-def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings):
-    """forward_step of training/step.py for TraceRL."""
+def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings, teacher: Teacher | None = None):
+    """forward_step of training/step.py for the policy. Args: teacher: whose hidden states the rows carry."""
 
     def forward_step(rl_row: RLRow, model):
         def loss_fn(logits: Tensor):
             group = model.module.pg_collection.tp
-            scores = policy_scores(logits, settings.temperature, vocabulary, group)
-            logprob = label_logprobs(scores, rl_row.row.targets.label, group)
-            cast = lambda column: column.to(logprob.device, logprob.dtype)
-            old, rollout = cast(rl_row.old_logprob), cast(rl_row.rollout_logprob)
-            loss, metrics = settings.objective(logprob, old, cast(rl_row.advantage), cast(rl_row.weight))
-            metrics["entropy"] = entropy(scores.detach(), group).sum()
-            metrics[MISMATCH] = (logprob.detach() - rollout).abs().sum()
+            scores, logprob = _logprobs(logits, rl_row.row.targets.label, vocabulary, settings, group)
+
+            def cast(column: Tensor | None) -> Tensor | None:
+                return None if column is None else column.to(logprob.device, logprob.dtype)
+
+            tis = settings.objective.tis is not None
+            loss, metrics = settings.objective(
+                logprob,
+                cast(rl_row.old_logprob),
+                cast(rl_row.advantage),
+                cast(rl_row.weight),
+                rl_row.unit,
+                cast(rl_row.coefficient),
+                cast(rl_row.kl_weight),
+                cast(rl_row.reference_logprob),
+                cast(rl_row.sampling_logprob) if tis else None,
+            )
+            share = cast(rl_row.share)
+            with torch.set_grad_enabled(settings.entropy_coef != 0):
+                entropies = entropy(scores, group)
+            metrics["entropy"] = entropies.detach().sum()
+            if settings.entropy_coef:
+                entropy_loss = -(share * entropies).sum()
+                loss = loss + settings.entropy_coef * entropy_loss
+                metrics["entropy_loss"] = entropy_loss.detach()
+            if settings.distill_coef:
+                taught = teacher.scores(rl_row, settings.temperature, vocabulary, group)
+                distance = divergence(scores, taught, settings.distill_kl, group)
+                distill_loss = (share * distance).sum()
+                loss = loss + settings.distill_coef * distill_loss
+                metrics |= {"distill_loss": distill_loss.detach(), "teacher_kl": distance.detach().sum()}
+            metrics[MISMATCH] = (logprob.detach() - cast(rl_row.rollout_logprob)).abs().sum()
             return loss, metrics
 
         return model.module.forward_row(rl_row.row), loss_fn
@@ -169,22 +199,40 @@ def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings):
     return forward_step
 
 
-def old_logprobs(
+def with_old_logprobs(
     state: TrainState, rows: list[RLRow], length: int, vocabulary: Vocabulary, settings: UpdateSettings
 ) -> list[RLRow]:
     """The same rows with the old policy's log-probabilities: the rollout's, or those of the weights as they are now."""
-    if settings.use_rollout_logprobs:
-        known = [rl_row.rollout_logprob for rl_row in rows]
-    else:
-        # Only the last pipeline stage computes losses, so only it needs them.
-        known = forward_only(state, rows, logprob_forward(vocabulary, settings.temperature), length) or [None] * len(
-            rows
-        )
-    return [RLRow(r.row, r.advantage, r.weight, r.rollout_logprob, old) for r, old in zip(rows, known)]
+    if settings.old_logprobs == "current":
+        return rows
+    if settings.old_logprobs == "rollout":
+        return [dataclasses.replace(row, old_logprob=row.rollout_logprob) for row in rows]
+    known = logprobs_of(state, rows, length, vocabulary, settings)
+    return [dataclasses.replace(row, old_logprob=old) for row, old in zip(rows, known)]
+
+
+def with_reference(
+    state: TrainState, rows: list[RLRow], length: int, vocabulary: Vocabulary, settings: UpdateSettings
+) -> list[RLRow]:
+    """The same rows with the log-probabilities of a frozen model."""
+    known = logprobs_of(state, rows, length, vocabulary, settings)
+    return [dataclasses.replace(row, reference_logprob=one) for row, one in zip(rows, known)]
+
+
+def logprobs_of(
+    state: TrainState, rows: list[RLRow], length: int, vocabulary: Vocabulary, settings: UpdateSettings
+) -> list[Tensor | None]:
+    """Log-probability of each target of the rows, [N] each; None but on the last pipeline stage, where losses are
+    computed."""
+    return forward_only(state, rows, logprob_forward(vocabulary, settings), length) or [None] * len(rows)
 
 
 def update_policy(
-    state: TrainState, prepared: list[tuple[list[RLRow], int]], vocabulary: Vocabulary, settings: UpdateSettings
+    state: TrainState,
+    prepared: list[tuple[list[RLRow], int]],
+    vocabulary: Vocabulary,
+    settings: UpdateSettings,
+    teacher: Teacher | None = None,
 ) -> dict[str, float]:
     """One optimizer step per update, in order.
 
@@ -192,14 +240,14 @@ def update_policy(
         prepared: for each update its rows, with old log-probabilities, and their length.
 
     Returns:
-        Metrics: means over targets; for the losses and the gradient norm means over updates; `ratio_max` is the largest
-        of all. The mismatch between engine and trainer is that of the first update, when both still have the same
-        weights.
+        Metrics: means over targets, or over units for what belongs to a ratio; for the losses and the gradient norm
+        means over updates; `ratio_max` is the largest of all. The mismatch between engine and trainer is that of the
+        first update, when both still have the same weights.
     """
     totals: dict[str, float] = {}
     norms, mismatch, largest = [], 0.0, 0.0
     for index, (rows, length) in enumerate(prepared):
-        result = train_step(state, rows, policy_forward(vocabulary, settings), length)
+        result = train_step(state, rows, policy_forward(vocabulary, settings, teacher), length)
         norms.append(result.grad_norm)
         difference = result.metrics.pop(MISMATCH)
         largest = max(largest, result.metrics.pop("ratio_max"))
@@ -207,12 +255,10 @@ def update_policy(
             mismatch = difference / max(result.metrics["targets"], 1.0)
         for name, value in result.metrics.items():
             totals[name] = totals.get(name, 0.0) + value
-    targets = max(totals.pop("targets"), 1.0)
-    per_update = {name: totals.pop(name) / len(prepared) for name in ("loss", "pg_loss", "kl_loss")}
-    per_target = {name: value / targets for name, value in totals.items()}
+    targets, units = max(totals.pop("targets"), 1.0), max(totals.pop("units"), 1.0)
+    per = {name: len(prepared) for name in _PER_UPDATE} | dict.fromkeys(_PER_UNIT, units)
     return {
-        **per_update,
-        **per_target,
+        **{name: value / per.get(name, targets) for name, value in totals.items()},
         "ratio_max": largest,
         MISMATCH: mismatch,
         "grad_norm": float(np.mean(norms)),

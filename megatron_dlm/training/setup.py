@@ -22,6 +22,7 @@ from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
 from megatron_dlm.model.policy import Vocabulary
 from megatron_dlm.model.shape import model_shape, refused_overrides, resolve, transformer_config
+from megatron_dlm.model.value import ValueModel
 from megatron_dlm.parallel import groups as process_groups
 from megatron_dlm.parallel.groups import Groups
 from megatron_dlm.training.state import TrainState
@@ -68,10 +69,23 @@ class Session:
         """Build the policy's TrainState. Without an optimizer its parameters are frozen and it has no gradients.
         Collective.
 
+        Raises: as `value_state`.
+        """
+        return self._state(BlockDiffusionModel, optimizer, train_iters)
+
+    def value_state(self, optimizer: OptimizerConfig | None, train_iters: int) -> TrainState:
+        """Build the TrainState of a value model for this policy, in the same groups, with random weights below a head
+        of zeros. Collective.
+
         Raises:
             ConfigError: --fp64 with an optimizer, which keeps its master weights in fp32; or overrides that
                 megatron-core cannot follow here.
         """
+        return self._state(ValueModel, optimizer, train_iters)
+
+    def _state(
+        self, kind: type[BlockDiffusionModel], optimizer: OptimizerConfig | None, train_iters: int
+    ) -> TrainState:
         if optimizer is not None and self.model.fp64:
             raise ConfigError(
                 "--fp64 does not work in training, whose optimizer computes in float32. Leave it out, or use it with "
@@ -82,9 +96,7 @@ class Session:
 
         def build(pre_process: bool, post_process: bool, vp_stage: int | None) -> BlockDiffusionModel:
             try:
-                model = BlockDiffusionModel(
-                    config, shape, self.groups.pg_collection, pre_process, post_process, vp_stage
-                )
+                model = kind(config, shape, self.groups.pg_collection, pre_process, post_process, vp_stage)
             except (AssertionError, ImportError, RuntimeError, ValueError) as error:  # it may need a package, or CUDA
                 if not self.model.transformer_overrides or "memory" in str(error):
                     raise

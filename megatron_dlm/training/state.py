@@ -122,6 +122,22 @@ class TrainState:
         return 0.0 if self.optimizer is None else self.optimizer.param_groups[0]["lr"]
 
 
+def forget_optimizer(state: TrainState) -> None:
+    """Begin anew with the optimizer: no moments, no count of steps, and master weights with no more precision than the
+    model has. The schedule stays where it is. The state must not sleep.
+    """
+    optimizer = state.optimizer
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for kept in one.optimizer.state.values():
+            for value in kept.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+        for group in one.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = 0
+        one.reload_model_params()
+
+
 def global_names(chunk: nn.Module) -> Callable[[str], str]:
     """A function from names within a pipeline chunk to names within the whole model.
 

@@ -16,6 +16,7 @@ from tests.bad_inputs import (
     environment,
     generation,
     outputs,
+    rewards,
     runs,
     sizes,
     tokenizer,
@@ -25,7 +26,19 @@ from tests.bad_inputs.bench import BASES, Bad
 
 TABLE = [
     pytest.param(entry, id=f"{module.__name__.rpartition('.')[2]}: {entry.id}")
-    for module in (config, yaml_files, sizes, data, tokenizer, checkpoint, outputs, environment, generation, runs)
+    for module in (
+        config,
+        yaml_files,
+        sizes,
+        data,
+        tokenizer,
+        checkpoint,
+        outputs,
+        environment,
+        generation,
+        rewards,
+        runs,
+    )
     for entry in module.ENTRIES
 ]
 

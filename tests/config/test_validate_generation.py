@@ -13,7 +13,6 @@ from megatron_dlm.config.validate_generation import (
     check_draw_of_model,
     check_generate,
     check_score,
-    check_scored_model,
 )
 
 FILES = dict(prompts="in.jsonl", output="out.jsonl")
@@ -107,11 +106,6 @@ def test_settings_of_score(changes: dict, block_size: int | None, words: str | N
     settings = ScoreConfig(**dict(input="in.jsonl", output="out.jsonl") | changes)
     message = refused(check_score, settings, LOAD, block_size)
     assert message is None if words is None else words in message
-
-
-def test_models_that_score_cannot_lay_out() -> None:
-    assert refused(check_scored_model, ModelConfig(block_size=4, logit_shift=1)) is None
-    assert "full attention yet" in refused(check_scored_model, ModelConfig(full_attention=True))
 
 
 def test_both_need_a_checkpoint() -> None:

@@ -8,7 +8,7 @@ from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import EngineConfig
-from megatron_dlm.config.validate_rollout import check_learned_model, check_rollout_layout
+from megatron_dlm.config.validate_rollout import check_rollout_layout
 from tests.config.test_validate import DENSE, GROUPS, MOE
 
 TP2_SP = dict(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -22,12 +22,6 @@ def told(model: dict, parallel: dict, *rest) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
-
-
-def test_tracerl_learns_from_attention_blocks_only() -> None:
-    check_learned_model(ModelConfig(**DENSE, logit_shift=1))
-    with pytest.raises(ConfigError, match="full attention yet"):
-        check_learned_model(ModelConfig(**dict(DENSE, full_attention=True, block_size=None)))
 
 
 @pytest.mark.parametrize(

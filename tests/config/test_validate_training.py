@@ -247,7 +247,7 @@ def test_generation_needs_some_block_size():
     check_rollout(RolloutConfig(rollout_block_size=32), NO_BLOCK)
 
 
-SAMPLED = dict(use_rollout_logprobs=True)
+SAMPLED = dict(old_logprobs="rollout")
 
 
 @pytest.mark.parametrize(
@@ -285,11 +285,10 @@ SAMPLED = dict(use_rollout_logprobs=True)
         ),
         (SAMPLED, {}, None),
         (SAMPLED, dict(rollout_block_size=4), None),
-        (dict(SAMPLED, shrinkage=2), {}, ["--use-rollout-logprobs", "--shrinkage 1"]),
+        (dict(SAMPLED, shrinkage=2), {}, ["--old-logprobs rollout", "--shrinkage 1"]),
         (dict(shrinkage=2), {}, None),
-        (dict(SAMPLED, grid_anchor="response"), {}, ["--use-rollout-logprobs", "--grid-anchor absolute"]),
+        (dict(SAMPLED, grid_anchor="response"), {}, ["--old-logprobs rollout", "--grid-anchor absolute"]),
         (dict(grid_anchor="response"), {}, None),
-        (SAMPLED, dict(rollout_block_size=8), ["--use-rollout-logprobs", "--rollout-block-size 8", "--block-size 4"]),
         ({}, dict(rollout_block_size=8), None),
         ({}, dict(rollout_temperature=0.0), ["--rollout-temperature 0", "above 0"]),
     ],
@@ -300,7 +299,7 @@ def test_rl(values, rollout, words):
 
 
 def test_rollout_log_probabilities_of_a_bfloat16_model():
-    rl = RLConfig(prompt_data=["a.jsonl"], num_steps_per_rollout=1, use_rollout_logprobs=True)
+    rl = RLConfig(prompt_data=["a.jsonl"], num_steps_per_rollout=1, old_logprobs="rollout")
     expect(run(check_rl, rl, RolloutConfig(), dataclasses.replace(MODEL, bf16=True)), ["--bf16"])
 
 

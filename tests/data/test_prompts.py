@@ -24,7 +24,7 @@ def test_one_prompt(tmp_path, tiny):
     (prompt,), dropped = load_prompts([_file(tmp_path, _ask("1+1=", 2))], tiny, "Q: {question}")
     assert tiny.decode(list(prompt.token_ids)) == "Q: 1+1="
     assert (prompt.question, prompt.ground_truth, prompt.verifier) == ("1+1=", "2", "math")
-    assert dropped == Dropped(0, 0, 0)
+    assert dropped == Dropped(0, 0, 0) and prompt.source.endswith(".jsonl")
 
 
 def test_what_is_left_out_is_counted(tmp_path, tiny):
@@ -60,4 +60,5 @@ def test_generated_tasks(tmp_path, tiny):
     assert len(prompts) + dropped.duplicate == 8
     assert [prompt.verifier for prompt in prompts] == ["math"] + ["reasoning_gym"] * (len(prompts) - 1)
     again, _ = load_prompts(sources, tiny, "{question}\n")
+    assert [prompt.source for prompt in prompts] == sources[:1] + sources[1:] * (len(prompts) - 1)
     assert again == prompts and again[-1].metadata == prompts[-1].metadata

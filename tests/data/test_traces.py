@@ -98,6 +98,58 @@ def test_a_tail_that_matters_may_not(tmp_path, steps: list[int]) -> None:
         read(tmp_path, {**BARE, "step_map": steps})
 
 
+CANVAS = {**GOOD, "tail_token_ids": [7], "tail_step_map": [2], "block_size": 4, "max_new_tokens": 9}
+
+
+def read_full(tmp_path, *records: dict, **settings):
+    """As a model of full attention has them read."""
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read_traces(str(path), LIMITS, None, **settings)
+
+
+def test_under_full_attention_blocks_begin_with_the_response_and_end_with_the_canvas(tmp_path) -> None:
+    bare = {name: value for name, value in CANVAS.items() if not name.startswith("tail")}
+    said, cut, first_step, last = read_full(
+        tmp_path,
+        CANVAS,
+        {**bare, "max_new_tokens": 3},  # the third token is the last there can be
+        {**bare, "step_map": [1, 1, 1]},
+        {**bare, "token_ids": [4] * 9, "step_map": [1] * 8 + [5]},
+    )
+    assert [len(line.trace.tail_ids) for line in (said, cut, first_step, last)] == [1, 0, 1, 0]
+    assert [line.trace.canvas_length for line in (said, cut, first_step, last)] == [12, 6, 12, 12]
+    assert said.trace.sampling.horizon is None and first_step.trace.tail_steps.tolist() == [2]
+
+
+@pytest.mark.parametrize("response", [1, 4, 6, 8, 11])
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_what_a_model_of_full_attention_wrote_is_read_back(tmp_path, block: int, response: int) -> None:
+    trace = random_trace(3, response, block, np.random.default_rng(0), full=True, behind=2, horizon=5)
+    write_jsonl(tmp_path / "out.jsonl", [trace_record(trace, 0, 0, "text")])
+    (line,) = read_traces(str(tmp_path / "out.jsonl"), LIMITS, None)
+    assert np.array_equal(line.trace.tokens, trace.tokens) and np.array_equal(line.trace.all_steps, trace.all_steps)
+    assert line.trace.sampling == trace.sampling and line.trace.canvas_length == trace.canvas_length
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(block_size=None), "the line has no 'block_size' to say where they were"),
+        (dict(max_new_tokens=None), "the line has no 'max_new_tokens' to say where they were"),
+        (dict(max_new_tokens=2), "'token_ids' has 3 entries, more than 'max_new_tokens' 2"),
+        (dict(max_new_tokens="9"), "the field 'max_new_tokens' is '9'. Use a whole number of 1 or more"),
+        (dict(horizon=-1), "the field 'horizon' is '-1'. Use a whole number of 0 or more"),
+        (dict(max_new_tokens=62), "this text has 65 tokens with its canvas, and the model has 64 positions"),
+        (dict(tail_token_ids=[7, 8], tail_step_map=[2, 4]), "'tail_token_ids' has 2 tokens, and 1 are missing"),
+        (dict(tail_token_ids=None, tail_step_map=None), "the response ends 1 tokens before the end of its block of 4"),
+    ],
+)
+def test_a_line_that_does_not_tell_its_canvas_is_refused(tmp_path, changes: dict, words: str) -> None:
+    with pytest.raises(DataError, match=f"in.jsonl, line 1: .*{words}"):
+        read_full(tmp_path, {**CANVAS, **changes})
+
+
 def test_other_blocks_than_those_of_the_draw(tmp_path) -> None:
     """Grown in blocks of 8 (3 + 3 + 2): scored in blocks of 4, the tail ends with the second; in blocks of 16 the text
     ends inside the first."""

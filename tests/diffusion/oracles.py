@@ -30,6 +30,9 @@ def random_trace(
     prompt_key: str = "p0",
     sample: int = 0,
     vocab: int = VOCAB,
+    full: bool = False,
+    behind: int = 3,
+    horizon: int | None = None,
 ) -> Trace:
     """A response as a rollout would leave it: whole decode blocks, each unmasked in a random order and number of steps.
 
@@ -37,14 +40,18 @@ def random_trace(
         prompt_len, response_len: tokens; what is left of the terminal block becomes the tail.
         block: decode block size.
         prompt_ids: shared by a group; random otherwise.
+        full: of a model of full attention, whose decode blocks are counted from the first response token.
+        behind: tokens that could have come behind those; a model of full attention sees their masks.
+        horizon: how many positions behind its block such a model is shown.
     """
     if prompt_ids is None:
         prompt_ids = rng.integers(0, vocab, prompt_len)
-    generated = response_len + -(prompt_len + response_len) % block
+    origin = prompt_len if full else 0
+    generated = response_len + -(prompt_len + response_len - origin) % block
     steps = np.zeros(generated, dtype=np.int64)
     step, position = 0, prompt_len
     while position < prompt_len + generated:
-        end = (position // block + 1) * block
+        end = origin + ((position - origin) // block + 1) * block
         waiting = list(rng.permutation(np.arange(position, end)))
         while waiting:
             step += 1
@@ -64,7 +71,9 @@ def random_trace(
         logprobs=logprobs,
         sampling_logprobs=logprobs.copy(),
         weight_versions=np.zeros(response_len, dtype=np.int64),
-        sampling=SamplingParams(block_size=block, denoising_steps=block),
+        sampling=SamplingParams(
+            block_size=block, denoising_steps=block, max_new_tokens=generated + behind, horizon=horizon
+        ),
         prompt_key=prompt_key,
         sample=sample,
         finish_reason="stop",
@@ -78,12 +87,19 @@ def trace_item(trace: Trace, grid: Grid, shrinkage: int = 1) -> Item:
 
 
 def random_group(
-    prompt_len: int, response_lens: list[int], block: int, rng: np.random.Generator, prompt_key: str = "p0"
+    prompt_len: int,
+    response_lens: list[int],
+    block: int,
+    rng: np.random.Generator,
+    prompt_key: str = "p0",
+    **canvas: object,
 ) -> list[Trace]:
-    """Several responses to one random prompt."""
+    """Several responses to one random prompt. `canvas`: full, behind and horizon of `random_trace`."""
     prompt_ids = rng.integers(0, VOCAB, prompt_len)
     return [
-        random_trace(prompt_len, length, block, rng, prompt_ids=prompt_ids, prompt_key=prompt_key, sample=sample)
+        random_trace(
+            prompt_len, length, block, rng, prompt_ids=prompt_ids, prompt_key=prompt_key, sample=sample, **canvas
+        )
         for sample, length in enumerate(response_lens)
     ]
 
@@ -155,8 +171,11 @@ class State:
 def states(trace: Trace, grid: Grid, shrinkage: int = 1) -> list[State]:
     """One state per training block and (merged) step in which a response token was decided.
 
-    Each is the finished blocks, then the block with its masks.
+    Each is the finished blocks, then the block with its masks. Under full attention it is the prompt and the longest
+    response, with masks where nothing stands yet; without what a step behind a block's first was not shown.
     """
+    if grid.block_size is None:
+        return canvas_states(trace, shrinkage)
     prompt_len, tokens = len(trace.prompt_ids), [int(token) for token in trace.tokens]
     raw = [0] * prompt_len + [int(step) for step in trace.all_steps]
     response_end = prompt_len + len(trace.response_ids)
@@ -172,6 +191,32 @@ def states(trace: Trace, grid: Grid, shrinkage: int = 1) -> list[State]:
             upto = [p for p in range(len(tokens)) if block_of[p] <= block]
             shown = tuple(MASK_ID if p in step_of and step_of[p] >= step else tokens[p] for p in upto)
             found.append(State(block, shown, tuple(block_of[p] for p in upto), decided))
+    return found
+
+
+def canvas_states(trace: Trace, shrinkage: int = 1) -> list[State]:
+    """The states of a model of full attention. Of steps that are merged, the one that was shown most counts."""
+    prompt, size = [int(token) for token in trace.prompt_ids], trace.sampling.block_size
+    made = [int(token) for token in trace.tokens[len(prompt) :]]
+    raw = [int(step) for step in trace.all_steps]
+    merged = merged_steps(raw, shrinkage)
+    longest, horizon = trace.sampling.max_new_tokens, trace.sampling.horizon
+    found = []
+    for step in sorted(set(merged)):
+        shown_until = 0
+        for offset, own in enumerate(raw):
+            if merged[offset] != step:
+                continue
+            block = offset // size
+            first = min(one for other, one in enumerate(raw) if other // size == block)
+            seen = longest if own == first or horizon is None else min((block + 1) * size + horizon, longest)
+            shown_until = max(shown_until, seen)
+        text = list(prompt)
+        for offset in range(shown_until):
+            text.append(made[offset] if offset < len(made) and merged[offset] < step else MASK_ID)
+        decided = [len(prompt) + i for i, one in enumerate(merged) if one == step and i < len(trace.response_ids)]
+        if decided:
+            found.append(State(0, tuple(text), (0,) * len(text), tuple(decided)))
     return found
 
 

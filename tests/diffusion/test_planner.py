@@ -9,7 +9,7 @@ import pytest
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.diffusion.keys import stream
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.planner import Load, Plan, pack, partition
+from megatron_dlm.diffusion.planner import Load, Plan, pack, pack_parts, partition
 from megatron_dlm.diffusion.rows import build_row
 from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, trace_item
 
@@ -102,6 +102,53 @@ def test_an_item_that_is_too_long_is_refused_in_a_sentence() -> None:
 
 def test_an_item_that_just_fits_is_taken() -> None:
     assert pack([Load("a", 30, 70)], budget=100).length == 100
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_items_in_parts(seed: int, together: bool) -> None:
+    rng = np.random.default_rng(seed)
+    shared, items = rng.integers(0, 20, 4), []
+    for _ in range(int(rng.integers(1, 20))):
+        group = int(rng.integers(0, 4))
+        sizes = rng.integers(1, 60, int(rng.integers(1, 6)))
+        items.append([Load(f"g{group}", int(shared[group]), int(size)) for size in sizes])
+    num_ranks, multiple = int(rng.integers(1, 5)), int(rng.choice([1, 16]))
+    budget = int(rng.integers(80, 300))
+    plan = pack_parts(items, budget, num_ranks, multiple, together)
+    assert len(plan.ranks) == num_ranks and len({len(rows) for rows in plan.ranks}) == 1
+    found, homes, sizes, work = [], {}, [], []
+    for rank, (rows, parts_of_rows) in enumerate(zip(plan.ranks, plan.parts, strict=True)):
+        work.append(0)
+        for row, parts in zip(rows, parts_of_rows, strict=True):
+            loads = [items[item][part] for item, part in zip(row, parts, strict=True)]
+            found += zip(row, parts)
+            sizes.append(row_tokens(loads, tuple(range(len(loads)))))
+            work[-1] += sum(load.shared + load.own for load in loads)
+            for item in row:
+                homes.setdefault(item, set()).add(rank)
+    assert sorted(found) == [(item, part) for item, parts in enumerate(items) for part in range(len(parts))]
+    assert max(sizes) <= budget and max(sizes) <= plan.length <= math.ceil(budget / multiple) * multiple
+    assert pack_parts(items, budget, num_ranks, multiple, together) == plan
+    if together:
+        assert all(len(ranks) == 1 for ranks in homes.values())
+        largest = max(sum(load.shared + load.own for load in parts) for parts in items)
+        assert max(work) - min(work) <= largest  # nobody has more to do than another by more than one item
+
+
+def test_whole_items_are_packed_as_ever() -> None:
+    loads = [Load(f"g{i // 4}", 7, 10 + i) for i in range(12)]
+    plan, parts = pack(loads, 70, 2), pack_parts([[load] for load in loads], 70, 2)
+    assert (parts.ranks, parts.length) == (plan.ranks, plan.length) and plan.parts is None
+    assert {part for rows in parts.parts for row in rows for part in row} == {0}
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_parts_that_are_too_long_are_refused_and_nothing_is_nothing(together: bool) -> None:
+    with pytest.raises(ConfigError, match="--max-tokens-per-row 59 is too small: one sample may need 60"):
+        pack_parts([[Load("a", 0, 60), Load("a", 0, 9)]], 59, 2, 1, together)
+    assert pack_parts([[Load("a", 0, 60), Load("a", 0, 60)]], 60, 1, 1, together).ranks == (((0,), (0,)),)
+    assert pack_parts([], 64, 2, 16, together) == Plan((((),), ((),)), 16, (((),), ((),)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 32, 33])

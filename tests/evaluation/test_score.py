@@ -16,7 +16,7 @@ from megatron_dlm.data.traces import Limits, TraceLine, read_traces, trace_recor
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.evaluation import score as score_module
 from megatron_dlm.evaluation.score import compare, row_budget, score, scored_records, summarize, table
-from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, states
+from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, random_trace, states
 from tests.evaluation.test_generate import (
     LAYOUTS,
     SAMPLING,
@@ -250,3 +250,85 @@ def test_the_summary_names_the_worst_token(tmp_path) -> None:
     shown = table(metrics, found)
     assert "line 3, entry 0 of its token_ids" in shown and "5.000e-01" in shown
     assert compare(lines[:1], scores[:1]) is None and "|" not in table(summarize(lines[:1], scores[:1]), None)
+
+
+# Full attention -------------------------------------------------------------------------------------------------------
+
+
+def read_full(path: Path) -> list[TraceLine]:
+    return read_traces(str(path), LIMITS, default_block_size=None)
+
+
+def score_full(session, state, lines: list[TraceLine], budget: int | None = None):
+    return score(session, state, lines, row_budget(lines, budget, full_attention=True), quiet())
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["in place", "logits ahead"])
+def full_model(request):
+    return open_model(fp64=True, full_attention=True, block_size=None, logit_shift=request.param)
+
+
+CUTS = {
+    "exact": dict(prefix_cache=False),
+    "exact, to the horizon": dict(prefix_cache=False, horizon=2, temperature=0.7),
+    "one step a block": dict(denoising_steps=1, remasking="static"),
+}
+
+
+def test_under_full_attention_scores_are_the_log_probabilities_of_the_engine(full_model, tmp_path) -> None:
+    prompts, records = write_prompts(tmp_path / "prompts.jsonl", prompt_lists(4)), []
+    for changes in CUTS.values():
+        how = dataclasses.replace(SAMPLING, **{"remasking": "static", "max_new_tokens": 10, **changes})
+        records += generate_file(*full_model, prompts, how)
+    write_jsonl(tmp_path / "responses.jsonl", records)
+    lines = read_full(tmp_path / "responses.jsonl")
+    for budget in (None, 64, 33):
+        for line, (trace, block) in zip(lines, score_full(*full_model, lines, budget), strict=True):
+            np.testing.assert_allclose(trace, line.record["logprobs"], rtol=0, atol=1e-10)
+            if line.record["denoising_steps"] == 1:
+                np.testing.assert_allclose(block, trace, rtol=0, atol=1e-10)
+    assert any(record["tail_token_ids"] for record in records)
+
+
+def test_under_full_attention_both_numbers_are_those_of_naive_passes(full_model, tmp_path) -> None:
+    rng, records = np.random.default_rng(0), []
+    for horizon in (None, 0, 3):
+        for n, length in enumerate((2, 7, 8, 11)):
+            trace = random_trace(1 + 3 * n, length, 4, rng, full=True, behind=n, horizon=horizon)
+            records.append(trace_record(trace, len(records), 0, ""))
+    write_jsonl(tmp_path / "in.jsonl", records)
+    lines = read_full(tmp_path / "in.jsonl")
+    shift = full_model[0].model.logit_shift
+    naive_model = make_model(full_attention=True, block_size=None, logit_shift=shift)
+    for line, (trace, block) in zip(lines, score_full(*full_model, lines), strict=True):
+        prompt, tokens = len(line.trace.prompt_ids), line.trace.tokens.tolist()
+        end = prompt + line.record["max_new_tokens"]
+        by_trace, by_block = {}, {}
+        for seen in states(line.trace, Grid(None)):
+            by_trace |= _naive_full(naive_model, line, list(seen.shown), list(seen.decided))
+        for start in range(prompt, prompt + len(line.trace.response_ids), 4):
+            wanted = [p for p in range(start, start + 4) if p < prompt + len(line.trace.response_ids)]
+            by_block |= _naive_full(naive_model, line, tokens[:start] + [MASK_ID] * (end - start), wanted)
+        for found, expected in ((trace, by_trace), (block, by_block)):
+            np.testing.assert_allclose(found, [expected[n] for n in range(len(found))], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def _naive_full(model, line: TraceLine, shown: list[int], wanted: list[int]) -> dict[int, float]:
+    everything = torch.ones(len(shown), len(shown), dtype=torch.bool)
+    read = torch.tensor([place - model.logit_shift for place in wanted])
+    logits = explicit_logits(model, torch.tensor(shown), torch.arange(len(shown)), everything, read)
+    policy = allowed_logprobs(logits, line.record["temperature"] or 1.0)
+    return {
+        place - len(line.trace.prompt_ids): policy[row, line.trace.tokens[place]].item()
+        for row, place in enumerate(wanted)
+    }
+
+
+def test_under_full_attention_a_row_has_to_hold_one_copy(tmp_path) -> None:
+    trace = random_trace(5, 9, 4, np.random.default_rng(0), full=True, behind=3)
+    write_jsonl(tmp_path / "in.jsonl", [trace_record(trace, 0, 0, "")])
+    lines = read_full(tmp_path / "in.jsonl")
+    assert row_budget(lines, 20, full_attention=True) == 20
+    with pytest.raises(DataError, match="needs a row of 20 tokens for the text and its masks, .* 19. Use at least 20"):
+        row_budget(lines, 19, full_attention=True)

@@ -14,7 +14,7 @@ from megatron_dlm import platform
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.rows import build_row
-from megatron_dlm.diffusion.views import Item, masked_views
+from megatron_dlm.diffusion.views import Item, largest_part, masked_views, split_views
 from megatron_dlm.model.policy import label_logprobs, policy_scores
 from tests.diffusion.oracles import MASK_ID, PAD_ID, block_index, random_group, states, trace_item
 from tests.tiny import allowed_logprobs, explicit_logits, furthest, gradients, make_model, vocabulary
@@ -113,13 +113,36 @@ def test_which_rows_the_responses_share_does_not_matter(model, split: list[list[
     )
 
 
-@pytest.mark.parametrize("shrinkage", [1, 3])
-def test_full_attention(model, shrinkage: int) -> None:
-    """One block for the whole text: nothing is shared, every view is a whole copy."""
+def canvases(horizon: int | None):
+    """Responses of a model of full attention, to two prompts."""
     rng = np.random.default_rng(5)
-    traces = random_group(3, [4, 7], 4, rng, "p0") + random_group(5, [3], 4, rng, "p1")
+    how = dict(full=True, behind=2, horizon=horizon)
+    return random_group(3, [4, 7], 4, rng, "p0", **how) + random_group(5, [3], 4, rng, "p1", **how)
+
+
+@pytest.mark.parametrize("horizon", [None, 1])
+@pytest.mark.parametrize("shrinkage", [1, 3])
+def test_full_attention(model, shrinkage: int, horizon: int | None) -> None:
+    """One block for the whole text: nothing is shared, every view is a whole copy, with the masks behind it."""
+    traces = canvases(horizon)
     items = [trace_item(trace, Grid(None), shrinkage) for trace in traces]
     compare(model, traces, Grid(None), shrinkage, [build_row(list(enumerate(items)), 400, MASK_ID, PAD_ID)])
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("block", [4, None])
+@pytest.mark.parametrize("ahead", [False, True], ids=["in place", "logits ahead"])
+def test_a_response_may_stand_in_several_rows(model, shifted, ahead: bool, block: int | None, together: bool) -> None:
+    """As many as its views, the smallest that hold it; or all parts in one row."""
+    grid = Grid(block)
+    traces = canvases(1) if block is None else two_groups(4, 3, np.random.default_rng(3))
+    items = [trace_item(trace, grid) for trace in traces]
+    parts = [(n, part) for n, item in enumerate(items) for part in split_views(item, largest_part(item))]
+    assert len(parts) > len(traces) + 2
+    used = lambda part: part.shared_length + part.own_length
+    rows = [parts] if together else [[part] for part in parts]
+    built = [build_row(row, sum(used(part) for _, part in row), MASK_ID, PAD_ID) for row in rows]
+    compare(shifted if ahead else model, traces, grid, 1, built)
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 3, 4])

@@ -88,34 +88,26 @@ def rl_rows(state):
     from megatron_dlm.diffusion.layout import Grid
     from megatron_dlm.diffusion.planner import Load
     from megatron_dlm.rl.exchange import Graded, gather_graded
+    from megatron_dlm.rl.methods import TARGET, counts_of, replay
     from megatron_dlm.rl.objective import PolicyObjective
-    from megatron_dlm.rl.update import (
-        UpdateSettings,
-        build_rows,
-        fetch,
-        old_logprobs,
-        plan_updates,
-        policy_forward,
-        trace_item,
-    )
+    from megatron_dlm.rl.rows import build_rows
+    from megatron_dlm.rl.update import UpdateSettings, fetch, plan_updates, policy_forward, with_old_logprobs
 
     groups, rng = state.groups, np.random.default_rng(0)
     settings = UpdateSettings(
         objective=PolicyObjective(0.2, 0.3, 0.1),
         temperature=0.8,
         aggregation="constant",
-        max_response_len=12,
+        longest=12,
         num_updates=1,
         max_tokens_per_row=96,
-        grid=Grid(4),
-        shrinkage=1,
-        use_rollout_logprobs=False,
-    )
+        states=replay(Grid(4)),
+)
     traces = [trace for n in range(4) for trace in random_group(3 + n, [2 + n, 7, 5 - n], 4, rng, f"p{n}")]
     mine = traces[groups.rank :: groups.world_size]
     records = []
     for index, trace in enumerate(mine):
-        item = trace_item(trace, settings.grid, 1)
+        item = settings.states.item(trace, 0)
         records.append(
             Graded(
                 group=trace.prompt_key,
@@ -131,14 +123,14 @@ def rl_rows(state):
                 overlong=False,
                 judge_failed=False,
                 load=Load(item.group, item.shared_length, item.own_length),
-                num_targets=item.views.num_targets,
+                counts=counts_of(item, TARGET),
             )
         )
     advantages = {(trace.prompt_key, trace.sample): float(np.cos(5.0 * n)) for n, trace in enumerate(traces)}
     updates = plan_updates(gather_graded(records), settings, groups, 11)
     ((members, plan),), (fetched,) = updates, fetch(updates, mine, groups)
     rows = build_rows(members, plan, fetched, advantages, settings, groups.dp_rank, MASK_ID, PAD_ID)
-    rows = old_logprobs(state, rows, plan.length, vocabulary(), settings)
+    rows = with_old_logprobs(state, rows, plan.length, vocabulary(), settings)
     # An old policy at some distance, so that ratios differ from 1. Stages without a loss know no old log-probabilities.
     shift = lambda row: 0.4 * torch.sin(row.row.targets.index.double() + row.row.targets.label.double())
     rows = [

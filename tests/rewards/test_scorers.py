@@ -24,12 +24,12 @@ def _generated(name, n=5):
 def test_generated_answers(form):
     pytest.importorskip("reasoning_gym")
     for prompt in _generated("chain_sum"):
-        assert judge(form.format(prompt.ground_truth), prompt.ground_truth, prompt.metadata) == (1.0, "match")
-        assert judge(form.format(int(prompt.ground_truth) + 1), prompt.ground_truth, prompt.metadata) == (
+        assert judge(form.format(prompt.ground_truth), prompt.ground_truth, prompt.metadata)[:2] == (1.0, "match")
+        assert judge(form.format(int(prompt.ground_truth) + 1), prompt.ground_truth, prompt.metadata)[:2] == (
             0.0,
             "mismatch",
         )
-        assert judge("", prompt.ground_truth, prompt.metadata) == (0.0, "no answer")
+        assert judge("", prompt.ground_truth, prompt.metadata)[:2] == (0.0, "no answer")
 
 
 def test_partial_scores_are_not_correct():
@@ -83,7 +83,7 @@ def test_sentences(monkeypatch):
     with pytest.raises(ConfigError, match="-1 seconds"):
         make_scorer("auto", 1, -1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name in VERIFIERS:
+    for name in [name for name, verifier in VERIFIERS.items() if verifier.package is not None]:
         with pytest.raises(DependencyError, match="pip install"):
             make_scorer(name, 1, 1.0)
         with pytest.raises(DependencyError, match="pip install"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_dlm.rl.advantages import group_advantages, in_band, overlong
+from megatron_dlm.rl.advantages import group_advantages, in_band, overlong, speed_advantages
 
 
 def test_the_example_of_the_specification() -> None:
@@ -43,3 +43,28 @@ def test_the_band_holds_its_ends(right: int, kept: bool) -> None:
 def test_a_response_near_the_limit_is_too_long() -> None:
     assert overlong([1, 94, 95, 96, 100], 100, 5).tolist() == [False, False, True, True, True]
     assert overlong([99, 100], 100, 0).tolist() == [False, True]
+
+
+def slow_z_scores(values: list[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    deviation = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
+    return [(value - mean) / deviation for value in values]
+
+
+def test_speed_is_compared_within_the_group() -> None:
+    found = speed_advantages([1.0, 2.0, 4.0, 1.0], [1, 0, 1, 0])
+    np.testing.assert_allclose(found, slow_z_scores([1.0, 2.0, 4.0, 1.0]), atol=1e-12)
+
+
+def test_only_right_responses_may_be_compared() -> None:
+    found = speed_advantages([1.0, 9.0, 4.0, 2.0], [1, 0, 1, 1], only_correct=True)
+    first, third, fourth = slow_z_scores([1.0, 4.0, 2.0])
+    np.testing.assert_allclose(found, [first, 0.0, third, fourth], atol=1e-12)
+    assert speed_advantages([1.0, 9.0], [0, 0], only_correct=True).tolist() == [0, 0]
+    assert speed_advantages([1.0, 9.0], [1, 0], only_correct=True).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("spread, counts", [(0.0, False), (0.0099, False), (0.0101, True)])
+def test_nearly_equal_speeds_teach_nothing(spread: float, counts: bool) -> None:
+    assert bool(speed_advantages([2.0, 2.0 + spread], [1, 1], min_range=0.01).any()) is counts
+    assert not speed_advantages([2.0, 2.0], [1, 1], min_range=0.0).any()

@@ -9,13 +9,14 @@ import pytest
 from megatron_dlm.diffusion.planner import Load
 from megatron_dlm.rl.exchange import Graded
 from megatron_dlm.rl.metrics import console, learned_metrics, rollout_metrics, staleness_metrics
+from megatron_dlm.rl.normalise import Counts
 
 
 def graded(group: str, sample: int, reward: float, length: int, steps: int = 2, correct: float = 1.0) -> Graded:
     return Graded(
         group=group, sample=sample, owner=0, index=0, correct=correct, reward=reward, length=length, steps=steps,
         forwards=steps + 1, truncated=length == 9, overlong=correct != reward, judge_failed=False,
-        load=Load(group, 0, length), num_targets=length,
+        load=Load(group, 0, length), counts=Counts(length, length, 1, length),
     )  # fmt: skip
 
 

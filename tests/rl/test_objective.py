@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_dlm.rl.objective import PolicyObjective, response_weights
+from megatron_dlm.rl.normalise import Counts, unit_weights
+from megatron_dlm.rl.objective import PolicyObjective
 
 OBJECTIVE = PolicyObjective(eps_clip=0.2, eps_clip_high=0.2, kl_coef=0.01)
 
@@ -109,11 +110,13 @@ def test_weights(aggregation: str) -> None:
     """A hand-made update: losses 1..6 over responses of 1, 2 and 3 tokens."""
     counts, losses = [1, 2, 3], [[1.0], [2.0, 3.0], [4.0, 5.0, 6.0]]
     expected = {"constant": 21 / (3 * 10), "response": (1 + 2.5 + 5) / 3, "token": 21 / 6}[aggregation]
-    weights = response_weights(counts, aggregation, 10)
+    weights = unit_weights([Counts(n, n, n, n) for n in counts], aggregation, 10)
     assert sum(weight * sum(loss) for weight, loss in zip(weights, losses)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("aggregation", ["constant", "response", "token"])
 def test_weights_of_responses_without_targets_are_finite(aggregation: str) -> None:
     for counts in ([0, 0], [0, 3]):
-        assert all(math.isfinite(weight) for weight in response_weights(counts, aggregation, 10))
+        assert all(
+            math.isfinite(weight) for weight in unit_weights([Counts(n, n, n, n) for n in counts], aggregation, 10)
+        )

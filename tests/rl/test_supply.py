@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.rl.update import trace_item
+from megatron_dlm.rl.methods import replay
 from megatron_dlm.rollout.replicas import Job, requests_for, roll
 from tests.harness import pool
 from tests.rl.test_trainer import RL, ROLLOUT, Always, EvenFirst, make_trainer, prompts
@@ -45,7 +45,7 @@ def open_supply(config=OVER, given=None):
 
 def one_step(rig, supply, step: int) -> tuple[list[str], list]:
     """Keys of the new prompts of a step, and the traces that it learns from."""
-    fresh, samples = supply.begin(), supply.samples
+    fresh, samples = supply.begin(step), supply.samples
     group = lambda ticket: requests_for([fresh[ticket]], samples, supply.sampling, Job(SEED, step))
     harvest = roll(rig, "test", len(fresh), samples, group, supply.going_on(SEED), supply.missing)
     return [prompt.key for prompt in fresh], supply.settle(harvest, fresh, step)
@@ -209,8 +209,8 @@ def test_after_an_update_each_token_has_the_version_of_the_weights_that_decided_
                 np.testing.assert_allclose(trace.logprobs[:first], whole.logprobs[:first], rtol=0, atol=1e-12)
                 mixed += 1
             # The trace is learned as a whole, or without what older weights decided.
-            assert trace_item(trace, Grid(4), 1).views.num_targets == len(versions)
-            assert trace_item(trace, Grid(4), 1, version).views.num_targets == int((versions == version).sum())
+            assert replay(Grid(4)).item(trace, 0).views.num_targets == len(versions)
+            assert replay(Grid(4)).item(trace, 0, version).views.num_targets == int((versions == version).sum())
         before[step] = undisturbed(rig, supply, dict.fromkeys(fresh, step))
         disturb(rig.state.module, step + 1)
         rig.refit()

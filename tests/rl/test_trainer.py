@@ -168,7 +168,7 @@ def test_every_prompt_comes_once_in_a_step_and_all_come() -> None:
 
 
 def test_rollout_log_probabilities_give_the_same_update() -> None:
-    computed, taken = make_trainer(), make_trainer(rl=dataclasses.replace(RL, use_rollout_logprobs=True))
+    computed, taken = make_trainer(), make_trainer(rl=dataclasses.replace(RL, old_logprobs="rollout"))
     one, other = computed.step(quiet()), taken.step(quiet())
     assert other["train/train_rollout_logprob_abs_diff"] < 1e-5
     for name in ("train/loss", "train/grad_norm", "train/entropy", "train/ratio"):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.training.pace import Pace
@@ -74,6 +75,30 @@ def test_each_phase_has_what_it_needs_and_no_more() -> None:
     ledger = turns.ledger.phases
     assert ledger["rollout"].held["kv cache"].device == 5 and ledger["train"].held["gradients"].device > 0
     assert ledger["rollout"].held["gradients"].device == 0
+
+
+def test_a_value_model_and_the_policy_take_turns() -> None:
+    from megatron_dlm.rl.turns import Turns
+    from megatron_dlm.training.sleep import asleep, wake
+    from tests.tiny import make_session
+
+    state, value, calls = make_state(torch.float32), make_session().value_state(OptimizerConfig(), 9), []
+    phases, found = ("rollout", "values", "train_value", "train", "train_value", "eval"), {}
+    for offload in (True, False):
+        turns = Turns(state, SimpleNamespace(engine=FakeEngine(state, calls)), RLConfig(offload_train=offload), value)
+        found[offload] = []
+        for name in phases:
+            with turns.phase(name):
+                found[offload].append((asleep(state), asleep(value)))
+        held = turns.ledger.phases
+        assert held["train"].held["value parameters"].device > 0
+        assert (held["train"].held["value gradients"].device > 0) == (not offload)
+        assert held["train_value"].held["value gradients"].device > 0
+        for one in (state, value):
+            wake(one)
+    both = (True, True)
+    assert found[True] == [both, both, (True, False), (False, True), (True, False), both]
+    assert found[False] == [(False, False)] * len(phases)
 
 
 def test_a_failing_phase_keeps_its_error() -> None:

@@ -13,16 +13,15 @@ from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import Load
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.rl.exchange import Graded
+from megatron_dlm.rl.methods import TARGET, counts_of, replay
 from megatron_dlm.rl.objective import PolicyObjective
+from megatron_dlm.rl.rows import RLRow, build_rows
 from megatron_dlm.rl.update import (
-    RLRow,
     UpdateSettings,
-    build_rows,
     fetch,
-    old_logprobs,
     plan_updates,
     policy_forward,
-    trace_item,
+    with_old_logprobs,
 )
 from megatron_dlm.training.step import accumulate_gradients
 from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, states
@@ -41,12 +40,10 @@ SETTINGS = UpdateSettings(
     objective=PolicyObjective(0.2, 0.3, 0.1),
     temperature=0.8,
     aggregation="constant",
-    max_response_len=12,
+    longest=12,
     num_updates=1,
     max_tokens_per_row=512,
-    grid=Grid(4),
-    shrinkage=1,
-    use_rollout_logprobs=False,
+    states=replay(Grid(4)),
 )
 
 
@@ -64,7 +61,7 @@ def responses() -> list[Trace]:
 def graded(traces: list[Trace], settings: UpdateSettings) -> list[Graded]:
     records = []
     for index, trace in enumerate(traces):
-        item = trace_item(trace, settings.grid, settings.shrinkage, settings.oldest_version)
+        item = settings.states.item(trace, settings.step, settings.oldest_version)
         records.append(
             Graded(
                 group=trace.prompt_key,
@@ -80,7 +77,7 @@ def graded(traces: list[Trace], settings: UpdateSettings) -> list[Graded]:
                 overlong=False,
                 judge_failed=False,
                 load=Load(item.group, item.shared_length, item.own_length),
-                num_targets=item.views.num_targets,
+                counts=counts_of(item, TARGET),
             )
         )
     return records
@@ -107,7 +104,7 @@ def rows_of(traces: list[Trace], settings: UpdateSettings) -> tuple[list[tuple[l
     for (members, plan), mine in zip(updates, fetch(updates, traces, groups)):
         rows = build_rows(members, plan, mine, advantages(traces), settings, 0, MASK_ID, PAD_ID)
         shifted = []
-        for row in old_logprobs(state(), rows, plan.length, vocabulary(), settings):
+        for row in with_old_logprobs(state(), rows, plan.length, vocabulary(), settings):
             pairs = zip(row.row.targets.response.tolist(), row.row.targets.index.tolist(), row.old_logprob.tolist())
             old = torch.tensor(
                 [old_logprob(mine[response], index, now) for response, index, now in pairs], dtype=torch.float64
@@ -137,7 +134,9 @@ def in_two_versions(traces: list[Trace]) -> list[Trace]:
 def test_is_the_objective_over_single_denoising_states(aggregation: str, shrinkage: int, oldest: int) -> None:
     """Of the tokens that are young enough; the others stand in the same states."""
     traces = in_two_versions(responses())
-    settings = dataclasses.replace(SETTINGS, aggregation=aggregation, shrinkage=shrinkage, oldest_version=oldest)
+    settings = dataclasses.replace(
+        SETTINGS, aggregation=aggregation, states=replay(Grid(4), shrinkage), oldest_version=oldest
+    )
     metrics, grads, _ = run(settings, traces)
     young = [int((trace.weight_versions >= oldest).sum()) for trace in traces]
     model, loss, tokens, clipped = make_model(torch.float64), 0, sum(young), 0
@@ -214,11 +213,11 @@ def test_every_response_is_in_one_update(updates: int) -> None:
 
 def test_rollout_log_probabilities_are_taken_as_they_are() -> None:
     traces, groups = responses(), one_process()
-    settings = dataclasses.replace(SETTINGS, use_rollout_logprobs=True, max_tokens_per_row=64)
+    settings = dataclasses.replace(SETTINGS, old_logprobs="rollout", max_tokens_per_row=64)
     updates = plan_updates(graded(traces, settings), settings, groups, stream=11)
     ((records, plan),) = updates
     (mine,) = fetch(updates, traces, groups)
-    rows = old_logprobs(
+    rows = with_old_logprobs(
         state(),
         build_rows(records, plan, mine, advantages(traces), settings, 0, MASK_ID, PAD_ID),
         plan.length,
