@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base-steps", type=positive, default=20, help="RL steps before the expansion, with blocks of 4")
     add("--phase-1", type=positive, default=16, help="RL steps with rollouts in blocks of 4, trained in blocks of 8")
     add("--phase-2", type=positive, default=44, help="RL steps with rollouts in blocks of 8, too")
-    add("--phase-1-flags", default="", help="more flags of tracerl in phase 1, as one argument")
+    add("--phase-1-flags", default="--old-logprobs rollout", help="more flags of tracerl in phase 1, as one argument")
     add("--direct", action="store_true", help="all these steps with rollouts in blocks of 8, for comparison")
     add("--prompts", type=positive, default=64, help="per RL step")
     add("--samples", type=positive, default=16, help="responses per prompt")

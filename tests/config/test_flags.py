@@ -240,7 +240,7 @@ class Shadow:
 @pytest.mark.parametrize(
     ("sections", "flag"),
     [
-        (pick("sft", "rl"), "--global-batch-size"),
+        (pick("sft", "rl"), "--mask-ratio-per"),
         (pick("checkpoint") | {"bare": Bare}, "--load-optim"),
         ({"shadow": Shadow}, "--config"),
     ],

@@ -102,7 +102,7 @@ def rl_rows(state):
         num_updates=1,
         max_tokens_per_row=96,
         states=replay(Grid(4)),
-)
+    )
     traces = [trace for n in range(4) for trace in random_group(3 + n, [2 + n, 7, 5 - n], 4, rng, f"p{n}")]
     mine = traces[groups.rank :: groups.world_size]
     records = []
