@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from megatron_dlm.rewards.sandbox import boot, confine
 from megatron_dlm.rewards.sandbox.programs import ERROR, EXIT, FAIL, PASS
-from megatron_dlm.rewards.sandbox.watch import KILLED, Job, Limits, Outcome, below, resident, waited, watch
+from megatron_dlm.rewards.sandbox.watch import KILLED, Job, Limits, Outcome, below, resident, scheduled, watch
 
 START_LIMIT = 60.0  # seconds until a zygote is ready
 
@@ -193,7 +193,7 @@ class Zygote:
     def order(self, role: str, limits: Limits, descriptors: list[int]) -> None:
         numbers = {"cpu": int(limits.cpu) + 1, "memory": limits.memory, "processes": limits.processes}
         self.busy = True
-        self._before = {pid: waited(pid) for pid in below(self.process.pid)}
+        self._before = {pid: scheduled(pid)[1] for pid in below(self.process.pid)}
         socket.send_fds(self.socket, [json.dumps({"role": role, "limits": numbers}).encode()], descriptors)
 
     def stop(self) -> None:
@@ -209,6 +209,10 @@ class Zygote:
         self.busy = False
         return said
 
+    def cpu(self) -> float:
+        """Seconds that the program's living processes have run."""
+        return sum(scheduled(pid)[0] for pid in below(self.process.pid) if pid not in self._before)
+
     def memory(self) -> int:
         """Bytes in use by all processes below the zygote's own."""
         own = self.process.pid
@@ -217,7 +221,7 @@ class Zygote:
     def delay(self) -> float:
         """Seconds that the program's processes (the one that waited longest) and the zygote have been ready to run and
         have not, since the last order."""
-        found = {pid: waited(pid) - self._before.get(pid, 0.0) for pid in below(self.process.pid)}
+        found = {pid: scheduled(pid)[1] - self._before.get(pid, 0.0) for pid in below(self.process.pid)}
         own = sum(seconds for pid, seconds in found.items() if pid in self._before)
         return own + max((seconds for pid, seconds in found.items() if pid not in self._before), default=0.0)
 

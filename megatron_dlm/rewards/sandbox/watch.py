@@ -147,6 +147,8 @@ def watch(jobs: list[Job]) -> list[Outcome]:
                 for job in jobs:
                     if not job.over and job.zygote.memory() > job.limits.memory:
                         job.stop(MEMORY)
+                    if not job.over and job.zygote.cpu() > job.limits.cpu:
+                        job.stop(TIMEOUT)
     for job in jobs:
         for read in job.reads:
             while _read(job, read):
@@ -179,10 +181,12 @@ def below(pid: int) -> list[int]:
     return found
 
 
-def waited(pid: int) -> float:
+def scheduled(pid: int) -> tuple[float, float]:
+    """Seconds that a process has run, and that it has been ready to run and has not."""
     with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/schedstat", encoding="ascii") as file:
-        return int(file.read().split()[1]) / 1e9
-    return 0.0
+        ran, waited = file.read().split()[:2]
+        return int(ran) / 1e9, int(waited) / 1e9
+    return 0.0, 0.0
 
 
 def resident(pid: int) -> int:
