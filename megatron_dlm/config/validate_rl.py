@@ -11,7 +11,7 @@ from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig, with_method
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
-from megatron_dlm.config.validate import above, at_least, needs, needs_data, within
+from megatron_dlm.config.validate import above, at_least, needs_data, within
 
 DRAWN = ("random_masking", "coupled", "slim_rl", "espo", "ebpo")  # learn states that are drawn
 REPLAYED = ("tracerl", "dipo")  # reward the decisions of the trace
@@ -148,7 +148,11 @@ def _check_frozen(config: ObjectiveConfig, method: str) -> None:
             if method != "opd"
             else "--rl-method opd needs --teacher-load. Give the folder of the teacher."
         )
-    needs(config, "teacher_load", "distill_coef", "without which nobody listens to the teacher")
+    if config.teacher_load is not None and not config.distill_coef:
+        raise ConfigError(
+            f"--teacher-load does nothing with --rl-method {method} and no --distill-coef. Set that above 0, or leave "
+            "--teacher-load out."
+        )
 
 
 def _check_update_size(rl: RLConfig, rollout: RolloutConfig) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from megatron_dlm.config.checkpoint import CheckpointConfig
@@ -13,7 +11,6 @@ from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.reward import RewardConfig
-from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
@@ -25,7 +22,6 @@ from megatron_dlm.config.validate_training import (
     check_logging,
     check_optimizer,
     check_reward,
-    check_rl,
     check_rollout,
     check_run,
     check_sft,
@@ -46,7 +42,6 @@ def test_the_defaults_pass_once_data_and_update_size_are_given():
     check_tokenizer(TokenizerConfig())
     check_sft(SFTConfig(data_path=["a.jsonl"]), MODEL)
     check_rollout(RolloutConfig(), MODEL)
-    check_rl(RLConfig(prompt_data=["a.jsonl"], num_steps_per_rollout=1), RolloutConfig(), MODEL)
     check_reward(RewardConfig())
     check_eval(TrainingEvalConfig(), RolloutConfig(), MODEL)
     check_logging(ReportConfig())
@@ -245,62 +240,6 @@ def test_stop_tokens(tokens, words):
 def test_generation_needs_some_block_size():
     expect(run(check_rollout, RolloutConfig(), NO_BLOCK), ["--block-size or --rollout-block-size"])
     check_rollout(RolloutConfig(rollout_block_size=32), NO_BLOCK)
-
-
-SAMPLED = dict(old_logprobs="rollout")
-
-
-@pytest.mark.parametrize(
-    ("values", "rollout", "words"),
-    [
-        (dict(prompt_data=[]), {}, ["--prompt-data names no prompt source"]),
-        (dict(num_rollout=0), {}, ["--num-rollout is 0"]),
-        (dict(max_tokens_per_row=0), {}, ["--max-tokens-per-row is 0"]),
-        (dict(shrinkage=0), {}, ["--shrinkage is 0"]),
-        (dict(eps_clip=0.0), {}, ["--eps-clip is 0.0"]),
-        (dict(eps_clip=1.0), {}, ["--eps-clip is 1.0"]),
-        (dict(eps_clip_high=0.0), {}, ["--eps-clip-high is 0.0"]),
-        (dict(eps_clip_high=2.0), {}, None),
-        (dict(kl_loss_coef=-0.1), {}, ["--kl-loss-coef is -0.1"]),
-        (dict(max_empty_steps=0), {}, ["--max-empty-steps is 0"]),
-        (dict(min_group_accuracy=-0.1), {}, ["--min-group-accuracy is -0.1"]),
-        (dict(max_group_accuracy=1.1), {}, ["--max-group-accuracy is 1.1"]),
-        (dict(min_group_accuracy=0.0, max_group_accuracy=1.0), {}, None),
-        (dict(min_group_accuracy=0.9), {}, ["--min-group-accuracy 0.9", "--max-group-accuracy 0.8", "Swap"]),
-        (dict(overlong_margin=-1), {}, ["--overlong-margin is -1"]),
-        (dict(log_samples=-1), {}, ["--log-samples is -1"]),
-        (dict(log_samples=0), {}, None),
-        (dict(overlong_margin=256), {}, ["--overlong-margin 256", "--rollout-max-response-len 256"]),
-        ({}, dict(n_samples_per_prompt=1), ["--n-samples-per-prompt 1", "2 or more"]),
-        (dict(num_steps_per_rollout=None), {}, ["--global-batch-size", "--num-steps-per-rollout", "neither is given"]),
-        (dict(global_batch_size=16), {}, ["--global-batch-size", "--num-steps-per-rollout", "both are given"]),
-        (dict(global_batch_size=1024, num_steps_per_rollout=None), {}, None),
-        (dict(global_batch_size=1025, num_steps_per_rollout=None), {}, ["--global-batch-size 1025", "1024 responses"]),
-        (dict(global_batch_size=0, num_steps_per_rollout=None), {}, ["--global-batch-size is 0"]),
-        (dict(num_steps_per_rollout=0), {}, ["--num-steps-per-rollout is 0"]),
-        (
-            dict(num_steps_per_rollout=9),
-            dict(rollout_batch_size=2, n_samples_per_prompt=4),
-            ["--num-steps-per-rollout 9", "8 responses"],
-        ),
-        (SAMPLED, {}, None),
-        (SAMPLED, dict(rollout_block_size=4), None),
-        (dict(SAMPLED, shrinkage=2), {}, ["--old-logprobs rollout", "--shrinkage 1"]),
-        (dict(shrinkage=2), {}, None),
-        (dict(SAMPLED, grid_anchor="response"), {}, ["--old-logprobs rollout", "--grid-anchor absolute"]),
-        (dict(grid_anchor="response"), {}, None),
-        ({}, dict(rollout_block_size=8), None),
-        ({}, dict(rollout_temperature=0.0), ["--rollout-temperature 0", "above 0"]),
-    ],
-)
-def test_rl(values, rollout, words):
-    rl = RLConfig(**{"prompt_data": ["a.jsonl"], "num_steps_per_rollout": 1, **values})
-    expect(run(check_rl, rl, RolloutConfig(**rollout), MODEL), words)
-
-
-def test_rollout_log_probabilities_of_a_bfloat16_model():
-    rl = RLConfig(prompt_data=["a.jsonl"], num_steps_per_rollout=1, old_logprobs="rollout")
-    expect(run(check_rl, rl, RolloutConfig(), dataclasses.replace(MODEL, bf16=True)), ["--bf16"])
 
 
 @pytest.mark.parametrize(
