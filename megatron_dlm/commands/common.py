@@ -161,7 +161,9 @@ def longest_prompt(*sets) -> int:
 
 
 def longest_response(engine: EngineConfig, evaluation: EvalConfig) -> int:
-    return max(engine.rollout_max_response_len, evaluation.eval_max_response_len or 0)
+    """Tokens of the longest response, with room for the last block of an evaluation in blocks of its own."""
+    longest = max(engine.rollout_max_response_len, evaluation.eval_max_response_len or 0)
+    return longest + max(evaluation.eval_block_size or [0])
 
 
 def nothing_left(report, done: int, wanted: int) -> bool:

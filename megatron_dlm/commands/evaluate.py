@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     check_judge(reward)
     prepare_process()
     complete(config)
-    from megatron_dlm.evaluation.evaluate import Evaluator
+    from megatron_dlm.evaluation.evaluate import Evaluator, ways_of
     from megatron_dlm.evaluation.report import table
     from megatron_dlm.rewards.code_options import CodeOptions
     from megatron_dlm.rewards.endpoint import open_endpoint
@@ -86,4 +86,4 @@ def main(argv: list[str]) -> None:
                 metrics = evaluator(report, state.iteration)
             report.record(state.iteration, metrics)
             name = (config["checkpoint"].load or config["checkpoint"].hf_checkpoint).rstrip("/").split("/")[-1]
-            report.say(table([(name, metrics)], evaluation.eval_remasking))
+            report.say(table([(name, metrics)], list(ways_of(evaluation))))

@@ -10,6 +10,7 @@ from megatron_dlm.commands.common import (
     prepare_process,
     running,
 )
+from megatron_dlm.commands.dry_run import dry_run, sft_plan
 from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import pick
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> None:
     check_logging(config["logging"])
     check_run(run)
     check_tokenizer(words)
+    if run.dry_run:
+        return dry_run(config, lambda config, model, _: check_sft(config["sft"], model), sft_plan(config))
     prepare_process()
     complete(config)
     from megatron_dlm.data.sft_data import load_sft

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from megatron_dlm.commands.common import (
     keep_settings,
@@ -17,12 +18,16 @@ from megatron_dlm.commands.common import (
     running,
     together,
 )
+from megatron_dlm.commands.dry_run import dry_run, rl_plan
 from megatron_dlm.commands.models import open_models
 from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.checkpoint import CheckpointConfig
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.flags import parse
+from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.config.rl import RLConfig
+from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sections import pick
 from megatron_dlm.config.validate_curriculum import check_curriculum
 from megatron_dlm.config.validate_reward import check_judge, check_shaping
@@ -70,6 +75,8 @@ def main(argv: list[str]) -> None:
     check_reward(reward)
     check_judge(reward)
     check_value(value, rl.num_rollout)
+    if run.dry_run:
+        return dry_run(config, check_with_model, rl_plan(config, updates_of(rl, rollout)))
     prepare_process()
     complete(config)
     from megatron_dlm.data.mixture import check_mixture
@@ -88,17 +95,11 @@ def main(argv: list[str]) -> None:
 
     with running():
         session = Session.open(config["model"], config["parallel"], words, run.seed)
-        check_rollout_layout(config["parallel"], session.model, rollout, session.groups.world_size)
+        check_with_model(config, session.model, session.groups.world_size)
         tensor_size = rollout.rollout_tensor_model_parallel_size or config["parallel"].tensor_model_parallel_size
         together(lambda: check_backend(rollout, session.model, tensor_size))
         together(lambda: check_attention(rollout, session.model))
-        check_rollout(rollout, session.model)
         check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
-        check_rl(rl, rollout, session.model)
-        check_trajectory(rl, value.use_value_model, reward.process_reward is not None)
-        check_curriculum(curriculum, rl, rollout)
-        check_shaping(reward, rollout)
-        check_eval(evaluation, rollout, session.model)
         prompts, found = read_prompts(rl.prompt_data, session, words, rollout.rollout_max_prompt_len)
         for flag in ("rollout_batch_size", "over_sampling_batch_size"):
             if len(prompts) < (getattr(rollout, flag) or 0):
@@ -120,9 +121,7 @@ def main(argv: list[str]) -> None:
         endpoint = together(lambda: open_endpoint(reward))
         longest = rollout.rollout_max_response_len
         earnings = together(lambda: open_earnings(reward, session.tokenizer, rl, longest, endpoint))
-        per_step = rl.num_steps_per_rollout or (
-            -(-rollout.rollout_batch_size * rollout.n_samples_per_prompt // rl.global_batch_size)
-        )
+        per_step = updates_of(rl, rollout)
         open_outputs(config, session.groups.is_main)
         with open_report(config["logging"], session.groups.is_main, config) as report:
             state = session.train_state(config["optimizer"], rl.num_rollout * per_step)
@@ -179,6 +178,24 @@ def main(argv: list[str]) -> None:
                 pace = Pace(run, save, report.say)
                 logging = config["logging"]
                 trainer.run(report, pace, evaluate if evaluator else None, logging.log_interval, logging.log_memory)
+
+
+def check_with_model(config: dict[str, Any], model: ModelConfig, world_size: int) -> None:
+    """Refuse what does not fit the resolved model, or this number of processes."""
+    rl, rollout, reward = (config[name] for name in ("rl", "rollout", "reward"))
+    check_rollout_layout(config["parallel"], model, rollout, world_size)
+    check_rollout(rollout, model)
+    check_rl(rl, rollout, model)
+    check_trajectory(rl, config["value"].use_value_model, reward.process_reward is not None)
+    check_curriculum(config["curriculum"], rl, rollout)
+    check_shaping(reward, rollout)
+    check_eval(config["eval"], rollout, model)
+
+
+def updates_of(rl: RLConfig, rollout: RolloutConfig) -> int:
+    """Updates in an RL step that learns from all its responses."""
+    responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+    return rl.num_steps_per_rollout or -(-responses // rl.global_batch_size)
 
 
 def resume_rollouts(supply, checkpoint: CheckpointConfig, restored: dict, say: Callable[[str], None]) -> None:

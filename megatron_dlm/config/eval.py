@@ -35,6 +35,9 @@ class EvalConfig:
     likeliest token, or a low entropy, which is what entropy-bounded remasking always goes by."""
     eval_entropy_bound: float = 0.35
     """Entropy, in nats, below which the tokens that entropy-bounded remasking unmasks together must stay in sum."""
+    eval_block_size: list[int] | None = None
+    """Blocks in which responses are generated, each evaluated on its own; that of the rollout when they are not given.
+    Where several are given, the names of metrics end in the block: eval/dynamic-block8/accuracy."""
     eval_denoising_steps: int | None = None
     """Denoising steps per block; the block size when it is not given."""
     save_eval_samples: str | None = None

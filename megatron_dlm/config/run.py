@@ -21,3 +21,9 @@ class TrainingRunConfig(RunConfig):
     """Save and stop after a step whose number is a multiple of this."""
     exit_duration_in_mins: float | None = None
     """Save and stop after this many minutes."""
+    dry_run: bool = False
+    """Check the settings, print what they come to (those that differ from the defaults, the model's size, the layout,
+    the updates of a step), and end. Reads no weights and no data; names the files that are not here."""
+    dry_run_world_size: int | None = None
+    """Number of processes that --dry-run reckons with; those of the launcher, or as few as the layout needs, when it
+    is not given."""

@@ -21,10 +21,15 @@ class SFTConfig:
     seq_length: int | None = None
     """Longest sample in tokens, prompt and response together; longer ones are left out and counted. The model's
     positions when it is not given."""
-    mask_ratio_per: Literal["block", "sample"] = "block"
-    """Draw the noise level once per block, or once per sample."""
+    mask_ratio_per: Literal["block", "sample", "token"] = "block"
+    """Draw the noise level once per block, once per sample, or for each token."""
     min_mask_ratio: float = 1e-3
     """Lowest noise level that is drawn."""
+    max_mask_ratio: float = 1.0
+    """Highest noise level that is drawn."""
+    redraw_masks: bool = True
+    """Draw the masks of a sample anew each time it comes; otherwise it has the same masks in every epoch, as in the
+    published code of TraceRL."""
     max_loss_weight: float = 10.0
     """Largest weight of a masked token; the weight is 1 / noise level up to here."""
     loss_on_pad: bool = True

@@ -12,6 +12,7 @@ from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import TrainingRunConfig
@@ -52,6 +53,20 @@ def check_optimizer(optimizer: OptimizerConfig, total_iters: int | None = None) 
         )
 
 
+def check_trained(model: ModelConfig, optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
+    """Refuse what the optimizer of a model cannot do in its precision and layout."""
+    if model.fp64:
+        raise ConfigError(
+            "--fp64 does not work in training, whose optimizer computes in float32. Leave it out, or use it with "
+            "generate, score or evaluate."
+        )
+    if parallel.use_distributed_optimizer and optimizer.optimizer != "adam":
+        raise ConfigError(
+            f"--use-distributed-optimizer works with --optimizer adam only, not {optimizer.optimizer}. Drop one of the "
+            "two."
+        )
+
+
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:
     """Refuse checkpoint settings that contradict each other."""
     at_least(checkpoint, 1, "save_interval", "keep_last_n")
@@ -66,6 +81,8 @@ def check_run(run: TrainingRunConfig) -> None:
     """Refuse ends of a run that never come."""
     at_least(run, 1, "exit_interval")
     above(run, 0, "exit_duration_in_mins")
+    at_least(run, 1, "dry_run_world_size")
+    needs(run, "dry_run_world_size", "dry_run", "which alone reckons with it")
 
 
 def check_logging(logging: ReportConfig) -> None:
@@ -89,7 +106,11 @@ def check_sft(sft: SFTConfig, model: ModelConfig) -> None:
     """Refuse fine-tuning settings that cannot work with this model."""
     needs_data(sft.data_path, "--data-path", "training file")
     at_least(sft, 1, "train_iters", "global_batch_size", "max_tokens_per_row", "seq_length")
-    within(sft, 0, 1, "min_mask_ratio", low_open=True)
+    within(sft, 0, 1, "min_mask_ratio", "max_mask_ratio", low_open=True)
+    if sft.min_mask_ratio > sft.max_mask_ratio:
+        raise ConfigError(
+            f"--min-mask-ratio {sft.min_mask_ratio} is above --max-mask-ratio {sft.max_mask_ratio}. Swap them."
+        )
     at_least(sft, 1, "max_loss_weight")  # below 1 even a fully masked block would be cut
     if sft.seq_length is not None:
         _fits_positions(sft.seq_length, f"--seq-length {sft.seq_length}", model)
@@ -191,11 +212,20 @@ def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig
             f"--eval-remasking {' '.join(evaluation.eval_remasking) or '(empty)'} must name each way "
             "once. Use one or more of static, dynamic, sequential and entropy_bounded."
         )
-    check_steps_of_block(
-        evaluation.eval_denoising_steps,
-        check_decoding_block(rollout.rollout_block_size, model),
-        "--eval-denoising-steps",
-    )
+    blocks = evaluation.eval_block_size
+    if blocks is not None and (not blocks or len(set(blocks)) != len(blocks) or min(blocks) < 1):
+        raise ConfigError(
+            f"--eval-block-size {' '.join(map(str, blocks)) or '(empty)'} must name each block once, of 1 token or more."
+        )
+    if blocks is not None and rollout.rollout_backend == "sglang":
+        raise ConfigError(
+            "--eval-block-size does not work with --rollout-backend sglang, which decodes in blocks of one size. Leave "
+            "it out, or evaluate with --rollout-block-size."
+        )
+    for block in blocks or [rollout.rollout_block_size]:
+        check_steps_of_block(
+            evaluation.eval_denoising_steps, check_decoding_block(block, model), "--eval-denoising-steps"
+        )
     own = evaluation.eval_max_response_len
     length = rollout.rollout_max_response_len if own is None else own
     _fits_positions(

@@ -66,6 +66,14 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, float]:
     }
 
 
+def ways_of(config: EvalConfig) -> dict[str, tuple[str, int | None]]:
+    """The (way of unmasking, block) pairs that are evaluated, by the name under which metrics tell them. The block is
+    None for that of the rollout, and named only where there are several."""
+    blocks = config.eval_block_size or [None]
+    name = lambda remasking, block: f"{remasking}-block{block}" if len(blocks) > 1 else remasking
+    return {name(way, block): (way, block) for block in blocks for way in config.eval_remasking}
+
+
 class Evaluator:
     """Evaluates the rig's engine on prompts. Calls are collective over all ranks."""
 
@@ -83,16 +91,18 @@ class Evaluator:
         self.config, self.rollout, self.seed = config, rollout, seed
         self.prompts = list(prompts)[: config.eval_num_prompts]
 
-    def sampling(self, remasking: str) -> SamplingParams:
+    def sampling(self, remasking: str, block_size: int | None = None) -> SamplingParams:
         """Those of training rollouts, with what the evaluation has settings of its own for."""
         training, config = self.rig.sampling(self.rollout), self.config
+        block = block_size or training.block_size
         return dataclasses.replace(
             training,
             temperature=config.eval_temperature,
             top_k=config.eval_top_k,
             top_p=config.eval_top_p,
             max_new_tokens=config.eval_max_response_len or training.max_new_tokens,
-            denoising_steps=config.eval_denoising_steps or training.block_size,
+            block_size=block,
+            denoising_steps=config.eval_denoising_steps or block,
             remasking=remasking,
             threshold=config.eval_threshold,
             confidence=config.eval_confidence,
@@ -106,23 +116,27 @@ class Evaluator:
             step: of the model, for --save-eval-samples.
         """
         metrics = {}
-        for remasking in self.config.eval_remasking:
-            traces = self._generate(remasking, report)
+        for way, sampling in self._ways().items():
+            traces = self._generate(way, sampling, report)
             texts, verdicts = self._judge(traces) if self.rig.is_leader else ([], [])
             if self.config.save_eval_samples is not None:
-                self._keep_samples(step, remasking, list(zip(traces, texts, verdicts)), report.is_main)
+                self._keep_samples(step, way, list(zip(traces, texts, verdicts)), report.is_main)
             outcomes = [outcome_of(trace, verdict) for trace, verdict in zip(traces, verdicts)]
             everyone = [outcome for part in gather_objects(outcomes) for outcome in part]
-            metrics |= {f"eval/{remasking}/{name}": value for name, value in summarize(everyone).items()}
+            metrics |= {f"eval/{way}/{name}": value for name, value in summarize(everyone).items()}
         return metrics
 
-    def _generate(self, remasking: str, report: Report) -> list[Trace]:
+    def _ways(self) -> dict[str, SamplingParams]:
+        """By name."""
+        return {way: self.sampling(remasking, block) for way, (remasking, block) in ways_of(self.config).items()}
+
+    def _generate(self, way: str, sampling: SamplingParams, report: Report) -> list[Trace]:
         """The responses that fell to this replica, in the order of the prompts."""
-        samples, sampling = self.config.n_samples_per_eval_prompt, self.sampling(remasking)
-        job, name = Job(self.seed, 0, f"eval-{remasking}"), f"evaluation, {remasking}"
+        samples = self.config.n_samples_per_eval_prompt
+        job, name = Job(self.seed, 0, f"eval-{sampling.remasking}"), f"evaluation, {way}"
         group = lambda number: requests_for([self.prompts[number]], samples, sampling, job)
         with report.bar(len(self.prompts) * samples // self.rig.num_replicas, name) as bar:
-            traces = roll(self.rig, job.tag, len(self.prompts), samples, group, progress=bar.update).finished
+            traces = roll(self.rig, f"eval-{way}", len(self.prompts), samples, group, progress=bar.update).finished
         place = {prompt.key: number for number, prompt in enumerate(self.prompts)}
         return sorted(traces, key=lambda trace: (place[trace.prompt_key], trace.sample))
 
@@ -131,15 +145,13 @@ class Evaluator:
         texts = [self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True) for trace in traces]
         return texts, self.scorer.score([(by_key[trace.prompt_key], text) for trace, text in zip(traces, texts)])
 
-    def _keep_samples(
-        self, step: int, remasking: str, judged: Sequence[tuple[Trace, str, Verdict]], is_main: bool
-    ) -> None:
+    def _keep_samples(self, step: int, way: str, judged: Sequence[tuple[Trace, str, Verdict]], is_main: bool) -> None:
         """--save-eval-samples: the responses of all replicas, in the order of the prompts. Collective."""
         place = {prompt.key: index for index, prompt in enumerate(self.prompts)}
         mine = []
         for trace, text, verdict in judged:
             index = place[trace.prompt_key]
-            record = {"step": step, "unmasking": remasking, **sample_record(self.prompts[index], trace, text, verdict)}
+            record = {"step": step, "unmasking": way, **sample_record(self.prompts[index], trace, text, verdict)}
             mine.append(((index, trace.sample), record))
         everyone = exchange_objects({0: mine})
         if is_main:

@@ -22,8 +22,9 @@ def minutes_of(path: Path) -> float:
 
 def table(rows: Sequence[tuple[str, dict[str, float]]], ways: Sequence[str]) -> str:
     """A table of evaluations: one line per (name, way of unmasking)."""
+    width = max(11, *map(len, ways))
     head = (
-        f"{'model':24} {'unmasking':11} {'accuracy':>9} {'length':>8} "
+        f"{'model':24} {'unmasking':{width}} {'accuracy':>9} {'length':>8} "
         f"{'tokens/step':>12} {'tokens/forward':>15} {'cut':>6}"
     )
     lines = [head, "-" * len(head)]
@@ -31,7 +32,7 @@ def table(rows: Sequence[tuple[str, dict[str, float]]], ways: Sequence[str]) -> 
         for way in ways:
             get = lambda key: metrics[f"eval/{way}/{key}"]  # noqa: B023
             lines.append(
-                f"{name:24} {way:11} {100 * get('accuracy'):8.1f}% {get('response_len'):8.1f} "
+                f"{name:24} {way:{width}} {100 * get('accuracy'):8.1f}% {get('response_len'):8.1f} "
                 f"{get('tokens_per_step'):12.2f} {get('tokens_per_forward'):15.2f} {100 * get('truncated_ratio'):5.1f}%"
             )
     return "\n".join(lines)

@@ -64,6 +64,15 @@ def _sum_over(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     return reduce_from_tensor_model_parallel_region(value, group)
 
 
+def _for_each_shard(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """A number that each shard goes on to use for its own tokens: its gradient is the sum of theirs."""
+    if group is None:
+        return value
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+    return copy_to_tensor_model_parallel_region(value, group)
+
+
 def log_normaliser(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """log of the sum of exp over the whole vocabulary, [N], differentiable."""
     highest = scores.detach().amax(-1)
@@ -95,7 +104,7 @@ def label_logprobs(scores: Tensor, labels: Tensor, group: dist.ProcessGroup | No
 
 def entropy(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Entropy of the policy in nats, [N], differentiable."""
-    logprob = scores - log_normaliser(scores, group)[:, None]
+    logprob = scores - _for_each_shard(log_normaliser(scores, group), group)[:, None]
     return -_over_vocabulary(logprob.exp() * _finite(logprob), group)
 
 
@@ -108,7 +117,7 @@ def divergence(scores: Tensor, teacher: Tensor, kind: str, group: dist.ProcessGr
 
     Source: generalised knowledge distillation, arXiv 2306.13649, eq. 1 (jsd: beta = 1/2)
     """
-    own = _finite(scores - log_normaliser(scores, group)[:, None])
+    own = _finite(scores - _for_each_shard(log_normaliser(scores, group), group)[:, None])
     other = _finite(teacher - log_normaliser(teacher, group)[:, None])
     allowed = ~scores.isinf()
     p, q = own.exp() * allowed, other.exp() * allowed

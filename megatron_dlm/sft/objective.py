@@ -3,7 +3,8 @@
     loss = 1/D * sum over hidden response tokens of w(t) * -log p(token | its block's visible tokens, all blocks before)
 
 with t drawn per block, w = min(1/t, max weight), and D the number of response tokens of the whole update: an estimate
-of the evidence bound per token (BD3-LM, arXiv 2503.09573, eq. 8). Masks are drawn anew at every step.
+of the evidence bound per token (BD3-LM, arXiv 2503.09573, eq. 8). Masks are drawn anew at every step, unless they are
+asked to stay.
 """
 
 from __future__ import annotations
@@ -33,11 +34,19 @@ class SFTItems:
 
 
 def sft_items(
-    samples: Sequence[Sample], step: int, seed: int, grid: Grid, schedule: MaskSchedule, pad_id: int, loss_on_pad: bool
+    samples: Sequence[Sample],
+    step: int,
+    seed: int,
+    grid: Grid,
+    schedule: MaskSchedule,
+    pad_id: int,
+    loss_on_pad: bool,
+    redraw_masks: bool = True,
 ) -> SFTItems:
     """Draw the masks of one update. Samples with the same prompt are one group: in a row they share it.
 
     The last block is filled with pad tokens; they are hidden like others and, with `loss_on_pad`, learned like others.
+    Without `redraw_masks` those of a sample depend on the sample and the seed alone.
     """
     items, num_tokens = [], 0
     seen: Counter[str] = Counter()  # a sample that comes twice in an update gets masks of its own each time
@@ -47,9 +56,8 @@ def sft_items(
         predict_until = length if loss_on_pad else written
         num_tokens += predict_until - prompt
         tokens = np.array([*sample.prompt_ids, *sample.response_ids, *[pad_id] * (length - written)], dtype=np.int64)
-        views = masked_views(
-            prompt, length, grid, schedule, stream(seed, "sft-mask", step, sample.key, seen[sample.key]), predict_until
-        )
+        occasion = (step, sample.key, seen[sample.key]) if redraw_masks else (sample.key,)
+        views = masked_views(prompt, length, grid, schedule, stream(seed, "sft-mask", *occasion), predict_until)
         seen[sample.key] += 1
         if len(views.block):
             items.append(Item(repr(sample.prompt_ids), tokens, prompt, views, grid))

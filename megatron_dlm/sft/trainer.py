@@ -45,7 +45,9 @@ class SFTTrainer:
         self.session, self.state, self.sft, self.seed = session, state, sft, seed
         progress = progress or {}
         self.sampler = EpochSampler(samples, seed, Position.read(STAGE, progress.get("position")))
-        self.schedule = MaskSchedule(sft.mask_ratio_per, sft.min_mask_ratio, sft.max_loss_weight)
+        self.schedule = MaskSchedule(
+            sft.mask_ratio_per, sft.min_mask_ratio, sft.max_loss_weight, max_ratio=sft.max_mask_ratio
+        )
         self.consumed = progress.get("consumed_samples", 0)
         check_budget(max(largest_item(sample, session.grid) for sample in samples), sft.max_tokens_per_row)
 
@@ -65,6 +67,7 @@ class SFTTrainer:
             self.schedule,
             words.pad_id,
             self.sft.loss_on_pad,
+            self.sft.redraw_masks,
         )
         loads = [Load(item.group, item.shared_length, item.own_length) for item in drawn.items]
         plan = pack(loads, self.sft.max_tokens_per_row, groups.dp_size, math.lcm(ROW_MULTIPLE, groups.tp_size))

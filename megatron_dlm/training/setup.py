@@ -17,6 +17,7 @@ from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate import check_model, check_parallel
+from megatron_dlm.config.validate_training import check_trained
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
@@ -86,11 +87,8 @@ class Session:
     def _state(
         self, kind: type[BlockDiffusionModel], optimizer: OptimizerConfig | None, train_iters: int
     ) -> TrainState:
-        if optimizer is not None and self.model.fp64:
-            raise ConfigError(
-                "--fp64 does not work in training, whose optimizer computes in float32. Leave it out, or use it with "
-                "generate, score or evaluate."
-            )
+        if optimizer is not None:
+            check_trained(self.model, optimizer, self.parallel)
         config = transformer_config(self.model, self.parallel)
         shape = model_shape(self.model)
 

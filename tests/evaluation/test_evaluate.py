@@ -11,7 +11,7 @@ from megatron_dlm.config.eval import EvalConfig
 from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt
-from megatron_dlm.evaluation.evaluate import Evaluator, Outcome, summarize
+from megatron_dlm.evaluation.evaluate import Evaluator, Outcome, summarize, ways_of
 from megatron_dlm.evaluation.report import table
 from megatron_dlm.rewards.base import Verdict
 from megatron_dlm.training.report import Report
@@ -188,3 +188,29 @@ def test_settings_reach_the_engine() -> None:
         4,
         tuple(range(40, 50)),
     )
+
+
+def test_ways_of_several_blocks_have_names_of_their_own() -> None:
+    one = EvalConfig(eval_remasking=["dynamic", "static"])
+    assert ways_of(one) == {"dynamic": ("dynamic", None), "static": ("static", None)}
+    assert ways_of(dataclasses.replace(one, eval_block_size=[8])) == {
+        "dynamic": ("dynamic", 8),
+        "static": ("static", 8),
+    }
+    assert list(ways_of(dataclasses.replace(one, eval_block_size=[4, 8]))) == [
+        "dynamic-block4",
+        "static-block4",
+        "dynamic-block8",
+        "static-block8",
+    ]
+
+
+def test_every_block_is_evaluated_as_if_it_were_the_only_one() -> None:
+    both = dataclasses.replace(EVAL, eval_block_size=[2, 4], eval_remasking=["dynamic"])
+    together = make_evaluator(both)[0](quiet())
+    for block in (2, 4):
+        alone = make_evaluator(dataclasses.replace(both, eval_block_size=[block]))[0](quiet())
+        for name in ("accuracy", "response_len", "tokens_per_step", "truncated_ratio"):
+            assert together[f"eval/dynamic-block{block}/{name}"] == alone[f"eval/dynamic/{name}"]
+    assert together["eval/dynamic-block2/tokens_per_step"] != together["eval/dynamic-block4/tokens_per_step"]
+    assert not any(name.startswith("eval/dynamic/") for name in together)

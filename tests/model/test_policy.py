@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_dlm.model.policy import Vocabulary, entropy, label_logprobs, policy_scores
+from megatron_dlm.model.policy import Vocabulary, divergence, entropy, label_logprobs, policy_scores
+from tests.harness import pool
 from tests.tiny import one_process
 
 VOCABULARY = Vocabulary(size=11, mask_id=4)
@@ -109,3 +110,105 @@ def test_a_group_of_one_is_no_group() -> None:
     assert torch.equal(alone, together)
     assert torch.equal(label_logprobs(alone, labels), label_logprobs(together, labels, group))
     assert torch.equal(entropy(alone), entropy(together, group))
+
+
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [6, 16] of a policy and of its teacher, in one of whose rows they agree."""
+    own, other = logits(), logits().flip(0)
+    other[0] = own[0] + 3.0
+    return own, other
+
+
+def dense_divergence(own: torch.Tensor, other: torch.Tensor, kind: str, temperature: float = 0.7) -> torch.Tensor:
+    """[6], by torch's distributions over the allowed tokens."""
+    p, q = (torch.distributions.Categorical(logits=x[:, ALLOWED] / temperature) for x in (own, other))
+    kl = torch.distributions.kl_divergence
+    if kind == "jsd":
+        middle = torch.distributions.Categorical(probs=(p.probs + q.probs) / 2)
+        return (kl(p, middle) + kl(q, middle)) / 2
+    return kl(p, q) if kind == "reverse" else kl(q, p)
+
+
+def weighted_sum(values: torch.Tensor) -> torch.Tensor:
+    return (torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, 1.0], dtype=values.dtype) * values).sum()
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+def test_divergence_is_that_of_the_distributions_over_the_allowed_tokens(kind: str) -> None:
+    own, other = pair()
+    own[:, 4], other[:, 12] = 1000.0, 1000.0  # however much the models want them
+    x, y = own.clone().requires_grad_(), own.clone().requires_grad_()
+    taught = policy_scores(other, 0.7, VOCABULARY)
+    found, expected = divergence(policy_scores(x, 0.7, VOCABULARY), taught, kind), dense_divergence(y, other, kind)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert found[0].item() == pytest.approx(0, abs=1e-12) and (found[1:] > 0.01).all()
+    weighted_sum(found).backward()
+    weighted_sum(expected).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
+    assert (x.grad[:, [4, 11, 12, 13, 14, 15]] == 0).all() and x.grad.abs().sum() > 0
+
+
+def test_gradient_of_the_entropy() -> None:
+    x, y = logits(requires_grad=True), logits(requires_grad=True)
+    weighted_sum(entropy(policy_scores(x, 0.7, VOCABULARY))).backward()
+    weighted_sum(torch.distributions.Categorical(logits=y[:, ALLOWED] / 0.7).entropy()).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+def test_divergence_of_no_targets_and_of_tokens_without_probability(kind: str) -> None:
+    nothing = policy_scores(logits(rows=0), 1.0, VOCABULARY)
+    assert divergence(nothing, nothing, kind).shape == (0,)
+    x = torch.zeros(1, 16, requires_grad=True)
+    sure = torch.zeros(1, 16)
+    sure[0, 2] = 300.0  # in fp32 all others have probability 0
+    for own, other in ((x, sure), (x + sure, torch.zeros(1, 16))):
+        value = divergence(policy_scores(own, 1.0, VOCABULARY), policy_scores(other, 1.0, VOCABULARY), kind)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
+
+
+def sharded(tokens: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """On each of two ranks: value and gradient of entropy and divergences of its half of the vocabulary."""
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.parallel.groups import initialize
+
+    groups = initialize(ParallelConfig(tensor_model_parallel_size=2), seed=1)
+    mine = slice(8 * groups.tp_rank, 8 * groups.tp_rank + 8)
+    vocabulary = Vocabulary(tokens, VOCABULARY.mask_id)
+    own, other = pair()
+    taught = policy_scores(other[:, mine], 0.7, vocabulary, groups.tp)
+    found = {}
+    for name in ("entropy", "reverse", "forward", "jsd"):
+        x = own[:, mine].clone().requires_grad_()
+        scores = policy_scores(x, 0.7, vocabulary, groups.tp)
+        value = (
+            entropy(scores, groups.tp) if name == "entropy" else divergence(scores, taught, name, groups.tp)
+        )
+        weighted_sum(value).backward()
+        found[name] = value.detach(), x.grad
+    return found
+
+
+@pytest.mark.parametrize("tokens", [11, 7], ids=["padding in one shard", "a shard of padding alone"])
+def test_shards_of_the_vocabulary_have_their_part_of_the_gradient(tokens: int) -> None:
+    allowed = [token for token in range(tokens) if token != VOCABULARY.mask_id]
+    results = pool(2).run(sharded, tokens)
+    own, other = pair()
+    for name in results[0]:
+        y = own.clone().requires_grad_()
+        p, q = (torch.distributions.Categorical(logits=one[:, allowed] / 0.7) for one in (y, other))
+        kl = torch.distributions.kl_divergence
+        middle = torch.distributions.Categorical(probs=(p.probs + q.probs) / 2)
+        expected = {
+            "entropy": p.entropy(),
+            "reverse": kl(p, q),
+            "forward": kl(q, p),
+            "jsd": (kl(p, middle) + kl(q, middle)) / 2,
+        }[name]
+        weighted_sum(expected).backward()
+        for rank in range(2):
+            value, gradient = results[rank][name]
+            torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(gradient, y.grad[:, 8 * rank : 8 * rank + 8], rtol=1e-9, atol=1e-12)

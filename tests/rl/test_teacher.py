@@ -10,13 +10,16 @@ import torch
 
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.value import ValueConfig
+from megatron_dlm.diffusion.keys import stream
 from megatron_dlm.diffusion.layout import Grid
+from megatron_dlm.diffusion.planner import Plan, partition
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.rl.learner import Learner, Models
+from megatron_dlm.rl.rows import build_rows
 from megatron_dlm.rl.teacher import Teacher
 from megatron_dlm.rl.update import policy_forward
 from megatron_dlm.training.step import accumulate_gradients
-from tests.diffusion.oracles import states
+from tests.diffusion.oracles import MASK_ID, PAD_ID, states
 from tests.rl.learning import LONGEST, SEED, TEMPERATURE, advantages_of, records_of, responses, settings_of
 from tests.tiny import (
     allowed_logprobs,
@@ -92,7 +95,7 @@ def naive(model, changes: dict, trace: Trace, anchor: str = "absolute") -> dict[
     return {index: allowed_logprobs(line[None], TEMPERATURE)[0] for index, line in found.items()}
 
 
-def learned_by(update, records) -> dict[tuple[int, int], tuple[int, int]]:
+def places_of(update) -> dict[tuple[int, int], tuple[int, int]]:
     """For each target the row and line where it stands, by (response, index)."""
     found = {}
     for number, row in enumerate(update.rows):
@@ -105,9 +108,6 @@ def learned_by(update, records) -> dict[tuple[int, int], tuple[int, int]]:
 
 def in_order(traces, settings) -> list[Trace]:
     """The traces as `Targets.response` numbers them."""
-    from megatron_dlm.diffusion.keys import stream
-    from megatron_dlm.diffusion.planner import partition
-
     (members,) = partition(len(traces), 1, stream(SEED, "partition", settings.step))
     return [traces[index] for index in members]
 
@@ -120,7 +120,7 @@ def test_the_teacher_is_asked_in_its_own_states_of_the_trace(pair: str) -> None:
     assert len(update.rows) > 1 or budget == 1024
     assert models.teacher.shares_rows == (of(policy) == of(teacher) and teacher is not AUTOREGRESSIVE)
     tables = [models.teacher.scores(row, TEMPERATURE, vocabulary(), None) for row in update.rows]
-    places, seen = learned_by(update, traces), 0
+    places, seen = places_of(update), 0
     with torch.no_grad():
         for number, trace in enumerate(in_order(traces, settings)):
             for index, expected in naive(model, teacher, trace).items():
@@ -135,7 +135,7 @@ def test_a_grid_from_the_response_on_is_the_teachers_too() -> None:
     config = RLConfig(old_logprobs="current", grid_anchor="response")
     models, traces, update, settings = prepare({}, dict(block_size=8), 64, config)
     tables = [models.teacher.scores(row, TEMPERATURE, vocabulary(), None) for row in update.rows]
-    places = learned_by(update, traces)
+    places = places_of(update)
     with torch.no_grad():
         for number, trace in enumerate(in_order(traces, settings)):
             for index, expected in naive(models.teacher.state.module, dict(block_size=8), trace, "response").items():
@@ -150,13 +150,7 @@ def test_a_row_without_responses_has_nothing_to_ask(teacher: dict) -> None:
     """Some rank may have one."""
     settings = settings_of(RLConfig(old_logprobs="current"), 4, 64)
     taught, traces = make_teacher({}, teacher), responses(1)
-    learner = Learner(make_session(), Models(make_state()), ValueConfig(), SEED)
-    (update,) = learner.prepare(records_of(traces, settings), advantages_of(traces), traces, settings)
-    from megatron_dlm.diffusion.planner import Plan
-    from megatron_dlm.rl.rows import build_rows
-    from tests.diffusion.oracles import MASK_ID, PAD_ID
-
-    plan = Plan((((0,), ()),), update.length, (((0,), ()),))
+    plan = Plan((((0,), ()),), 64, (((0,), ()),))
     rows = build_rows(
         records_of(traces, settings), plan, {0: traces[0]}, advantages_of(traces), settings, 0, MASK_ID, PAD_ID
     )
@@ -218,8 +212,6 @@ def test_masks_that_are_drawn_are_shown_to_a_teacher_of_the_same_blocks() -> Non
     itself = dataclasses.replace(models.teacher, state=models.policy, model=model_config())
     forward = policy_forward(vocabulary(), settings, itself)
     rows = [dataclasses.replace(row, teacher_hidden=None) for row in update.rows]
-    from megatron_dlm.diffusion.planner import Plan
-
     plan = Plan(((),), update.length)
     rows = itself.with_hidden(rows, update.length, plan, {}, 0, 0)
     metrics = accumulate_gradients(models.policy, rows, forward, update.length)
