@@ -86,12 +86,12 @@ def sft_rows(state):
 def rl_rows(state):
     """The path of the trainer: every trace lies on one rank, and moves to those that train on it."""
     from megatron_dlm.diffusion.layout import Grid
-    from megatron_dlm.diffusion.planner import Load
-    from megatron_dlm.rl.exchange import Graded, gather_graded
+    from megatron_dlm.rl.exchange import gather_graded
     from megatron_dlm.rl.methods import TARGET, counts_of, replay
     from megatron_dlm.rl.objective import PolicyObjective
     from megatron_dlm.rl.rows import build_rows
     from megatron_dlm.rl.update import UpdateSettings, fetch, plan_updates, policy_forward, with_old_logprobs
+    from tests.rl.records import record_of
 
     groups, rng = state.groups, np.random.default_rng(0)
     settings = UpdateSettings(
@@ -108,24 +108,7 @@ def rl_rows(state):
     records = []
     for index, trace in enumerate(mine):
         item = settings.states.item(trace, 0)
-        records.append(
-            Graded(
-                group=trace.prompt_key,
-                sample=trace.sample,
-                owner=groups.rank,
-                index=index,
-                correct=1.0,
-                reward=1.0,
-                length=len(trace.response_ids),
-                steps=1,
-                forwards=1,
-                truncated=False,
-                overlong=False,
-                judge_failed=False,
-                load=Load(item.group, item.shared_length, item.own_length),
-                counts=counts_of(item, TARGET),
-            )
-        )
+        records.append(record_of(trace, index, item, counts_of(item, TARGET), groups.rank))
     advantages = {(trace.prompt_key, trace.sample): float(np.cos(5.0 * n)) for n, trace in enumerate(traces)}
     updates = plan_updates(gather_graded(records), settings, groups, 11)
     ((members, plan),), (fetched,) = updates, fetch(updates, mine, groups)

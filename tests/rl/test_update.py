@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.planner import Load
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.rl.exchange import Graded
 from megatron_dlm.rl.methods import TARGET, counts_of, replay
@@ -25,6 +24,7 @@ from megatron_dlm.rl.update import (
 )
 from megatron_dlm.training.step import accumulate_gradients
 from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, states
+from tests.rl.records import record_of
 from tests.tiny import (
     allowed_logprobs,
     explicit_logits,
@@ -62,24 +62,7 @@ def graded(traces: list[Trace], settings: UpdateSettings) -> list[Graded]:
     records = []
     for index, trace in enumerate(traces):
         item = settings.states.item(trace, settings.step, settings.oldest_version)
-        records.append(
-            Graded(
-                group=trace.prompt_key,
-                sample=trace.sample,
-                owner=0,
-                index=index,
-                correct=1.0,
-                reward=1.0,
-                length=len(trace.response_ids),
-                steps=1,
-                forwards=1,
-                truncated=False,
-                overlong=False,
-                judge_failed=False,
-                load=Load(item.group, item.shared_length, item.own_length),
-                counts=counts_of(item, TARGET),
-            )
-        )
+        records.append(record_of(trace, index, item, counts_of(item, TARGET)))
     return records
 
 
