@@ -100,6 +100,17 @@ def test_a_finished_run_has_nothing_left_to_do(trained) -> None:
     assert marker.stat().st_mtime_ns == before
 
 
+def test_a_dry_run_knows_what_a_checkpoint_says(trained) -> None:
+    data, _ = trained
+    before = sorted(data.rglob("*"))
+    flags = ["--finetune", "--prompt-data", data / "prompts.jsonl", "--global-batch-size", 64, "--save", data / "new"]
+    result = command("tracerl", "--load", data / "ckpt", *flags, "--dry-run")
+    assert "2 layers of width 32, 4 heads in 2 groups; attention block 4; fp32." in result.stdout
+    assert f"Here: {data / 'ckpt'} (--load), {data / 'prompts.jsonl'} (--prompt-data)." in result.stdout
+    assert "Not here" not in result.stdout and "unknown" not in result.stdout and not result.stderr
+    assert sorted(data.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [

@@ -105,9 +105,13 @@ def write(
     dist.barrier()
 
 
-def read_extra(folder: Path) -> dict[str, Any]:
-    """What the caller of `save` stored beside the weights of a checkpoint. Reads no tensor; not collective."""
-    return _read_run(folder)["extra"]
+def read_extra(folder: Path, flag: str = "--load") -> dict[str, Any]:
+    """What the caller of `save` stored beside the weights of a checkpoint. Reads no tensor; not collective.
+
+    Args:
+        flag: that named the checkpoint.
+    """
+    return _read_run(folder, flag)["extra"]
 
 
 def load(
@@ -116,6 +120,7 @@ def load(
     iteration: int | None = None,
     with_optimizer: bool = True,
     check: Callable[[dict[str, Any]], None] | None = None,
+    flag: str = "--load",
 ) -> dict[str, Any]:
     """Read a checkpoint into the state: weights, and with the optimizer also its state, its place in the schedule, and
     `state.iteration`. Collective.
@@ -124,6 +129,7 @@ def load(
 
     Args:
         check: called with the `extra` that was saved before anything else is read; it may refuse the checkpoint.
+        flag: that named the directory.
 
     Returns:
         The `extra` that was saved.
@@ -132,8 +138,8 @@ def load(
         CheckpointError: no such checkpoint, it is damaged, it does not fit the model, or the optimizer state that is
             asked for is not in it.
     """
-    folder = _find(state, directory, iteration)
-    run = _read_run(folder)
+    folder = _find(state, directory, iteration, flag)
+    run = _read_run(folder, flag)
     if check is not None:
         check(run["extra"])
     wake(state)
@@ -180,12 +186,12 @@ def _model_content(state: TrainState) -> dict[str, Any]:
     return content
 
 
-def _find(state: TrainState, directory: str | Path, iteration: int | None) -> Path:
+def _find(state: TrainState, directory: str | Path, iteration: int | None, flag: str) -> Path:
     """The checkpoint's folder, looked up by rank 0 for all, so that ranks cannot disagree."""
     answer: Path | CheckpointError | None = None
     if state.groups.is_main:
         try:
-            answer = find(directory, iteration)
+            answer = find(directory, iteration, flag)
         except CheckpointError as error:
             answer = error
     found = broadcast_object(answer, src=0)
@@ -195,13 +201,13 @@ def _find(state: TrainState, directory: str | Path, iteration: int | None) -> Pa
     return found
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def _read_run(folder: Path, flag: str) -> dict[str, Any]:
     with reading(folder):
         os.stat(folder / "common.pt")  # megatron-core stumbles over its absence
         common = dist_checkpointing.load_common_state_dict(str(folder))
     if "run" not in common:
         raise CheckpointError(
-            f"{folder} was not written by this package (it may be a checkpoint of Megatron-LM). Give --load a folder "
+            f"{folder} was not written by this package (it may be a checkpoint of Megatron-LM). Give {flag} a folder "
             "that a run wrote with --save."
         )
     return json.loads(common["run"])

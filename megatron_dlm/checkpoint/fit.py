@@ -11,13 +11,13 @@ from typing import Any
 
 from megatron_dlm.config.errors import CheckpointError, ConfigError
 from megatron_dlm.config.fields import flag_name
-from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.config.model import NOT_OF_THE_WEIGHTS, ModelConfig
 from megatron_dlm.config.overrides import FLAG, of_the_function
 
-# how the weights were first drawn, kept or padded does not matter once they are there; a preset stands for the sizes
-# that are compared
 _MAY_DIFFER = (
-    *("model_preset", "init_method_std", "make_vocab_size_divisible_by", "bf16", "fp64"),
+    *NOT_OF_THE_WEIGHTS,
+    "model_preset",  # stands for the sizes that are compared
+    "make_vocab_size_divisible_by",  # padding is no part of the function
     "transformer_overrides",  # compared below
 )
 VALUE_MODEL = "value_model"  # true in what is stored beside a value model's weights

@@ -64,8 +64,11 @@ def latest_iteration(directory: str | Path) -> int | None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}). Check the folder.") from error
 
 
-def find(directory: str | Path, iteration: int | None = None) -> Path:
+def find(directory: str | Path, iteration: int | None = None, flag: str = "--load") -> Path:
     """The folder of a checkpoint: of this iteration, or of the newest.
+
+    Args:
+        flag: that named the directory.
 
     Raises:
         CheckpointError: there is none.
@@ -73,13 +76,13 @@ def find(directory: str | Path, iteration: int | None = None) -> Path:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(
-            f"There is no checkpoint folder {directory}. Give --load a folder that a run wrote with --save."
+            f"There is no checkpoint folder {directory}. Give {flag} a folder that a run wrote with --save."
         )
     if iteration is None:
         iteration = latest_iteration(directory)
     if iteration is None:
         raise CheckpointError(
-            f"{directory} holds no finished checkpoint ({LATEST} is missing). Give --load a folder that a run wrote "
+            f"{directory} holds no finished checkpoint ({LATEST} is missing). Give {flag} a folder that a run wrote "
             "with --save."
         )
     folder = iteration_folder(directory, iteration)

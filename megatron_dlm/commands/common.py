@@ -8,10 +8,11 @@ import logging as python_logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_dlm import platform
 from megatron_dlm.config import yaml_file
@@ -23,21 +24,30 @@ from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate import check_files, check_launch
 from megatron_dlm.data.jsonl import write_jsonl
 
+if TYPE_CHECKING:
+    from megatron_dlm.data.prompts import Prompt
+    from megatron_dlm.rewards.code_options import CodeOptions
+
 T = TypeVar("T")
 
 SETTINGS = "config.yaml"  # file within --save
 
 
 def prepare_process() -> None:
-    """Before anything imports megatron-core: the device, and no chatter of libraries about optional parts of theirs."""
+    """Before anything imports megatron-core: the device, and no chatter of libraries."""
+    quiet_libraries()
+    check_launch(os.environ)
+    platform.install()
+
+
+def quiet_libraries() -> None:
+    """No chatter of libraries about optional parts of theirs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     for name in ("megatron", "transformers", "matplotlib", "tensorboard"):
         python_logging.getLogger(name).setLevel(python_logging.ERROR)
     writer = "megatron.core.dist_checkpointing"  # it logs what it then raises
     python_logging.getLogger(writer).setLevel(python_logging.CRITICAL)
-    check_launch(os.environ)
-    platform.install()
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +74,21 @@ def together(action: Callable[[], T]) -> T:
             found.told = True  # by that rank
             raise found
     return result
+
+
+def isolation_of(code: CodeOptions, prompts: Sequence[Prompt], verifier: str) -> str | None:
+    """Which isolation the programs of these prompts have: a sentence for the log, or several where the processes' hosts
+    differ; None when no prompt asks for a program. Collective.
+
+    Raises:
+        ConfigError: a host cannot run them.
+    """
+    from megatron_dlm.parallel.exchange import gather_objects
+
+    found = Counter(gather_objects(together(lambda: code.check(prompts, verifier))))
+    if len(found) == 1:
+        return next(iter(found))
+    return " ".join(f"On {count} of {found.total()} processes: {said}" for said, count in found.items())
 
 
 def open_outputs(config: dict[str, Any], is_main: bool) -> None:

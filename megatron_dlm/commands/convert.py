@@ -95,7 +95,7 @@ def _tokenizer(source, kind):
 
 
 def export_hf(settings: ExportConfig) -> None:
-    from megatron_dlm.checkpoint import distributed, places
+    from megatron_dlm.checkpoint import distributed, fit, places
     from megatron_dlm.checkpoint.hf import exporter
     from megatron_dlm.checkpoint.hf.origin import FOLDER, Origin
     from megatron_dlm.checkpoint.hf.safetensors_folder import DTYPES
@@ -106,6 +106,7 @@ def export_hf(settings: ExportConfig) -> None:
     began = time.perf_counter()
     folder = places.find(settings.load, settings.ckpt_step)
     extra = distributed.read_extra(folder)
+    fit.check_kind(extra, False, f"--load {settings.load}")
     model = _model_of(extra, settings.load)
     origin = Origin.of_checkpoint(folder, extra)
     info = {} if origin is None else origin.info
@@ -158,14 +159,16 @@ def _of_a_tokenizer(name: str) -> bool:
 
 
 def verify(settings: VerifyConfig) -> None:
-    from megatron_dlm.checkpoint import distributed, places
+    from megatron_dlm.checkpoint import distributed, fit, places
     from megatron_dlm.checkpoint.hf.exporter import compare
     from megatron_dlm.checkpoint.hf.source import HFSource
     from megatron_dlm.checkpoint.hf.stored import StoredReader
 
     source = HFSource.open(settings.hf_checkpoint)
     folder = places.find(settings.load, settings.ckpt_step)
-    model = _model_of(distributed.read_extra(folder), settings.load)
+    extra = distributed.read_extra(folder)
+    fit.check_kind(extra, False, f"--load {settings.load}")
+    model = _model_of(extra, settings.load)
     found = compare(source, StoredReader(folder, model), model)
     if found.different:
         raise CheckpointError(

@@ -17,15 +17,19 @@ from typing import Any
 import yaml
 
 from megatron_dlm import platform
+from megatron_dlm.commands.common import quiet_libraries
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.objective import with_method
-from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.config.overrides import of_the_function
+from megatron_dlm.config.rl import RLConfig
+from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.validate import check_files, check_model, check_parallel
 from megatron_dlm.config.validate_training import check_stop_tokens, check_trained
+from megatron_dlm.config.value import policy_updates
 from megatron_dlm.model.presets import PRESETS
-from megatron_dlm.model.shape import resolve
+from megatron_dlm.model.shape import resolve, transformer_config
 from megatron_dlm.model.size import model_size
 
 INPUTS = (
@@ -46,22 +50,22 @@ GENERATED = "reasoning_gym:"  # prompts that come from no file
 Check = Callable[[dict[str, Any], ModelConfig, int], None]
 
 
-def dry_run(config: dict[str, Any], check: Check, plan: Sequence[str]) -> None:
+def dry_run(config: dict[str, Any], check: Check, plan: Callable[[dict[str, Any]], str]) -> None:
     """Check the settings of a training command and print what they come to; on rank 0 of a job, if there is one.
 
     Args:
         config: its sections; checked as far as they can be without a model. What a checkpoint that is here says about
             the model is filled in.
         check: refuses what does not fit a model and a number of processes: check(config, model, world_size).
-        plan: lines about the steps of the run.
+        plan: a line about the steps of the run, from settings that were checked.
 
     Raises:
         UserError: what a run would refuse.
     """
     present, absent = _inputs(config)
-    platform.install()
+    quiet_libraries()
     _complete(config, present)
-    tokenizer = _tokenizer(config, present, absent)
+    tokenizer = _tokenizer(config)
     check_files(config)
     unknown = _sizes_are_elsewhere(config, absent)
     lines = ["Settings other than the default ones:", *_changed(config)]
@@ -69,15 +73,18 @@ def dry_run(config: dict[str, Any], check: Check, plan: Sequence[str]) -> None:
         lines.append(f"Model: unknown until {unknown} is here; whether the settings fit it was not checked.")
     else:
         model, whole = _resolved(config["model"], tokenizer)
+        if model.transformer_overrides:
+            platform.install()  # megatron-core is asked about them
         check_model(model)
         world_size = _world_size(config)
         check_parallel(config["parallel"], model, world_size)
         check_trained(model, config["optimizer"], config["parallel"])
         check(config, model, world_size)
+        if tokenizer is not None and "rollout" in config:
+            check_stop_tokens(config["rollout"], tokenizer.vocab_size, tokenizer.mask_id)
         if model.transformer_overrides:
-            _check_overrides(model, config["parallel"])
-        lines += [_model_line(config, model, whole), _layout_line(config, world_size)]
-    lines += plan
+            transformer_config(model, config["parallel"])  # megatron-core refuses what does not go together
+        lines += [_model_line(config, model, whole), _layout_line(config, world_size), plan(config)]
     lines += [f"Here: {', '.join(present)}."] if present else []
     lines += [f"Not here: {', '.join(absent)}."] if absent else []
     lines.append("This was a dry run: nothing was started, and no weights and no data were read.")
@@ -85,26 +92,33 @@ def dry_run(config: dict[str, Any], check: Check, plan: Sequence[str]) -> None:
         print("\n".join(lines), flush=True)
 
 
-def rl_plan(config: dict[str, Any], updates: int) -> list[str]:
-    """What the steps of `tracerl` are. Args: updates: in a step that learns from all its responses."""
-    rl, rollout = config["rl"], config["rollout"]
-    responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+def rl_plan(config: dict[str, Any]) -> str:
+    """What the steps of `tracerl` are."""
+    rl, rollout, value = config["rl"], config["rollout"], config["value"]
+    responses, updates = rollout.rollout_batch_size * rollout.n_samples_per_prompt, updates_of(rl, rollout)
     size = rl.global_batch_size or -(-responses // updates)
-    return [
-        f"Each of {rl.num_rollout:,} RL steps: {rollout.rollout_batch_size:,} prompts x {rollout.n_samples_per_prompt:,} "
-        f"responses = {responses:,} responses of up to {rollout.rollout_max_response_len:,} tokens; up to "
+    return (
+        f"Each of {rl.num_rollout:,} RL steps: {rollout.rollout_batch_size:,} prompts x "
+        f"{rollout.n_samples_per_prompt:,} responses = {responses:,} responses "
+        f"of up to {rollout.rollout_max_response_len:,} tokens; up to "
         f"{updates:,} updates of {size:,} responses, in rows of {rl.max_tokens_per_row:,} tokens. "
-        f"In all up to {rl.num_rollout * updates:,} updates."
-    ]
+        f"In all up to {policy_updates(value, rl.num_rollout, updates):,} updates."
+    )
 
 
-def sft_plan(config: dict[str, Any]) -> list[str]:
+def updates_of(rl: RLConfig, rollout: RolloutConfig) -> int:
+    """Updates in an RL step that learns from all its responses."""
+    responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+    return rl.num_steps_per_rollout or -(-responses // rl.global_batch_size)
+
+
+def sft_plan(config: dict[str, Any]) -> str:
     """What the steps of `sft` are."""
     sft = config["sft"]
-    return [
+    return (
         f"{sft.train_iters:,} updates of {sft.global_batch_size:,} samples, in rows of {sft.max_tokens_per_row:,} "
         f"tokens: {sft.train_iters * sft.global_batch_size:,} samples in all."
-    ]
+    )
 
 
 def _inputs(config: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -130,10 +144,11 @@ def _complete(config: dict[str, Any], present: Sequence[str]) -> None:
     where = config["checkpoint"]
     given = [(name, path) for name in ("load", "hf_checkpoint") if (path := getattr(where, name)) is not None]
     if len(given) > 1 or any(_told(name, path) in present for name, path in given):  # two of them are refused there
+        platform.install()
         complete(config)
 
 
-def _tokenizer(config: dict[str, Any], present: Sequence[str], absent: Sequence[str]):
+def _tokenizer(config: dict[str, Any]):
     """The tokenizer, or None if it is not here."""
     words, where = config["tokenizer"], config["checkpoint"]
     if words.tokenizer_model is None:
@@ -152,8 +167,8 @@ def _sizes_are_elsewhere(config: dict[str, Any], absent: Sequence[str]) -> str |
     model, where = config["model"], config["checkpoint"]
     if model.model_preset is not None or model.num_layers is not None:
         return None
-    paths = [path for name in ("load", "hf_checkpoint") if (path := getattr(where, name)) and _told(name, path) in absent]
-    return paths[0] if paths else None
+    given = [(name, path) for name in ("load", "hf_checkpoint") if (path := getattr(where, name)) is not None]
+    return next((path for name, path in given if _told(name, path) in absent), None)
 
 
 def _resolved(model: ModelConfig, tokenizer) -> tuple[ModelConfig, bool]:
@@ -180,19 +195,20 @@ def _world_size(config: dict[str, Any]) -> int:
     return max(math.lcm(tensor * stages, layout.expert_model_parallel_size * shard * stages, engine), 1)
 
 
-def _check_overrides(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Let megatron-core itself refuse overrides that do not fit each other."""
-    from megatron_dlm.model.shape import transformer_config
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines with escapes, on one."""
 
-    transformer_config(model, parallel)
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _changed(config: dict[str, Any]) -> list[str]:
-    """The settings that differ from the defaults, as the YAML of --config; those that a method decides are among
-    them."""
+    """The settings that differ from the defaults, as the YAML of --config, and those that the RL method decides."""
     found = {}
     for name, section in config.items():
-        section = with_method(section) if name == "rl" else section
         default = type(section)()
         values = {
             field.name: value
@@ -202,8 +218,13 @@ def _changed(config: dict[str, Any]) -> list[str]:
         }
         if values:
             found[name] = values
-    text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
-    return [f"  {line}" for line in text.splitlines()]
+    text = yaml.dump(found, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    lines = [f"  {line}" for line in text.splitlines()]
+    if "rl" not in config:
+        return lines
+    given, whole = (dataclasses.asdict(section) for section in (config["rl"], with_method(config["rl"])))
+    decided = ", ".join(f"{name} {value}" for name, value in whole.items() if value != given[name])
+    return [*lines, f"By --rl-method {config['rl'].rl_method}: {decided or 'nothing else'}."]
 
 
 def _model_line(config: dict[str, Any], model: ModelConfig, whole: bool) -> str:
@@ -213,7 +234,7 @@ def _model_line(config: dict[str, Any], model: ModelConfig, whole: bool) -> str:
     )
     if size.idle and whole:
         count += f", {size.active:,} for each token"
-    if model.transformer_overrides:
+    if of_the_function(model.transformer_overrides):
         count = f"{count} (but for what --transformer-override changes)"
     value = getattr(config.get("value"), "use_value_model", False)
     text = "full attention" if model.full_attention else f"attention block {model.block_size}"
@@ -228,13 +249,16 @@ def _model_line(config: dict[str, Any], model: ModelConfig, whole: bool) -> str:
 def _layout_line(config: dict[str, Any], world_size: int) -> str:
     layout, rollout = config["parallel"], config.get("rollout")
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    line = (
-        f"Layout: {world_size:,} processes = tensor {tensor} x pipeline {stages} x data "
-        f"{world_size // (tensor * stages):,}"
-    )
+    data = world_size // (tensor * stages)
+    line = f"Layout: {_counted(world_size, 'process', 'processes')} = tensor {tensor} x pipeline {stages} x data {data}"
     if layout.expert_model_parallel_size > 1:
         line += f", experts over {layout.expert_model_parallel_size}"
     if rollout is not None:
-        engine = rollout.rollout_tensor_model_parallel_size or tensor
-        line += f"; {world_size // engine:,} rollout engines of {engine} processes"
+        size = rollout.rollout_tensor_model_parallel_size or tensor
+        engines = _counted(world_size // size, "rollout engine", "rollout engines")
+        line += f"; {engines} of {_counted(size, 'process', 'processes')}"
     return line + "."
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"

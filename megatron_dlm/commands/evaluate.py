@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_dlm.commands.common import (
+    isolation_of,
     longest_prompt,
     longest_response,
     open_outputs,
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> None:
         check_verifiers(reward.reward, prompts, reward.judge_url)
         endpoint = together(lambda: open_endpoint(reward))
         code = CodeOptions.of(reward)
-        isolation = together(lambda: code.check(prompts, reward.reward))
+        isolation = isolation_of(code, prompts, reward.reward)
         open_outputs(config, session.groups.is_main)
         with open_report(config["logging"], session.groups.is_main, config) as report:
             state = session.train_state(None, 1)

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     check_run(run)
     check_tokenizer(words)
     if run.dry_run:
-        return dry_run(config, lambda config, model, _: check_sft(config["sft"], model), sft_plan(config))
+        return dry_run(config, lambda config, model, _: check_sft(config["sft"], model), sft_plan)
     prepare_process()
     complete(config)
     from megatron_dlm.data.sft_data import load_sft

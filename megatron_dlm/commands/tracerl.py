@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_dlm.commands.common import (
+    isolation_of,
     keep_settings,
     longest_prompt,
     longest_response,
@@ -18,10 +19,11 @@ from megatron_dlm.commands.common import (
     running,
     together,
 )
-from megatron_dlm.commands.dry_run import dry_run, rl_plan
+from megatron_dlm.commands.dry_run import dry_run, rl_plan, updates_of
 from megatron_dlm.commands.models import open_models
 from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.checkpoint import CheckpointConfig
+from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.flags import parse
@@ -31,7 +33,7 @@ from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sections import pick
 from megatron_dlm.config.validate_curriculum import check_curriculum
 from megatron_dlm.config.validate_reward import check_judge, check_shaping
-from megatron_dlm.config.validate_rl import check_rl, check_trajectory
+from megatron_dlm.config.validate_rl import check_rl, check_sections
 from megatron_dlm.config.validate_rollout import check_rollout_layout
 from megatron_dlm.config.validate_training import (
     check_checkpoint,
@@ -44,7 +46,8 @@ from megatron_dlm.config.validate_training import (
     check_stop_tokens,
     check_tokenizer,
 )
-from megatron_dlm.config.validate_value import check_value
+from megatron_dlm.config.validate_value import check_value, check_value_schedule
+from megatron_dlm.config.value import num_updates, policy_updates
 
 SECTIONS = (
     "model",
@@ -76,10 +79,9 @@ def main(argv: list[str]) -> None:
     check_judge(reward)
     check_value(value, rl.num_rollout)
     if run.dry_run:
-        return dry_run(config, check_with_model, rl_plan(config, updates_of(rl, rollout)))
+        return dry_run(config, check_with_model, rl_plan)
     prepare_process()
     complete(config)
-    from megatron_dlm.data.mixture import check_mixture
     from megatron_dlm.evaluation.evaluate import Evaluator
     from megatron_dlm.rewards.code_options import CodeOptions
     from megatron_dlm.rewards.endpoint import open_endpoint
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> None:
     from megatron_dlm.rollout.sglang.check import check_backend
     from megatron_dlm.training.pace import Pace
     from megatron_dlm.training.setup import Session
-    from megatron_dlm.training.sleep import sleep
+    from megatron_dlm.training.sleep import state_to_come
 
     with running():
         session = Session.open(config["model"], config["parallel"], words, run.seed)
@@ -101,30 +103,21 @@ def main(argv: list[str]) -> None:
         together(lambda: check_attention(rollout, session.model))
         check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
         prompts, found = read_prompts(rl.prompt_data, session, words, rollout.rollout_max_prompt_len)
-        for flag in ("rollout_batch_size", "over_sampling_batch_size"):
-            if len(prompts) < (getattr(rollout, flag) or 0):
-                raise ConfigError(
-                    f"{flag_name(flag)} {getattr(rollout, flag)} is more than the {len(prompts)} prompts there are. "
-                    "Lower it, or give more prompts."
-                )
-        if curriculum.prompt_weights:
-            found_in = Counter(prompt.source for prompt in prompts)
-            sizes = {source: found_in[source] for source in rl.prompt_data}
-            check_mixture(sizes, curriculum.prompt_weights, rollout.rollout_batch_size)
+        check_prompts(prompts, rl, rollout, curriculum)
         held_out = []
         if evaluation.eval_interval is not None:
             held_out, others = read_prompts(evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len)
             found += f"; for evaluation {others}"
         check_verifiers(reward.reward, prompts + held_out, reward.judge_url)
         code = CodeOptions.of(reward)
-        isolation = together(lambda: code.check(prompts + held_out, reward.reward))
+        isolation = isolation_of(code, prompts + held_out, reward.reward)
         endpoint = together(lambda: open_endpoint(reward))
         longest = rollout.rollout_max_response_len
         earnings = together(lambda: open_earnings(reward, session.tokenizer, rl, longest, endpoint))
         per_step = updates_of(rl, rollout)
         open_outputs(config, session.groups.is_main)
         with open_report(config["logging"], session.groups.is_main, config) as report:
-            state = session.train_state(config["optimizer"], rl.num_rollout * per_step)
+            state = session.train_state(config["optimizer"], policy_updates(value, rl.num_rollout, per_step))
             report.say(f"{found}; {session.describe(state)}")
             if isolation:
                 report.say(isolation)
@@ -132,12 +125,13 @@ def main(argv: list[str]) -> None:
             if nothing_left(report, restored.get("rl_step", 0), rl.num_rollout):
                 return
             models = open_models(config, session, state, per_step, restored, report.say)
-            if rl.offload_train and rl.offload_rollout:  # the KV cache is sized by the memory that it finds free
-                for one in (state, models.value):
-                    if one is not None:
-                        sleep(one)
             rig = RolloutRig.open(
-                session, state, rollout, longest_prompt(prompts, held_out), longest_response(rollout, evaluation)
+                session,
+                state,
+                rollout,
+                longest_prompt(prompts, held_out),
+                longest_response(rollout, evaluation),
+                spoken_for=0 if models.value is None else state_to_come(models.value),
             )
             scorer = make_scorer(reward.reward, reward.reward_workers, reward.reward_timeout, endpoint, code)
             with scorer, earnings:
@@ -182,20 +176,36 @@ def main(argv: list[str]) -> None:
 
 def check_with_model(config: dict[str, Any], model: ModelConfig, world_size: int) -> None:
     """Refuse what does not fit the resolved model, or this number of processes."""
-    rl, rollout, reward = (config[name] for name in ("rl", "rollout", "reward"))
+    rl, rollout, reward, value = (config[name] for name in ("rl", "rollout", "reward", "value"))
+    curriculum = config["curriculum"]
     check_rollout_layout(config["parallel"], model, rollout, world_size)
     check_rollout(rollout, model)
     check_rl(rl, rollout, model)
-    check_trajectory(rl, config["value"].use_value_model, reward.process_reward is not None)
-    check_curriculum(config["curriculum"], rl, rollout)
+    check_sections(rl, value, reward, curriculum)
+    check_curriculum(curriculum, rl, rollout)
     check_shaping(reward, rollout)
     check_eval(config["eval"], rollout, model)
+    per_step = updates_of(rl, rollout)
+    check_optimizer(config["optimizer"], policy_updates(value, rl.num_rollout, per_step))
+    check_value_schedule(value, num_updates(value, 0, rl.num_rollout, per_step))
 
 
-def updates_of(rl: RLConfig, rollout: RolloutConfig) -> int:
-    """Updates in an RL step that learns from all its responses."""
-    responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
-    return rl.num_steps_per_rollout or -(-responses // rl.global_batch_size)
+def check_prompts(prompts: Sequence, rl: RLConfig, rollout: RolloutConfig, curriculum: CurriculumConfig) -> None:
+    """Refuse RL steps of more prompts than there are, or than a source has, for those of a step are all different."""
+    from megatron_dlm.data.mixture import check_mixture
+
+    asked = [flag for flag in ("rollout_batch_size", "over_sampling_batch_size") if getattr(rollout, flag) is not None]
+    flag = max(asked, key=lambda name: getattr(rollout, name))
+    count = getattr(rollout, flag)
+    if len(prompts) < count:
+        raise ConfigError(
+            f"{flag_name(flag)} {count} is more than the {len(prompts)} prompts there are. Lower it, or give more "
+            "prompts."
+        )
+    if curriculum.prompt_weights:
+        found_in = Counter(prompt.source for prompt in prompts)
+        sizes = {source: found_in[source] for source in rl.prompt_data}
+        check_mixture(sizes, curriculum.prompt_weights, count, flag_name(flag))
 
 
 def resume_rollouts(supply, checkpoint: CheckpointConfig, restored: dict, say: Callable[[str], None]) -> None:

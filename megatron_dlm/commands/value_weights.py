@@ -22,16 +22,23 @@ FOLDER = "value"
 PAIR = "value_pair"  # beside both models' weights
 
 
-def save(value_state, checkpoint: CheckpointConfig, step: int, model: ModelConfig) -> dict[str, Any]:
+def save(value_state, policy_state, checkpoint: CheckpointConfig, step: int, model: ModelConfig) -> dict[str, Any]:
     """Write the value model's checkpoint of a step. Collective.
+
+    Where the two take turns in device memory (one of them sleeps) they do so here: the policy sleeps while the value
+    model's optimizer is written, and the value model afterwards.
 
     Returns:
         What has to be stored beside the policy's weights, so that the two find each other.
     """
     from megatron_dlm.checkpoint import distributed, fit
     from megatron_dlm.parallel.exchange import broadcast_object
+    from megatron_dlm.training.sleep import asleep, sleep
 
     pair = {PAIR: broadcast_object(uuid.uuid4().hex, src=0)}
+    take_turns = asleep(policy_state) or asleep(value_state)
+    if take_turns:
+        sleep(policy_state)
     distributed.save(
         value_state,
         Path(checkpoint.save) / FOLDER,
@@ -39,6 +46,8 @@ def save(value_state, checkpoint: CheckpointConfig, step: int, model: ModelConfi
         {fit.VALUE_MODEL: True, "model": dataclasses.asdict(model), **pair},
         with_optimizer=not checkpoint.no_save_optim,
     )
+    if take_turns:
+        sleep(value_state)
     return pair
 
 
@@ -88,6 +97,6 @@ def restore_value(
     source = f"--value-load {value_load}"
     if not folder.is_dir():
         raise CheckpointError(f"There is no checkpoint folder {folder}. Give --value-load that of a value model.")
-    distributed.load(value_state, folder, with_optimizer=False, check=check)
+    distributed.load(value_state, folder, with_optimizer=False, check=check, flag="--value-load")
     value_state.iteration = 0
     return f"The value model begins with the weights of {folder}"

@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_dlm.config.checkpoint import CheckpointConfig, LoadConfig
 from megatron_dlm.config.errors import ConfigError
-from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.config.model import NOT_OF_THE_WEIGHTS, ModelConfig
 
 TOKENIZER = "tokenizer"  # folder within a checkpoint
-_OF_THIS_RUN = ("model_preset", "init_method_std", "bf16", "fp64")  # say nothing about the weights that are stored
+_NOT_TAKEN = (*NOT_OF_THE_WEIGHTS, "model_preset")  # what a preset stands for is stored
 
 
 def complete(config: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def _fill(model: ModelConfig, known: dict[str, Any]) -> None:
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         if field.name == "transformer_overrides":  # each of its keys is a setting
             model.transformer_overrides = {**known.get(field.name, {}), **model.transformer_overrides}
-        if field.name not in known or field.name in _OF_THIS_RUN or getattr(model, field.name) != default:
+        if field.name not in known or field.name in _NOT_TAKEN or getattr(model, field.name) != default:
             continue
         if field.name == "block_size" and model.full_attention:
             continue
@@ -76,13 +76,21 @@ def check_given(checkpoint: LoadConfig) -> None:
         raise ConfigError("--load is not set. Give the folder of the checkpoint to use, or --hf-checkpoint.")
 
 
-def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None, any_block_size: bool = False) -> dict:
+def restore(
+    state,
+    checkpoint: LoadConfig,
+    model: ModelConfig,
+    stage: str | None,
+    any_block_size: bool = False,
+    flag: str | None = None,
+) -> dict:
     """Load what --load or --hf-checkpoint names, if anything.
 
     Args:
         model: resolved; the one that wrote the checkpoint must be the same.
         stage: what is resumed; None where only the weights are wanted.
         any_block_size: whether the weights are used with the block size of this run, whatever theirs was.
+        flag: that names the checkpoint where it is neither of the two.
 
     Returns:
         What was saved beside the weights; empty after a fresh start or with --finetune.
@@ -93,10 +101,11 @@ def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None
         from megatron_dlm.checkpoint.hf.source import HFSource
         from megatron_dlm.model.shape import resolve
 
-        source = HFSource.open(checkpoint.hf_checkpoint)
+        named = flag or "--hf-checkpoint"
+        source = HFSource.open(checkpoint.hf_checkpoint, named)
         stored = dataclasses.asdict(resolve(ModelConfig(**source.fields), None))
         # Blocks may be those of this run: that is how an autoregressive model becomes one of block diffusion.
-        fit.check_same_model({"model": stored}, model, f"--hf-checkpoint {checkpoint.hf_checkpoint}", finetune=True)
+        fit.check_same_model({"model": stored}, model, f"{named} {checkpoint.hf_checkpoint}", finetune=True)
         load_into(state, source, model)
         return {}
     if checkpoint.load is None:
@@ -104,15 +113,17 @@ def restore(state, checkpoint: LoadConfig, model: ModelConfig, stage: str | None
     from megatron_dlm.checkpoint import distributed, fit
 
     finetune = isinstance(checkpoint, CheckpointConfig) and checkpoint.finetune
+    flag = flag or "--load"
+    source = f"{flag} {checkpoint.load}"
 
     def check(saved: dict[str, Any]) -> None:
-        fit.check_kind(saved, False, f"--load {checkpoint.load}")
+        fit.check_kind(saved, False, source)
         if stage is not None and not finetune:
             fit.check_stage(saved, stage, checkpoint.load)
-        fit.check_same_model(saved, model, f"--load {checkpoint.load}", finetune or any_block_size)
+        fit.check_same_model(saved, model, source, finetune or any_block_size)
 
     resume = state.optimizer is not None and not (finetune or checkpoint.no_load_optim)
-    extra = distributed.load(state, checkpoint.load, checkpoint.ckpt_step, with_optimizer=resume, check=check)
+    extra = distributed.load(state, checkpoint.load, checkpoint.ckpt_step, resume, check, flag)
     if finetune:
         state.iteration = 0
         return {}
@@ -156,7 +167,7 @@ def checkpointer(
             extra["hf"] = origin.info
         write_more = files()
         if value_state is not None:
-            extra |= value_weights.save(value_state, checkpoint, step, session.model)
+            extra |= value_weights.save(value_state, state, checkpoint, step, session.model)
 
         def add(folder: Path) -> None:
             add_files(folder, session.tokenizer, origin)

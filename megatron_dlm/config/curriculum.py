@@ -15,8 +15,8 @@ class CurriculumConfig:
     the first for each of the second. Each source then goes through epochs of its own. Without weights all prompts are
     one pool, and a source has the share of its size."""
     prompt_sampling: Literal["epoch", "difficulty"] = "epoch"
-    """Take each prompt once per epoch, or each at first once and then more often the nearer the share of right
-    responses to it is to one half."""
+    """Take each prompt once per epoch, or the more often the nearer the share of right responses to it is to one half;
+    a prompt that was not answered yet counts as if half of its responses were right."""
     difficulty_floor: float = 0.1
     """How often a prompt that is always or never solved is taken, beside one that is solved half of the time, whose
     weight is this plus 1; 0 takes such prompts only when there are no others."""

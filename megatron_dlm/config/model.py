@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NOT_OF_THE_WEIGHTS = ("init_method_std", "bf16", "fp64")
+"""Fields of a run, which say nothing about weights that are stored: how they are first drawn, and in what kept."""
+
 
 @dataclass(slots=True)
 class ModelConfig:

@@ -115,7 +115,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "slim_rl": dict(eps_clip=0.1, loss_aggregation="response", normalize_advantages_by_std=False, mask_draws=3),
     "espo": dict(loss_aggregation="response", kl_loss_type="k2", mask_draws=1),
     "ebpo": dict(loss_aggregation="response", kl_loss_coef=0.0, kl_loss_type="k2", mask_draws=3),
-    "opd": dict(policy_loss_coef=0.0, distill_coef=1.0, kl_loss_coef=0.0, loss_aggregation="token"),
+    "opd": dict(
+        policy_loss_coef=0.0, distill_coef=1.0, kl_loss_coef=0.0, loss_aggregation="token", old_logprobs="current"
+    ),
 }
 """What each method sets apart from `_COMMON`. Sources: rl/methods.py."""
 

@@ -335,6 +335,13 @@ def needs(config: Any, name: str, other: str, why: str) -> None:
         raise ConfigError(f"{flag_name(name)} needs {flag_name(other)}, {why}. Give both or neither.")
 
 
+def only_with(config: Any, name: str, other: str) -> None:
+    """Refuse a field that is not what it is by default, because without `other`, a flag, nothing reads it."""
+    value = getattr(config, name)
+    if value != getattr(type(config)(), name):
+        raise ConfigError(f"{flag_name(name)} {value} does nothing without {other}. Leave it out, or add {other}.")
+
+
 def _divisors(number: int) -> str:
     """The divisors of a number as words; only the smallest twelve, for a sentence should not list fifty."""
     return one_of([n for n in range(1, number + 1) if number % n == 0][:12])

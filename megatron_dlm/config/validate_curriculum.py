@@ -6,10 +6,9 @@ from collections import Counter
 
 from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.errors import ConfigError
-from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
-from megatron_dlm.config.validate import at_least, within
+from megatron_dlm.config.validate import at_least, only_with, within
 
 
 def check_curriculum(curriculum: CurriculumConfig, rl: RLConfig, rollout: RolloutConfig) -> None:
@@ -20,9 +19,9 @@ def check_curriculum(curriculum: CurriculumConfig, rl: RLConfig, rollout: Rollou
     at_least(curriculum, 2, "max_sampling_rounds")
     if curriculum.prompt_sampling != "difficulty":
         for name in ("difficulty_floor", "difficulty_momentum"):
-            _only_with(curriculum, name, "--prompt-sampling difficulty")
+            only_with(curriculum, name, "--prompt-sampling difficulty")
     if not curriculum.dynamic_sampling:
-        _only_with(curriculum, "max_sampling_rounds", "--dynamic-sampling")
+        only_with(curriculum, "max_sampling_rounds", "--dynamic-sampling")
     elif rollout.over_sampling_batch_size is not None:
         raise ConfigError(
             f"--dynamic-sampling and --over-sampling-batch-size {rollout.over_sampling_batch_size} are two ways to "
@@ -49,9 +48,3 @@ def _check_weights(weights: list[float], sources: list[str]) -> None:
         raise ConfigError(
             f"--prompt-data names {source} {times} times, each with a weight. Name it once, with the sum of them."
         )
-
-
-def _only_with(curriculum: CurriculumConfig, name: str, other: str) -> None:
-    value = getattr(curriculum, name)
-    if value != getattr(CurriculumConfig(), name):
-        raise ConfigError(f"{flag_name(name)} {value} does nothing without {other}. Leave it out, or add {other}.")

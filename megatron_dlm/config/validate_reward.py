@@ -9,13 +9,23 @@ import re
 import urllib.parse
 
 from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.reward import FORMS, JudgeConfig, RewardConfig
 from megatron_dlm.config.rollout import RolloutConfig
-from megatron_dlm.config.validate import above, at_least, check_temperature, needs, within
+from megatron_dlm.config.validate import above, at_least, check_temperature, needs, only_with, within
 
 LONGEST_WAIT = 86400  # seconds
 MOST_REQUESTS = 4096
+_OF_THE_MODEL = (
+    "judge_votes", "judge_temperature", "judge_max_tokens", "judge_timeout", "judge_retries", "judge_concurrency",
+)  # fmt: skip
 LEAST_MEMORY_MIB = 64  # an interpreter needs some itself
+_READ_WITH = {  # settings of one kind of reward, by the one that asks for it
+    "format_reward": ("format_reward_coef",),
+    "overlong_buffer_len": ("overlong_penalty_coef",),
+    "speed_reward_coef": ("speed_min_range", "speed_reward_of"),
+    "process_reward": ("process_chunk_tokens", "process_chunk_grid"),
+}
 
 
 def check_judge(config: JudgeConfig) -> None:
@@ -30,13 +40,16 @@ def check_judge(config: JudgeConfig) -> None:
         )
     needs(config, "judge_url", "judge_model", "the name of the model there")
     needs(config, "judge_model", "judge_url", "where that model is")
-    at_least(config, 1, "judge_votes", "judge_max_tokens", "judge_concurrency")
+    at_least(config, 1, "judge_votes", "judge_max_tokens")
     at_least(config, 0, "judge_retries")
     within(config, 0, LONGEST_WAIT, "judge_timeout", low_open=True)
     within(config, 1, MOST_REQUESTS, "judge_concurrency")
     check_temperature(config, "judge_temperature")
     if config.judge_url is not None:
         _check_url(config.judge_url)
+    else:
+        for name in _OF_THE_MODEL:
+            only_with(config, name, "--judge-url")
     if config.reward == "judge" and config.judge_url is None:
         raise _no_judge("--reward judge")
 
@@ -48,6 +61,10 @@ def check_shaping(config: RewardConfig, rollout: RolloutConfig) -> None:
     at_least(config, 1, "process_chunk_tokens")
     if config.format_reward is not None:
         _check_form(config.format_reward)
+    for other, names in _READ_WITH.items():
+        if not getattr(config, other):
+            for name in names:
+                only_with(config, name, flag_name(other))
     longest = rollout.rollout_max_response_len
     if config.overlong_buffer_len >= longest and config.overlong_buffer_len:
         raise ConfigError(

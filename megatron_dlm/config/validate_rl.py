@@ -5,13 +5,16 @@ The rules of these checks are those of `validate`.
 
 from __future__ import annotations
 
+from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name, one_of
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig, with_method
+from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.validate import above, at_least, needs_data, within
+from megatron_dlm.config.value import ValueConfig
 
 DRAWN = ("random_masking", "coupled", "slim_rl", "espo", "ebpo")  # learn states that are drawn
 REPLAYED = ("tracerl", "dipo")  # reward the decisions of the trace
@@ -52,13 +55,26 @@ def check_rl(rl: RLConfig, rollout: RolloutConfig, model: ModelConfig) -> None:
         _check_rollout_logprobs(rl, rollout, model)
 
 
-def check_trajectory(rl: RLConfig, use_value_model: bool, process_reward: bool) -> None:
-    """Refuse rewards of single tokens where a method does not follow the trace, over which they are counted."""
-    flag = "--use-value-model" if use_value_model else "--process-reward" if process_reward else None
+def check_sections(rl: RLConfig, value: ValueConfig, reward: RewardConfig, curriculum: CurriculumConfig) -> None:
+    """Refuse sections of RL settings that contradict each other."""
+    process = reward.process_reward is not None
+    flag = "--use-value-model" if value.use_value_model else "--process-reward" if process else None
     if flag and rl.rl_method not in REPLAYED:
         raise ConfigError(
             f"{flag} gives advantages to single tokens along the trace, and --rl-method {rl.rl_method} does not follow "
             f"it. Use {one_of(REPLAYED)}, or leave {flag} out."
+        )
+    others = ("format_reward", "overlong_buffer_len", "short_reward_coef", "speed_reward_coef")
+    for name in others if process else ():
+        if getattr(reward, name):
+            raise ConfigError(
+                f"--process-reward makes the advantages by itself, so {flag_name(name)} would do nothing. Leave one of "
+                "the two out."
+            )
+    if curriculum.dynamic_sampling and not with_method(rl).policy_loss_coef:
+        raise ConfigError(
+            "--dynamic-sampling looks for groups with right and wrong responses, and a teacher alone has something to "
+            "say of all. Leave it out, or set --policy-loss-coef above 0."
         )
 
 
@@ -67,7 +83,16 @@ def check_objective(config: ObjectiveConfig) -> None:
     within(config, 0, 1, "eps_clip", low_open=True, high_open=True)
     above(config, 0, "eps_clip_high")
     above(config, 1, "eps_clip_c")
-    at_least(config, 0, "kl_loss_coef", "policy_loss_coef", "distill_coef", "tis_clip_low", "mask_ratio_spread")
+    at_least(
+        config,
+        0,
+        "kl_loss_coef",
+        "policy_loss_coef",
+        "distill_coef",
+        "tis_clip_low",
+        "mask_ratio_spread",
+        "entropy_coef",
+    )
     at_least(config, 1, "mask_draws", "shrinkage")
     above(config, 0, "tis_clip")
     within(config, 0, 1, "mask_ratio_low", "mask_ratio_high", low_open=True)
@@ -77,6 +102,7 @@ def check_objective(config: ObjectiveConfig) -> None:
         )
     if config.tis_clip_low > config.tis_clip:
         raise ConfigError(f"--tis-clip-low {config.tis_clip_low} is above --tis-clip {config.tis_clip}. Swap them.")
+    _check_read(config)
     config = with_method(config)
     method = config.rl_method
     _check_states(config, method)
@@ -90,11 +116,20 @@ def check_objective(config: ObjectiveConfig) -> None:
             f"--loss-aggregation {config.loss_aggregation} does not work with --rl-method {method}, which compares "
             "whole responses. Use response or token."
         )
-    if config.use_tis and not (method not in WHOLE and _by_target(config)):
+    if config.loss_aggregation == "slice" and _is_paired(config):
         raise ConfigError(
-            f"--use-tis does not work with --rl-method {method}"
-            f"{'' if method in WHOLE else ' and --coupled-estimator paired'}, whose ratios are not those of single "
-            "tokens in single states. Leave it out."
+            "--loss-aggregation slice does not work with --coupled-estimator paired, whose tokens stand in several "
+            "slices each. Use constant, longest, response or token."
+        )
+    if config.kl_aggregation == "slice_sum" and (method in WHOLE or _is_paired(config)):
+        raise ConfigError(
+            f"--kl-aggregation slice_sum needs a penalty for each target, and --rl-method {method} has one for what it "
+            "compares as a whole. Leave it out."
+        )
+    if config.use_tis and not (method in REPLAYED and config.shrinkage == 1 and config.grid_anchor == "absolute"):
+        raise ConfigError(
+            "--use-tis compares a token's probability in training with that in the rollout, so it needs the states of "
+            f"the rollout: --rl-method {one_of(REPLAYED)}, --shrinkage 1 and --grid-anchor absolute. Leave it out."
         )
     if config.use_tis and config.old_logprobs == "rollout":
         raise ConfigError(
@@ -103,8 +138,32 @@ def check_objective(config: ObjectiveConfig) -> None:
         )
 
 
-def _by_target(config: ObjectiveConfig) -> bool:
-    return not (config.rl_method == "coupled" and config.coupled_estimator == "paired")
+def _is_paired(config: ObjectiveConfig) -> bool:
+    return config.rl_method == "coupled" and config.coupled_estimator == "paired"
+
+
+def _check_read(config: ObjectiveConfig) -> None:
+    """Refuse settings that nobody reads. Args: config: as the user gave it."""
+    filled = with_method(config)
+    on_policy = filled.old_logprobs == "current" or not filled.policy_loss_coef
+    rules = [
+        (("tis_clip", "tis_clip_low"), config.use_tis, "without --use-tis"),
+        (("distill_kl",), filled.distill_coef, "without --distill-coef"),
+        (("kl_loss_type", "kl_aggregation"), filled.kl_loss_coef, "with --kl-loss-coef 0"),
+        (("eps_clip", "eps_clip_high", "eps_clip_c"), not on_policy, "where every ratio is 1, or --policy-loss-coef 0"),
+        (("use_tis",), filled.policy_loss_coef, "with --policy-loss-coef 0"),
+    ]
+    defaults = ObjectiveConfig()
+    for names, is_read, where in rules:
+        for name in names:
+            if not is_read and getattr(config, name) != getattr(defaults, name):
+                raise ConfigError(f"{flag_name(name)} does nothing {where}. Leave it out.")
+    still = filled.old_logprobs == "current" and filled.kl_reference == "old" and filled.kl_loss_type != "k1"
+    if filled.kl_loss_coef and still:
+        raise ConfigError(
+            f"--kl-loss-coef {filled.kl_loss_coef} does nothing with --old-logprobs current, for the policy is then no "
+            "way from the old one. Add --kl-reference frozen, or leave it out."
+        )
 
 
 def _check_states(config: ObjectiveConfig, method: str) -> None:

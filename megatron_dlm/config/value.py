@@ -76,6 +76,13 @@ def learns_in(value: ValueConfig, step: int) -> bool:
     return step < value.value_warmup_steps or step % value.value_interval == 0
 
 
+def policy_updates(value: ValueConfig, last: int, per_step: int) -> int:
+    """Updates of the policy in the RL steps before `last`, each of `per_step` updates: it may wait for the value model
+    first.
+    """
+    return per_step * max(0, last - (value.value_warmup_steps if value.use_value_model else 0))
+
+
 def num_updates(value: ValueConfig, first: int, last: int, per_step: int) -> int:
     """Updates of the value model in the RL steps from `first` to `last`, each of `per_step` updates."""
     return per_step * sum(learns_in(value, step) for step in range(first, last))

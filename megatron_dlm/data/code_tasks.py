@@ -25,6 +25,17 @@ from megatron_dlm.data.jsonl import text_field
 CODE = "code"  # the verifier's name
 STDIO, FUNCTION = "stdio", "function"
 _MARKS = ("test_method", "test_list")
+# What tests use by its bare name because the programs that they were written for had imported it, and from where.
+COMMON = {
+    "Counter": "collections", "defaultdict": "collections", "OrderedDict": "collections", "deque": "collections",
+    "Decimal": "decimal", "Fraction": "fractions", "datetime": "datetime", "date": "datetime",
+    "timedelta": "datetime", "sqrt": "math", "isclose": "math", "pi": "math", "inf": "math",
+    "List": "typing", "Dict": "typing", "Optional": "typing", "Tuple": "typing", "Any": "typing", "Union": "typing",
+}  # fmt: skip
+_COMPARE = (  # around what a test is about, to compare its result
+    "abs", "all", "any", "bool", "dict", "float", "frozenset", "int", "isclose", "isinstance", "len", "list", "repr",
+    "round", "set", "sorted", "str", "tuple", "type",
+)  # fmt: skip
 _TESTS_FOLLOW = "\nYour code should pass these tests:\n\n"
 
 
@@ -133,11 +144,18 @@ def _stdio(record: dict, where: str) -> dict:
 
 
 def _entries(tests: list[str]) -> list[str]:
-    """A function that all tests are about and that has a built-in's name, such as `sum`; else nothing."""
+    """A function that all tests are about and whose name is known without it, such as `sum` or `sqrt`; else nothing."""
     called = [_calls(ast.parse(test)) for test in tests]
-    if any(not hasattr(builtins, name) for names in called for name in names):
+    if any(not hasattr(builtins, name) and name not in COMMON for names in called for name in names):
         return []
-    return [called[0][0]] if called[0] and all(names and names[0] == called[0][0] for names in called) else []
+    subjects = {_subject(names) for names in called}
+    return sorted(subjects) if len(subjects) == 1 and None not in subjects else []
+
+
+def _subject(called: list[str]) -> str | None:
+    """Which of the names that an assertion calls, the outer ones first, it is about: abs(sqrt(2) - 1.4) about sqrt."""
+    others = [name for name in called if name not in _COMPARE]
+    return others[0] if others else called[0] if len(set(called)) == 1 else None
 
 
 def _calls(tree: ast.AST) -> list[str]:

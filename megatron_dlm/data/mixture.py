@@ -98,12 +98,14 @@ class Mixture(Generic[Item]):
         return first
 
 
-def check_mixture(sizes: Mapping[str, int], weights: Sequence[float], batch: int) -> None:
+def check_mixture(
+    sizes: Mapping[str, int], weights: Sequence[float], batch: int, flag: str = "--rollout-batch-size"
+) -> None:
     """Refuse proportions that an RL step cannot have, for its prompts are all different.
 
     Args:
         sizes: source -> its number of prompts, in the order of `weights`.
-        batch: prompts of a step.
+        batch: prompts that a step asks for at once. flag: that says how many.
 
     Raises:
         ConfigError: a source has fewer prompts than its share of a step.
@@ -113,6 +115,6 @@ def check_mixture(sizes: Mapping[str, int], weights: Sequence[float], batch: int
         share = math.ceil(round(batch * weight / whole, 6))
         if size < share:
             raise ConfigError(
-                f"--prompt-weights makes {share} of the {batch} prompts of an RL step (--rollout-batch-size) come from "
+                f"--prompt-weights makes {share} of the {batch} prompts of an RL step ({flag}) come from "
                 f"{source}, which has {size or 'none'} that can be used. Lower its weight, or give it more prompts."
             )

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from megatron_dlm.config.errors import DataError
 from megatron_dlm.config.fields import one_of, suggest
+from megatron_dlm.data.choices import LETTERS, plain
 from megatron_dlm.data.code_tasks import CODE, is_code_task, read_code_task
 from megatron_dlm.data.jsonl import text_field
 
 MATH, CHOICE = "math", "multiple_choice"
 FILE_VERIFIERS = (MATH, CHOICE, "judge")  # those that a record may name
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class Task(NamedTuple):
@@ -79,20 +79,15 @@ def _options(options: object, where: str) -> list[str]:
     texts = [
         text_field({"options": option}, "options", f"{where}, option {index}") for index, option in enumerate(options)
     ]
-    if len({_same(text) for text in texts}) != len(texts) or not all(text.strip() for text in texts):
+    if len({plain(text) for text in texts}) != len(texts) or not all(text.strip() for text in texts):
         raise DataError(f"{where}: 'options' holds the same text twice, or one without any. Make them differ.")
     return texts
 
 
 def _check_answer(truth: str, options: list[str], where: str) -> None:
     letters = LETTERS[: len(options)]
-    if _same(truth) not in map(_same, options) and truth.strip().upper() not in list(letters):
+    if plain(truth) not in map(plain, options) and truth.strip().upper() not in list(letters):
         raise DataError(
             f"{where}: 'ground_truth_answer' is {truth[:60]!r}, which is no option. Give a letter from A to "
             f"{letters[-1]}, or the text of an option."
         )
-
-
-def _same(text: str) -> str:
-    """A text without differences that the judge does not see either."""
-    return " ".join(text.split()).casefold()

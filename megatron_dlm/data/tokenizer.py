@@ -140,6 +140,20 @@ class Tokenizer:
             ) from None
         return self.encode(text)
 
+    def differing(self, folder: str | Path) -> tuple[int, int] | None:
+        """Compare with the tokenizer of another folder, which needs neither a mask nor a stop token.
+
+        Returns:
+            How many of the ids of both are another token there, and how many ids both have; None if there is no
+            tokenizer in the folder.
+        """
+        if not any((Path(folder) / file).is_file() for file in KINDS):
+            return None
+        other = _open(Path(folder))
+        names = [(self._backend.name(one), other.name(one)) for one in range(min(self._backend.size, other.size))]
+        both = [pair for pair in names if None not in pair]
+        return sum(here != there for here, there in both), len(both)
+
     def _settle_mask(self, wanted: int | None) -> int:
         token = self._token_of(wanted) if wanted is not None else self._declared_or_known()
         settled = self._backend.declare_mask(token)

@@ -75,16 +75,17 @@ def coupled_views(trace: Trace, grid: Grid, learned: np.ndarray, stream: int, ho
 
 
 def paired_views(trace: Trace, grid: Grid, learned: np.ndarray, stream: int, how: MaskDraws) -> Views:
-    """The pairs, and a mask of everything: a token's log-probability is the mean of that under the full mask and that
+    """The pairs, and a mask of everything: a token's log-probability is the mean of that under the full mask and those
     under its masks of the pairs.
 
-    Source: coupled-GRPO, arXiv 2506.20639, eq. 7, with one pair in the average.
+    Source: coupled-GRPO, arXiv 2506.20639, section 4.2.
     """
     text = _Text.of(trace, grid, learned)
-    views: list[tuple[np.ndarray, float]] = [(np.ones_like(text.hidable), 0.5)]
+    share = 1 / (how.draws + 1)
+    views: list[tuple[np.ndarray, float]] = [(np.ones_like(text.hidable), share)]
     for number in range(how.draws):
         mask, _ = how.draw(stream, number, text.position, text.block)
-        views += [(mask, 0.5 / how.draws), (~mask, 0.5 / how.draws)]
+        views += [(mask, share), (~mask, share)]
     return text.views(views)
 
 
@@ -112,17 +113,18 @@ def bound_views(trace: Trace, grid: Grid, learned: np.ndarray, stream: int, how:
 
 def quadrature_views(trace: Trace, grid: Grid, learned: np.ndarray, stream: int, how: MaskDraws) -> Views:
     """Masks at Gauss-Legendre nodes t_n that hide more of the earlier blocks than of the later ones: the ratio falls
-    from t_n + spread to t_n - spread along half a cosine, with mean t_n. Weights are the quadrature's over the number
+    from t_n + spread to t_n - spread along half a cosine, with mean t_n (spread no more than leaves ratios between 0 and
+    1). Weights are the quadrature's over the number
     of targets of each mask, so that they sum to 1: a mean over masks of a mean over their tokens.
 
     Source: SLIM-RL, arXiv 2607.00208
     """
     text, (nodes, shares) = _Text.of(trace, grid, learned), quadrature(how.draws)
     blocks = len(text.block)
-    fall = how.spread * np.cos(np.pi * (np.arange(blocks) + 0.5) / max(blocks, 1))
+    fall = np.cos(np.pi * (np.arange(blocks) + 0.5) / max(blocks, 1))
     found = []
     for number, (node, share) in enumerate(zip(nodes, shares)):
-        ratio = np.clip(node + fall, 0.0, 1.0)[:, None]
+        ratio = (node + min(how.spread, node, 1 - node) * fall)[:, None]
         mask = _uniforms(stream, number, text.position, _MASK) < ratio
         found.append((mask, share / max(int((mask & text.target).sum()), 1)))
     total = sum(share for (mask, _), share in zip(found, shares) if (mask & text.target).any())

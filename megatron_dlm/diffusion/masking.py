@@ -1,8 +1,8 @@
 """How much of a clean text is hidden when a model is trained on it.
 
-A mask ratio t is drawn per block (or per sample, or per token), then every token of the response is hidden with probability t and
-carries the weight 1/t of the evidence bound (MDLM, arXiv 2406.07524; BD3-LM, arXiv 2503.09573), clipped at a stated
-maximum because 1/t has no finite variance near 0.
+A mask ratio t is drawn per block (or per sample, or per token), then every token of the response is hidden with
+probability t and carries the weight 1/t of the evidence bound (MDLM, arXiv 2406.07524; BD3-LM, arXiv 2503.09573),
+clipped at a stated maximum because 1/t has no finite variance near 0.
 """
 
 from __future__ import annotations

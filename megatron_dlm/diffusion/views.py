@@ -118,8 +118,15 @@ def no_views(grid: Grid, length: int) -> Views:
 
 def windows(trace: Trace, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of a trace that hold a response token, int64 [b], and their positions, int64 [b, W], -1 outside the
-    text; under full attention the canvas, which goes on behind the trace's last token."""
-    return _windows(grid, len(trace.prompt_ids), len(trace.tokens) if grid.block_size else trace.canvas_length)
+    text. What goes on behind the trace's last token are masks: under full attention to the end of the canvas; on the
+    absolute grid to the end of a block larger than those of the rollout, as it would be shown whole.
+    """
+    prompt, length = len(trace.prompt_ids), len(trace.tokens)
+    if grid.block_size is None:
+        length = trace.canvas_length
+    elif grid.anchor == "absolute":
+        length = -(-length // grid.block_size) * grid.block_size
+    return _windows(grid, prompt, length)
 
 
 def _shown_until(trace: Trace) -> np.ndarray:

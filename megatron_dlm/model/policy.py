@@ -10,11 +10,15 @@ Under tensor parallelism the logits are sharded over the vocabulary; the group i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 512  # targets whose distributions are worked on together where a term needs all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +124,25 @@ def divergence(scores: Tensor, teacher: Tensor, kind: str, group: dist.ProcessGr
     own = _finite(scores - _for_each_shard(log_normaliser(scores, group), group)[:, None])
     other = _finite(teacher - log_normaliser(teacher, group)[:, None])
     allowed = ~scores.isinf()
-    p, q = own.exp() * allowed, other.exp() * allowed
     if kind == "reverse":
-        return _over_vocabulary(p * (own - other), group)
+        return _over_vocabulary(own.exp() * allowed * (own - other), group)
     if kind == "forward":
-        return _over_vocabulary(q * (other - own), group)
+        return _over_vocabulary(other.exp() * allowed * (other - own), group)
     middle = torch.logaddexp(own, other) - math.log(2.0)
-    return 0.5 * _over_vocabulary(p * (own - middle) + q * (other - middle), group)
+    terms = own.exp() * (own - middle) + other.exp() * (other - middle)
+    return 0.5 * _over_vocabulary(terms * allowed, group)
+
+
+def by_chunks(function: Callable[..., Tensor], *tables: Tensor, size: int = CHUNK) -> Tensor:
+    """function(*tables), [N], over some lines of the tables [N, ...] at a time, computed again in the backward pass:
+    what it makes of the vocabulary is never there for more than `size` targets.
+    """
+    if len(tables[0]) <= size:
+        return function(*tables)
+    pieces = zip(*(table.split(size) for table in tables))
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*piece) for piece in pieces])
+    return torch.cat([checkpoint(function, *piece, use_reentrant=False) for piece in pieces])
 
 
 def _finite(logprob: Tensor) -> Tensor:

@@ -9,28 +9,32 @@ so that nothing which it does in one test reaches another, and its verdict is ma
              that equal everything and patched builtins are failures, or wrong answers.
 
 The share of tests passed is the score; correct is who passes all. Each test has its own limits. A response has a limit,
-too, in wall time (`response_limit`): tests that it leaves no time for are timeouts. The pool's own limit per item lies
-above it, and is met only if this module itself hangs.
+too, in wall time (`response_limit`): tests that it leaves no time for are timeouts, and so are all tests after the
+second timeout, for whoever hangs twice would hang again, and others wait for this verdict. The pool's own limit per
+item lies above it, and is met only if this module itself hangs.
 
 This module is imported by the trusted workers of a pool; `prepare` starts the sandboxes before anything is timed.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import time
 
-from megatron_dlm.rewards.base import Verdict
+from megatron_dlm.data.code_tasks import STDIO
+from megatron_dlm.rewards.base import TIMEOUT, Verdict
 from megatron_dlm.rewards.sandbox.programs import FAIL, PASS
 from megatron_dlm.rewards.sandbox.runner import Check, Sandbox, SandboxError
-from megatron_dlm.rewards.sandbox.watch import TIMEOUT, Limits
+from megatron_dlm.rewards.sandbox.watch import Limits
 
-STDIO, FUNCTION = "stdio", "function"
 NO_CODE = "no code"
 LONGEST_PROGRAM = 1 << 20  # characters
+MOST_TIMEOUTS = 2  # of a response's tests; further ones are not run
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n`]*$", re.MULTILINE)
+_FENCE = re.compile(r"^([ \t]*)```[ \t]*([\w+-]*)[^\n`]*$", re.MULTILINE)
 _IMPORT = re.compile(r"^(?:import|from)[ \t][^\n]+", re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import [^\n(]+\n?", re.MULTILINE)
 _PYTHON = ("python", "python3", "py", "")
 
 _sandbox: Sandbox | None = None
@@ -44,6 +48,7 @@ def prepare(
     output: int = 1 << 20,
     processes: int = 8,
     response_limit: float = 60.0,
+    folder: str | None = None,
 ) -> None:
     """Start this worker's sandboxes.
 
@@ -51,10 +56,11 @@ def prepare(
         level: of isolation (rewards/sandbox/confine.py), already found to work.
         cpu, memory, output, processes: limits of one test (rewards/sandbox/watch.py).
         response_limit: seconds of wall time for all tests of a response.
+        folder: where sandboxes that need a folder make theirs.
     """
     global _sandbox, _response_limit
     _response_limit = response_limit
-    _sandbox = Sandbox(level, Limits(cpu, memory, processes, output))
+    _sandbox = Sandbox(level, Limits(cpu, memory, processes, output), folder=folder)
     _sandbox.start()
 
 
@@ -72,13 +78,13 @@ def judge(response: str, ground_truth: str, metadata: dict) -> Verdict:
         return Verdict(0.0, NO_CODE, 0.0, (NO_CODE,) * count)
     if _sandbox is None:
         raise SandboxError("the sandbox was not prepared")
-    limits = _sandbox.limits
-    if metadata.get("time_limit"):
-        limits = limits.within(metadata["time_limit"], _response_limit)
+    wanted = metadata.get("time_limit") or _sandbox.limits.cpu
     end = time.monotonic() + _response_limit
     parts = []
     for test in metadata["tests"]:
-        if time.monotonic() > end - limits.wall:
+        left = end - time.monotonic()
+        limits = _sandbox.limits.within(wanted, left)
+        if parts and (left <= 1.0 or parts.count(TIMEOUT) >= MOST_TIMEOUTS):
             parts.append(TIMEOUT)
         elif metadata["method"] == STDIO:
             parts.append(_run(program, *test, limits))
@@ -114,7 +120,7 @@ def program_of(response: str, prefix: str = "", completes: str = "") -> str | No
     if code is None and completes and not _FENCE.search(text):
         code = completes + response
     elif code is not None and completes:
-        code = _imports(completes) + code
+        code = _completed(completes, code)
     if code is None or not code.strip() or len(code) > LONGEST_PROGRAM:
         return None
     return code
@@ -122,19 +128,28 @@ def program_of(response: str, prefix: str = "", completes: str = "") -> str | No
 
 def _last_block(text: str) -> str | None:
     """The last fenced block that closes and calls itself Python, or nothing at all."""
-    start, language, found = -1, "", None
+    start, indent, language, found = -1, 0, "", None
     for fence in _FENCE.finditer(text):
-        if start < 0:
-            start, language = fence.end() + 1, fence.group(1).lower()
-        elif not fence.group(1):
+        if start >= 0 and not fence[2]:
             if language in _PYTHON:
-                found = text[start : fence.start()]
+                found = _without(indent, text[start : fence.start()])
             start = -1
-        else:  # the block before it was never closed
-            start, language = fence.end() + 1, fence.group(1).lower()
+        else:  # a block opens; if there is one before it, that was never closed
+            start, indent, language = fence.end() + 1, len(fence[1]), fence[2].lower()
     return found
 
 
-def _imports(code: str) -> str:
-    """The import statements at the top level of a program's beginning, which who writes it again often leaves out."""
-    return "".join(line + "\n" for line in _IMPORT.findall(code))
+def _without(indent: int, code: str) -> str:
+    """What a block holds whose fence is indented, as in a list: no line has that indentation in the program."""
+    return re.sub(rf"^[ \t]{{1,{indent}}}", "", code, flags=re.MULTILINE) if indent else code
+
+
+def _completed(completes: str, code: str) -> str:
+    """A program that was written again from its beginning on, after that beginning, whose imports and helpers are often
+    left out. Only the imports are taken of a beginning that is no program by itself."""
+    try:
+        ast.parse(completes)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        completes = "\n".join(_IMPORT.findall(completes))
+    futures = "".join(_FUTURE.findall(code))  # they must stay the first lines
+    return futures + (completes.rstrip() + "\n" if completes.strip() else "") + _FUTURE.sub("", code)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from megatron_dlm.data.code_tasks import CODE
 from megatron_dlm.rewards.sandbox import isolation
 from megatron_dlm.rewards.sandbox.watch import BUSY
 from megatron_dlm.rewards.workers import WorkerPool
@@ -49,7 +51,10 @@ class CodeOptions:
         numbers = asdict(self)
         options = {name: numbers[name] for name in ("memory", "output", "processes", "response_limit")}
         options |= {"level": isolation.choose(self.isolation), "cpu": self.time_limit}
-        return WorkerPool(judge_module, workers, (1 + BUSY) * self.response_limit + _SPARE, options=options)
+        folder = options["folder"] = tempfile.mkdtemp(prefix="sandboxes-")
+        limit = (1 + BUSY) * self.response_limit + _SPARE
+        # no limit on a worker's memory: sandboxes that it starts later would inherit it
+        return WorkerPool(judge_module, workers, limit, memory_limit=0, options=options, folder=folder)
 
     def check(self, prompts: Iterable[Prompt], verifier: str = "auto") -> str | None:
         """To be called before anything is generated: which isolation the programs of these prompts will have.
@@ -63,6 +68,6 @@ class CodeOptions:
         Raises:
             ConfigError: they cannot be run on this host.
         """
-        if verifier not in ("auto", "code") or not any(prompt.verifier == "code" for prompt in prompts):
+        if verifier not in ("auto", CODE) or not any(prompt.verifier == CODE for prompt in prompts):
             return None
         return isolation.describe(isolation.choose(self.isolation))

@@ -9,7 +9,8 @@ What it promises (tests/rewards/test_endpoint.py):
     judge does not;
   - never more requests at the same time than --judge-concurrency; those that failed for a passing reason are repeated,
     later and later;
-  - the key goes to the given address alone: a redirection is a failure.
+  - a request takes about --judge-timeout at most, whatever the server drips;
+  - the key goes to the given address alone: a redirection is a failure, and a proxy sees no more than a closed tunnel.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -34,6 +36,7 @@ PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP codes after which ano
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts; doubled each time
 PROBE_TIMEOUT = 60.0
 SHOWN_ANSWER = 4000  # characters at the end of a response without a box that a judge is shown
+LARGEST_REPLY = 64 << 20  # bytes
 
 OUTCOME = """\
 Decide whether an answer to a question is right.
@@ -83,7 +86,7 @@ class Endpoint:
         self._headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY_VARIABLE):
             self._headers["Authorization"] = f"Bearer {key}"
-        self._opener = urllib.request.build_opener(_NoRedirection)
+        self._opener = urllib.request.build_opener(_NoRedirection, urllib.request.ProxyHandler(_tunnels()))
 
     def probe(self) -> None:
         """Have one token generated.
@@ -144,7 +147,7 @@ class Endpoint:
         call = urllib.request.Request(self._url, data, self._headers)
         try:
             with self._opener.open(call, timeout=timeout) as response:
-                reply = json.load(response)
+                reply = json.loads(_body(response, timeout))
         except urllib.error.HTTPError as error:
             with error:
                 raise _refusal(error) from None
@@ -154,7 +157,7 @@ class Endpoint:
             raise EndpointError(f"no reply within {timeout:g} seconds", passing=True) from None
         except (OSError, http.client.HTTPException) as error:
             raise EndpointError(f"{type(error).__name__} {error}".strip(), passing=True) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise EndpointError("its reply is not JSON", passing=False) from None
         try:
             content = reply["choices"][0]["message"]["content"]
@@ -198,9 +201,33 @@ def open_endpoint(config: JudgeConfig) -> Endpoint | None:
     return endpoint
 
 
+def without_marks(text: str) -> str:
+    """What a policy wrote, so that it cannot end the passage between the marks of a judge's prompt."""
+    return re.sub("<{3,}|>{3,}", lambda run: " ".join(run[0]), text)
+
+
 def _answer(response: str) -> str:
     boxed = last_boxed(response)
-    return response[-SHOWN_ANSWER:] if boxed is None else boxed[-SHOWN_ANSWER:]
+    return without_marks(response[-SHOWN_ANSWER:] if boxed is None else boxed[-SHOWN_ANSWER:])
+
+
+def _body(response: http.client.HTTPResponse, limit: float) -> bytes:
+    """The whole body. Raises TimeoutError when it has not come within `limit` seconds, however busily it drips."""
+    end, body = time.monotonic() + limit, bytearray()
+    while part := response.read1(1 << 16):
+        body += part
+        if time.monotonic() > end:
+            raise TimeoutError
+        if len(body) > LARGEST_REPLY:
+            raise ValueError("a reply without end")
+    if response.length:
+        raise http.client.IncompleteRead(bytes(body), response.length)
+    return bytes(body)
+
+
+def _tunnels() -> dict[str, str]:
+    """Proxies of the environment that cannot read what goes through them: those for https."""
+    return {kind: address for kind, address in urllib.request.getproxies().items() if kind == "https"}
 
 
 def _majority(votes: list[str | None]) -> Verdict:
@@ -223,7 +250,7 @@ def _refusal(error: urllib.error.HTTPError) -> EndpointError:
         said = json.loads(error.read(4096))
         said = said.get("error", said)
         message = str(said["message"] if isinstance(said, dict) else said)
-    except (ValueError, OSError, KeyError, AttributeError, http.client.HTTPException):
+    except (ValueError, RecursionError, OSError, KeyError, AttributeError, http.client.HTTPException):
         message = error.reason
     pause = error.headers.get("Retry-After", "")
     return EndpointError(

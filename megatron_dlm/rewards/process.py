@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from megatron_dlm.config.errors import ConfigError
-from megatron_dlm.rewards.endpoint import Endpoint
+from megatron_dlm.rewards.endpoint import Endpoint, without_marks
 
 if TYPE_CHECKING:
     from megatron_dlm.config.reward import RewardConfig
@@ -162,10 +162,9 @@ def load(spec: str) -> Callable[..., object]:
 
 def _questions(solution: Solution) -> list[str]:
     prompt, outcome = solution.prompt, "right" if solution.correct else "wrong"
-    return [
-        PART.format(question=prompt.question, truth=prompt.ground_truth, outcome=outcome, text=solution.text, part=part)
-        for part in solution.parts
-    ]
+    known = {"question": prompt.question, "truth": prompt.ground_truth, "outcome": outcome}
+    whole = without_marks(solution.text)
+    return [PART.format(**known, text=whole, part=without_marks(part)) for part in solution.parts]
 
 
 def _agreed(votes: Sequence[float], correct: bool) -> float:

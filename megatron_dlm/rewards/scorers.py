@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_dlm.config.errors import ConfigError, DependencyError
+from megatron_dlm.data.code_tasks import CODE
 from megatron_dlm.rewards.base import Verdict
 from megatron_dlm.rewards.code_options import CodeOptions
 from megatron_dlm.rewards.endpoint import Endpoint, EndpointScorer
@@ -42,10 +43,9 @@ VERIFIERS = {
     "math": Verifier("megatron_dlm.rewards.math", "math_verify", "math-verify[antlr4_13_2]"),
     "reasoning_gym": Verifier("megatron_dlm.rewards.reasoning_gym", "reasoning_gym", "reasoning-gym", True),
     "multiple_choice": Verifier("megatron_dlm.rewards.multiple_choice"),
-    "code": Verifier("megatron_dlm.rewards.code", own_prompts=True),
+    CODE: Verifier("megatron_dlm.rewards.code", own_prompts=True),
     "judge": Verifier(None),
 }
-CODE = "code"
 AUTO = "auto"  # each prompt names its own verifier
 
 

@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ class WorkerPool:
         timeout: float,
         memory_limit: int = MEMORY_LIMIT,
         options: dict | None = None,
+        folder: str | None = None,
     ):
         """Start the workers; they import their judge while the caller goes on.
 
@@ -70,9 +72,11 @@ class WorkerPool:
             timeout: seconds of wall time per item.
             memory_limit: bytes of address space per worker, 0 for none.
             options: what the judge's prepare() is called with, by name; plain data.
+            folder: one that the judges use; the pool removes it when it is closed.
         """
         if workers < 1 or timeout <= 0:
             raise ValueError(f"a pool needs workers and time (workers {workers}, timeout {timeout})")
+        self._folder = folder
         self._start = lambda: _Worker(judge_module, timeout, memory_limit, options or {})
         self._workers = [self._start() for _ in range(workers)]
 
@@ -150,6 +154,8 @@ class WorkerPool:
         for worker in self._workers:
             worker.kill()
         self._workers = []
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> WorkerPool:
         return self

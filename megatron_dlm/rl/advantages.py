@@ -1,7 +1,8 @@
 """From rewards to advantages, within the group of a prompt.
 
-Source: TraceRL, arXiv 2509.06949, section 4.2, and its published code. Rewards are 0 or 1 here, but nothing below needs
-    that.
+Rewards may be any numbers: verdicts, 0 or 1, with what a response earns besides them (rl/rewards.py).
+
+Source: TraceRL, arXiv 2509.06949, section 4.2, and its published code.
 """
 
 from __future__ import annotations

@@ -177,7 +177,10 @@ class Collector:
         return min(batch, -(-missing * len(levels) // usable)) if usable else batch
 
     def _levels(self, graded: Sequence[Graded]) -> dict[str, Level]:
-        return {key: level(members, self.rl) for key, members in by_group(graded).items()}
+        return {
+            key: level(members, self.rl, None if self.earnings is None else self.earnings.config)
+            for key, members in by_group(graded).items()
+        }
 
     def _metrics(self, rounds: int, levels: dict[str, Level]) -> dict[str, float]:
         found = Counter(levels.values())
@@ -240,6 +243,7 @@ class Collector:
             stale=int((lag > 0).sum()),
             version_lag=int(lag.sum()),
             largest_lag=int(lag.max(initial=0)),
-            score=getattr(verdict, "score", None),
+            score=verdict.score,
+            tests_passed=verdict.score if verdict.parts else None,
             form=form,
         )

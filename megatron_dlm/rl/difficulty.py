@@ -1,12 +1,13 @@
 """Prompts by how hard they are: those that the policy solves about half of the time teach most.
 
-A group's rewards differ most when half of its responses are right: their variance is p (1 - p). A prompt that was seen
-is drawn with weight
+A group's rewards differ most when half of its responses are right: their variance is p (1 - p). A prompt is drawn with
+weight
 
-    floor + 4 p (1 - p)          p: its running pass rate (rl/pass_rates.py)
+    floor + 4 p (1 - p)          p: its running pass rate (rl/pass_rates.py); one half before it was ever seen
 
 without replacement within a step; the floor brings solved and unsolved ones back now and then, so that their rates do
-not grow old. Prompts that were never seen come before all others.
+not grow old. So a prompt that was never seen is as welcome as the best that is known: new ones come before those that
+proved too hard or too easy, and what teaches most need not wait until all others were tried.
 
 Weighted draws are a race: each prompt arrives after an exponential time that is divided by its weight, and the first
 ones are taken (Efraimidis and Spirakis, 2006). A prompt's time is keyed by (seed, its key, step), so it does not matter
@@ -31,6 +32,8 @@ from megatron_dlm.data.prompts import Prompt
 from megatron_dlm.data.sampler import EpochSampler, Position
 from megatron_dlm.diffusion.keys import stream, uniforms
 from megatron_dlm.rl.pass_rates import PassRates
+
+UNSEEN = 0.5  # taken for the pass rate of a prompt that was never seen
 
 
 def weights_of(rates: np.ndarray, floor: float) -> np.ndarray:
@@ -58,10 +61,10 @@ class DifficultySampler:
     def offer(self, count: int, step: int, at_work: Collection[str]) -> list[Prompt]:
         """`count` prompts that are not at work, or as many as there are."""
         seen = self._rates.visits[self._rows] > 0
-        weight = np.where(seen, weights_of(self._rates.rates[self._rows], self._floor), 1.0)
+        weight = weights_of(np.where(seen, self._rates.rates[self._rows], UNSEEN), self._floor)
         time = -np.log1p(-uniforms(self._streams, torch.tensor(step)).numpy())
-        turn = np.where(seen, 1, 0) + (weight == 0)  # unseen, seen, and those that only the lack of others brings back
-        order = np.lexsort((time / np.where(weight > 0, weight, 1.0), turn))
+        last = weight == 0  # those that only the lack of others brings back
+        order = np.lexsort((time / np.where(last, 1.0, weight), last))
         busy = np.zeros(len(order), bool)
         busy[[self._place[key] for key in at_work if key in self._place]] = True
         return [self._prompts[place] for place in order[~busy[order]][:count]]

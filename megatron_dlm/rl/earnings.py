@@ -89,7 +89,7 @@ class Earnings:
         right = {
             (record.group, record.sample): record.accuracy > 0
             for group in by_group(records).values()
-            if usable(group, self.rl)
+            if usable(group, self.rl, self.config)
             for record in group
         }
         keys = [(one.trace.prompt_key, one.trace.sample) for one in judged]

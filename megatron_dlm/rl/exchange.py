@@ -7,7 +7,7 @@ that train on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_dlm.diffusion.planner import Load
@@ -32,6 +32,7 @@ class Graded:
         counts: of what would be learned.
         continued: it was begun in an earlier step. stale: tokens that older weights decided than those of this step;
             version_lag, largest_lag: how many updates older, in sum and at most.
+        tests_passed: share of the tests that its program passes; None where there are none.
         form: 1 if it has the form of --format-reward.
         chunks: scores of its parts by --process-reward. chunks_failed: parts that could not be judged.
     """
@@ -55,6 +56,7 @@ class Graded:
     version_lag: int = 0
     largest_lag: int = 0
     score: float | None = None
+    tests_passed: float | None = None
     form: float = 0.0
     chunks: tuple[float, ...] = ()
     chunks_failed: int = 0
@@ -68,6 +70,14 @@ class Graded:
     def accuracy(self) -> float:
         """How right it is, after the over-long rule: what accuracy bands and pass rates go by."""
         return 0.0 if self.overlong else self.correct
+
+
+def by_group(graded: Iterable[Graded]) -> dict[str, list[Graded]]:
+    """The records of each group, in the order in which they come."""
+    groups: dict[str, list[Graded]] = {}
+    for record in graded:
+        groups.setdefault(record.group, []).append(record)
+    return groups
 
 
 def gather_graded(mine: Sequence[Graded]) -> list[Graded]:

@@ -31,7 +31,7 @@ from megatron_dlm.rl.update import (
 )
 from megatron_dlm.rl.value import Rewarded, ValueRow, ValueSettings, token_advantages, update_value, values_of
 from megatron_dlm.training.setup import Session
-from megatron_dlm.training.state import TrainState
+from megatron_dlm.training.state import TrainState, forget_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +93,27 @@ class Learner:
             if self.models.value is not None or token_rewards is not None:
                 rewarded = self._rewarded(records, mine, advantages, settings, token_rewards)
                 rows, value_rows = self._with_values(rows, plan.length, rewarded)
+            if self.policy_waits(settings.step):
+                prepared.append(Prepared(rows, plan.length, value_rows))
+                continue
             # The weights of the first update are still those of the old policy: it needs no pass of its own.
             if number or settings.old_logprobs != "recomputed":
                 rows = with_old_logprobs(self.models.policy, rows, plan.length, self.session.vocabulary, settings)
             if self.models.reference is not None:
                 rows = with_reference(self.models.reference, rows, plan.length, self.session.vocabulary, settings)
             if self.models.teacher is not None:
-                rows = self.models.teacher.with_hidden(rows, plan.length, plan, mine, words.mask_id, words.pad_id)
+                rows = self.models.teacher.with_hidden(rows, plan.length, mine, words.mask_id, words.pad_id)
             prepared.append(Prepared(rows, plan.length, value_rows))
         return prepared
 
-    def update(self, prepared: Sequence[Prepared], settings: UpdateSettings, during: Callable) -> dict[str, float]:
+    def update(
+        self, prepared: Sequence[Prepared], settings: UpdateSettings, during: Callable, anew: bool = False
+    ) -> dict[str, float]:
         """Optimizer steps of the models that learn in this step. Collective.
 
         Args:
             during: makes the context of a phase from its name (rl/turns.py).
+            anew: each model begins anew with its optimizer.
         """
         metrics: dict[str, float] = {}
         policy, value = self.models.policy, self.models.value
@@ -115,12 +121,16 @@ class Learner:
         def learn_policy() -> None:
             rate = policy.learning_rate()
             with during("train"):
+                if anew:
+                    forget_optimizer(policy)
                 rows = [(one.rows, one.length) for one in prepared]
                 found = update_policy(policy, rows, self.session.vocabulary, settings, self.models.teacher)
             metrics.update({f"train/{name}": number for name, number in found.items()} | {"train/lr": rate})
 
         def learn_value() -> None:
             with during("train_value"):
+                if anew:
+                    forget_optimizer(value)
                 found = update_value(value, [(one.value_rows, one.length) for one in prepared], self.value_settings)
             metrics.update({f"value/{name}": number for name, number in found.items()})
 

@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_dlm.rl.exchange import Graded
+from megatron_dlm.rl.exchange import Graded, by_group
 
 
 def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
     """Of all responses of a step: means, unless the name says otherwise.
 
     `group_reward_std` is the mean over groups of the population standard deviation of their rewards; `zero_std_ratio`
-    the share of groups in which all rewards are equal.
+    the share of groups in which all rewards are equal; `tests_passed_ratio`, there with programs alone, the mean over
+    responses of the share of tests that they pass.
     """
     mean = lambda name: float(np.mean([getattr(record, name) for record in graded]))
     total = lambda name: float(sum(getattr(record, name) for record in graded))
     lengths = [record.length for record in graded]
-    groups: dict[str, list[float]] = {}
-    for record in graded:
-        groups.setdefault(record.group, []).append(record.reward)
-    return {
+    groups = {key: [record.reward for record in group] for key, group in by_group(graded).items()}
+    passed = [record.tests_passed for record in graded if record.tests_passed is not None]
+    return ({"rollout/tests_passed_ratio": float(np.mean(passed))} if passed else {}) | {
         "rollout/raw_reward": mean("correct"),
         "rollout/reward": mean("reward"),
         "rollout/group_reward_std": float(np.mean([np.std(rewards) for rewards in groups.values()])),

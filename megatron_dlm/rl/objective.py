@@ -86,6 +86,8 @@ class PolicyObjective:
         metrics = {
             "targets": torch.full_like(ratio.sum(), float(logprob.numel())),
             "units": torch.full_like(ratio.sum(), float(advantage.numel())),
+            "advantage": advantage.sum(),
+            "advantage_squared": advantage.square().sum(),
             "ratio": ratio.sum(),
             "ratio_max": torch.cat([ratio.new_zeros(1), ratio]).max(),
             "pg_clipfrac": (clipped * advantage < ratio * advantage).to(ratio.dtype).sum(),

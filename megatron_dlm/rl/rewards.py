@@ -16,7 +16,6 @@ responses, never by these rewards.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -24,7 +23,7 @@ import numpy as np
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.rewards.shaping import overlong_penalty, short_reward
 from megatron_dlm.rl.advantages import group_advantages, speed_advantages
-from megatron_dlm.rl.exchange import Graded
+from megatron_dlm.rl.exchange import Graded, by_group
 from megatron_dlm.rl.process import normalise
 
 
@@ -76,23 +75,11 @@ def group_earnings(group: Sequence[Graded], config: RewardConfig, normalize_by_s
     return advantages
 
 
-def combine(
-    group: Sequence[Graded], config: RewardConfig, limit: int, normalize_by_std: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """(rewards, advantages) of a group, float64 [G] each, from records whose `reward` is not set yet."""
-    rewards = shaped_rewards(group, config, limit)
-    rewarded = [dataclasses.replace(record, reward=float(reward)) for record, reward in zip(group, rewards)]
-    return rewards, group_earnings(rewarded, config, normalize_by_std)
-
-
 def chunk_rewards(graded: Sequence[Graded]) -> Mapping[tuple[str, int], tuple[float, ...]]:
     """Rewards of the chunks of every response, by (group, sample): their scores against those of the same chunk of the
     other responses of the group (process.py). Empty for responses that were not judged."""
-    groups: dict[str, list[Graded]] = {}
-    for record in graded:
-        groups.setdefault(record.group, []).append(record)
     return {
         (record.group, record.sample): own
-        for group in groups.values()
+        for group in by_group(graded).values()
         for record, own in zip(group, normalise([record.chunks for record in group]))
     }

@@ -1,11 +1,11 @@
 """A frozen teacher: what another model says of the tokens that the policy learns.
 
-The teacher sees the same traces as the policy. A diffusion model is asked in the same states: of its own blocks, with
-the order of the trace, if its blocks are of another size. An autoregressive model (blocks of one token, logits ahead)
-is asked what follows the finished text before each token.
+The teacher sees the same traces as the policy. A diffusion model with the policy's blocks is asked in the policy's own
+rows; one with blocks of another size in the states of its own blocks, in the order of the trace. An autoregressive
+model (blocks of one token, logits ahead) is asked what follows the finished text before each token.
 
-Only its last hidden states are kept, [N, h] for each row, until the policy's loss needs the distributions; so the
-vocabulary is never held for more than one row.
+Only its last hidden states are kept, [N, h] for each row in host memory, until the policy's loss needs the
+distributions; so its vocabulary is never held for more than one row.
 
 Source: on-policy distillation, arXiv 2306.13649; into block diffusion models, arXiv 2606.06712
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +25,14 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Grid, Layout, predecessors
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Plan
+from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, pack
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.trace import Trace
-from megatron_dlm.diffusion.views import Item, Views, trace_views
+from megatron_dlm.diffusion.views import Item, Views, largest_part, split_views, trace_views
 from megatron_dlm.model.attention import DenseAttention
 from megatron_dlm.model.policy import Vocabulary, policy_scores
 from megatron_dlm.model.row_params import RowParams
+from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.rl.rows import RLRow
 from megatron_dlm.training.state import TrainState
 from megatron_dlm.training.step import forward_only
@@ -43,12 +44,15 @@ class Teacher:
 
     Attributes:
         state: without an optimizer. model: its sizes, resolved.
-        grid: of the policy's training.
+        grid, shrinkage: of the policy's training.
+        budget: tokens of a row, where the teacher has rows of its own; its longest text with one copy may need more.
     """
 
     state: TrainState
     model: ModelConfig
     grid: Grid
+    shrinkage: int = 1
+    budget: int = 4096
 
     @property
     def is_autoregressive(self) -> bool:
@@ -59,65 +63,70 @@ class Teacher:
         """Whether the teacher is asked in the very rows of the policy."""
         return self.model.block_size == self.grid.block_size and not self.is_autoregressive
 
+    @property
+    def knows_any_state(self) -> bool:
+        """Whether it can be asked in states that are not of the trace."""
+        return self.shares_rows or self.is_autoregressive
+
     def with_hidden(
-        self, rows: list[RLRow], length: int, plan: Plan, traces: Mapping[int, Trace], mask_id: int, pad_id: int
+        self, rows: list[RLRow], length: int, traces: Mapping[int, Trace], mask_id: int, pad_id: int
     ) -> list[RLRow]:
-        """The same rows with the teacher's hidden states. Collective.
+        """The same rows with the teacher's hidden states, on the host. Collective.
 
         Args:
-            rows, length: of this rank in one update. plan, traces: what they were built from.
+            rows, length: of this rank in one update. traces: what they are of, by `Targets.response`.
         """
-        groups = self.state.groups
-        asked, order = [row.row for row in rows], None
+        asked = [row.row for row in rows]
         if not self.shares_rows:
-            members = plan.ranks[groups.dp_rank]
-            asked, order, length = self._own_rows(rows, members, traces, mask_id, pad_id)
+            asked, length = self._own_rows(traces, mask_id, pad_id)
         hidden = forward_only(self.state, asked, self._hidden_forward, length)
         if not hidden:  # not the last pipeline stage
             return rows
-        if order is not None:
-            hidden = [found[places] for found, places in zip(hidden, order)]
+        if not self.shares_rows:
+            together, found = torch.cat([_keys(row) for row in asked]), torch.cat(hidden)
+            hidden = [found[_places(_keys(row.row), together)] for row in rows]
         return [dataclasses.replace(row, teacher_hidden=found) for row, found in zip(rows, hidden)]
 
     @torch.no_grad()
-    def scores(self, rl_row: RLRow, temperature: float, vocabulary: Vocabulary, group) -> Tensor:
-        """The teacher's `policy_scores` [N, V / TP] at the row's targets; on the last pipeline stage."""
+    def scores(self, hidden: Tensor, temperature: float, vocabulary: Vocabulary, group) -> Tensor:
+        """The teacher's `policy_scores` [N, V / TP] from hidden states [N, h]; on the last pipeline stage."""
         model = self.state.unwrapped_chunks()[-1]
-        return policy_scores(model.head(rl_row.teacher_hidden), temperature, vocabulary, group)
+        return policy_scores(model.head(hidden.to(platform.device())), temperature, vocabulary, group)
 
-    def _own_rows(
-        self,
-        rows: Sequence[RLRow],
-        members: Sequence[Sequence[int]],
-        traces: Mapping[int, Trace],
-        mask_id: int,
-        pad_id: int,
-    ) -> tuple[list[Row], list[Tensor], int]:
-        """Rows of the teacher's own, which target of them belongs to each of the policy's, and their length."""
-        items = [[(index, self._item(traces[index])) for index in dict.fromkeys(inside)] for inside in members]
-        built = [build_row(inside, _room(inside), mask_id, pad_id) for inside in items]
+    def _own_rows(self, traces: Mapping[int, Trace], mask_id: int, pad_id: int) -> tuple[list[Row], int]:
+        """Rows of the teacher's own over all of this rank's responses, and their length; as many and as long on every
+        data-parallel rank, whose experts work together."""
+        groups = self.state.groups
+        items = [(index, self._item(trace)) for index, trace in sorted(traces.items())]
+        budget = max([self.budget, *(largest_part(item) for _, item in items)])
+        parts = [(index, part) for index, item in items for part in split_views(item, budget)]
+        multiple = math.lcm(ROW_MULTIPLE, groups.tp_size)
+        loads = [Load(part.group, part.shared_length, part.own_length) for _, part in parts]
+        plan = pack(loads, budget, 1, multiple)
+        built = [build_row([parts[n] for n in members], plan.length, mask_id, pad_id) for members in plan.ranks[0]]
         if self.is_autoregressive:
             built = [clean_row(row) for row in built]
-        multiple = math.lcm(ROW_MULTIPLE, self.state.groups.tp_size)
-        length = multiple * max(1, *(-(-len(row.tokens) // multiple) for row in built))
-        asked = [_padded(row, length, pad_id).to(platform.device()) for row in built]
-        return asked, [_places(own.row, other) for own, other in zip(rows, asked)], length
+        needed = -(-max([len(row.tokens) for row in built], default=1) // multiple) * multiple
+        count, length = (max(column) for column in zip(*gather_objects((len(built), needed), groups.dp)))
+        nothing = build_row([], length, mask_id, pad_id)
+        rows = [_padded(row, length, pad_id) for row in built] + [nothing] * (count - len(built))
+        return [row.to(platform.device()) for row in rows], length
 
     def _item(self, trace: Trace) -> Item:
         if self.is_autoregressive:
             return _token_by_token(trace)
         grid = Grid(self.model.block_size, self.grid.anchor)
-        return Item(trace.prompt_key, trace.tokens, len(trace.prompt_ids), trace_views(trace, grid), grid)
+        views = trace_views(trace, grid, self.shrinkage)
+        return Item(trace.prompt_key, trace.tokens, len(trace.prompt_ids), views, grid)
 
     def _hidden_forward(self, row: Row, model):
-        module = model.module
-        if not self.is_autoregressive:
-            return module.forward_row(row, headless=True), lambda hidden: hidden
-        layout = row.layout
-        params = RowParams(
-            position=layout.position, slots=row.targets.slot, attention=DenseAttention(layout), headless=True
-        )
-        return module.forward_tokens(row.tokens, params), lambda hidden: hidden
+        module, layout = model.module, row.layout
+        if self.is_autoregressive:
+            params = RowParams(
+                position=layout.position, slots=row.targets.slot, attention=DenseAttention(layout), headless=True
+            )
+            return module.forward_tokens(row.tokens, params), lambda hidden: hidden.cpu()
+        return module.forward_row(row, headless=True), lambda hidden: hidden.cpu()
 
 
 def clean_row(row: Row) -> Row:
@@ -141,11 +150,6 @@ def _token_by_token(trace: Trace) -> Item:
     return Item(trace.prompt_key, trace.tokens, prompt, views, Grid(1))
 
 
-def _room(items: Sequence[tuple[int, Item]]) -> int:
-    """Tokens of a row of these items, each with the prompt of its own at worst."""
-    return sum(item.shared_length + item.own_length for _, item in items)
-
-
 def _padded(row: Row, length: int, pad_id: int) -> Row:
     missing = length - len(row.tokens)
     values = {"group": PADDING, "response": PROMPT, "view": CLEAN, "block": 0, "position": 0}
@@ -153,8 +157,12 @@ def _padded(row: Row, length: int, pad_id: int) -> Row:
     return Row(F.pad(row.tokens, (0, missing), value=pad_id), Layout(**columns), row.targets)
 
 
-def _places(own: Row, other: Row) -> Tensor:
-    """For each target of `own`, the target of `other` that is of the same token, int64 [N]."""
-    key = lambda row: row.targets.response * 2**32 + row.targets.index
-    found, order = key(other).sort()
-    return order[torch.searchsorted(found, key(own))]
+def _keys(row: Row) -> Tensor:
+    """Which token of which response each target is of, int64 [N] on the host."""
+    return (row.targets.response * 2**32 + row.targets.index).cpu()
+
+
+def _places(wanted: Tensor, known: Tensor) -> Tensor:
+    """Where each of the wanted keys [N] stands among the known ones, int64 [N]."""
+    found, order = known.sort()
+    return order[torch.searchsorted(found, wanted)]

@@ -36,8 +36,7 @@ from megatron_dlm.rollout.rig import RolloutRig
 from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report, Stopwatch
 from megatron_dlm.training.setup import Session
-from megatron_dlm.training.sleep import wake
-from megatron_dlm.training.state import TrainState, forget_optimizer
+from megatron_dlm.training.state import TrainState
 
 STAGE = "tracerl"
 
@@ -74,7 +73,7 @@ class TraceRLTrainer:
         self.rl, self.rollout_config, self.seed = with_method(rl), rollout, seed
         self.reward, self.earnings = reward or RewardConfig(), earnings
         models = models or Models(state)
-        self.turns = Turns(state, rig, self.rl, models.value)
+        self.turns = Turns(models, rig, self.rl)
         progress = progress or {}
         self.step_index = progress.get("rl_step", 0)
         rig.engine.weight_version = progress.get("weight_version", rig.engine.weight_version)
@@ -82,7 +81,10 @@ class TraceRLTrainer:
         self.supply = Supply(prompts, STAGE, seed, rig, rollout, self.sampling, progress, curriculum)
         self.states = States.of(self.rl, session.grid.block_size, seed)
         check_budget(self._largest_item(max(len(prompt.token_ids) for prompt in prompts)), rl.max_tokens_per_row)
-        self.settings = update_settings(self.rl, self.states, self.sampling.policy_temperature)
+        self.settings = dataclasses.replace(
+            update_settings(self.rl, self.states, self.sampling.policy_temperature),
+            sees_rollout_states=self._sees_rollout_states(),
+        )
         self.learner = Learner(session, models, value or ValueConfig(), seed)
         self.collector = Collector(
             rig,
@@ -101,6 +103,12 @@ class TraceRLTrainer:
 
     def _item(self, trace: Trace) -> Item:
         return self.states.item(trace, self.step_index, self._oldest_version())
+
+    def _sees_rollout_states(self) -> bool:
+        block, sampling = self.session.grid.block_size, self.sampling
+        same_blocks = not sampling.prefix_cache if block is None else sampling.block_size == block
+        exact = self.states.shrinkage == 1 and self.rl.grid_anchor == "absolute"
+        return self.states.method.follows_trace and same_blocks and exact
 
     def _largest_item(self, longest_prompt: int) -> int:
         """Most tokens that have to stand in one row: a text with one of its copies, or with all of those that have one
@@ -155,13 +163,10 @@ class TraceRLTrainer:
     ) -> dict[str, float]:
         """Updates of all models that learn in this step, and the new weights for the engine."""
         settings = self._settings_of(rollout, learned)
-        if self.rl.reset_optimizer:
-            wake(self.state)
-            forget_optimizer(self.state)
         with during("old_logprobs"):
             tokens = None if self.earnings is None else self.earnings.token_rewards(rollout.graded)
             prepared = self.learner.prepare(learned, advantages, rollout.traces, settings, tokens)
-        metrics = self.learner.update(prepared, settings, during)
+        metrics = self.learner.update(prepared, settings, during, self.rl.reset_optimizer)
         if not self.learner.policy_waits(self.step_index):
             with during("update_weights"):
                 refit = self.rig.refit()
@@ -182,7 +187,7 @@ class TraceRLTrainer:
             updates = min(rl.num_steps_per_rollout, max(1, len(learned) // self.rollout_config.n_samples_per_prompt))
         longest = self.rollout_config.rollout_max_response_len
         if rl.loss_aggregation == "longest":
-            longest = max(record.length for record in rollout.candidates)
+            longest = max(record.length for record in learned)
         return dataclasses.replace(
             self.settings,
             num_updates=updates,
@@ -200,7 +205,7 @@ class TraceRLTrainer:
         alone has something to say of all."""
         learned, advantages = [], {}
         for members in by_group(graded).values():
-            if self.rl.policy_loss_coef and not usable(members, self.rl):
+            if self.rl.policy_loss_coef and not usable(members, self.rl, self.reward):
                 continue
             values = group_earnings(members, self.reward, self.rl.normalize_advantages_by_std)
             for record, value in zip(members, values):

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.platform import memory
+from megatron_dlm.rl.learner import Models
 from megatron_dlm.rollout.engine import Engine
 from megatron_dlm.rollout.rig import RolloutRig
 from megatron_dlm.training.ledger import Ledger, hold_state
 from megatron_dlm.training.report import Stopwatch
 from megatron_dlm.training.sleep import sleep, wake
-from megatron_dlm.training.state import TrainState
 
 GENERATING = ("rollout", "eval")
 TRAIN, TRAIN_VALUE = "train", "train_value"
@@ -38,17 +38,23 @@ class Turns:
     """One per run.
 
     Attributes:
-        ledger: of the policy, the value model if there is one, and the engine.
+        ledger: of the models and the engine.
     """
 
-    def __init__(self, state: TrainState, rig: RolloutRig, rl: RLConfig, value_state: TrainState | None = None) -> None:
-        self.state, self.rig, self.value_state = state, rig, value_state
+    def __init__(self, models: Models, rig: RolloutRig, rl: RLConfig) -> None:
+        self.state, self.rig, self.value_state = models.policy, rig, models.value
         self.offload_train, self.offload_rollout = rl.offload_train, rl.offload_rollout
         self.offloads = rl.offload_train or rl.offload_rollout
         self.ledger = Ledger()
-        hold_state(self.ledger, state)
-        if value_state is not None:
-            hold_state(self.ledger, value_state, "value ")
+        teacher = None if models.teacher is None else models.teacher.state
+        for prefix, state in (
+            ("", models.policy),
+            ("value ", models.value),
+            ("reference ", models.reference),
+            ("teacher ", teacher),
+        ):
+            if state is not None:
+                hold_state(self.ledger, state, prefix)
         self.ledger.add("rollout weights", self._rollout_weights)
         self.ledger.add("kv cache", self._kv_cache)
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Plan, pack_parts, partition
 from megatron_dlm.diffusion.trace import Trace
-from megatron_dlm.model.policy import Vocabulary, divergence, entropy, label_logprobs, policy_scores
+from megatron_dlm.model.policy import Vocabulary, by_chunks, divergence, entropy, label_logprobs, policy_scores
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.parallel.groups import Groups
 from megatron_dlm.rl.exchange import Graded, deliver
@@ -31,7 +32,7 @@ from megatron_dlm.training.step import forward_only, train_step
 
 MISMATCH = "train_rollout_logprob_abs_diff"
 _PER_UPDATE = ("loss", "pg_loss", "kl_loss", "entropy_loss", "distill_loss")  # sums with final weights
-_PER_UNIT = ("ratio", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", "k3", "ref_k3")
+_PER_UNIT = ("advantage", "advantage_squared", "ratio", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", "k3", "ref_k3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class UpdateSettings:
         old_logprobs: 'recomputed', 'rollout' or 'current' (config/objective.py).
         entropy_coef: weight of the entropy. distill_coef, distill_kl: of the divergence from the teacher.
         bf16_logprobs: whether log-probabilities are computed in bfloat16.
+        sees_rollout_states: whether tokens are learned in the very states in which the rollout decided them.
         step: of RL. oldest_version: of the weights whose tokens are learned.
     """
 
@@ -64,6 +66,7 @@ class UpdateSettings:
     distill_coef: float = 0.0
     distill_kl: str = "reverse"
     bf16_logprobs: bool = False
+    sees_rollout_states: bool = True
     step: int = 0
     oldest_version: int = 0
     together: bool = False
@@ -136,8 +139,8 @@ def fetch(updates: list[tuple[list[Graded], Plan]], traces: Sequence[Trace], gro
 def _logprobs(logits: Tensor, labels: Tensor, vocabulary: Vocabulary, settings: UpdateSettings, group) -> tuple:
     """Scores [N, V / TP] and log-probabilities [N] of the labels, in fp32 at least."""
     scores = policy_scores(logits, settings.temperature, vocabulary, group)
-    if settings.bf16_logprobs:
-        return scores, label_logprobs(scores.bfloat16(), labels, group).float()
+    if settings.bf16_logprobs:  # rounded on the way in and out, as a softmax of bfloat16 tensors is
+        return scores, label_logprobs(scores.bfloat16().float(), labels, group).bfloat16().float()
     return scores, label_logprobs(scores, labels, group)
 
 
@@ -179,19 +182,24 @@ def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings, teacher: Te
             )
             share = cast(rl_row.share)
             with torch.set_grad_enabled(settings.entropy_coef != 0):
-                entropies = entropy(scores, group)
+                entropies = by_chunks(partial(entropy, group=group), scores)
             metrics["entropy"] = entropies.detach().sum()
             if settings.entropy_coef:
                 entropy_loss = -(share * entropies).sum()
                 loss = loss + settings.entropy_coef * entropy_loss
                 metrics["entropy_loss"] = entropy_loss.detach()
             if settings.distill_coef:
-                taught = teacher.scores(rl_row, settings.temperature, vocabulary, group)
-                distance = divergence(scores, taught, settings.distill_kl, group)
+
+                def from_teacher(own: Tensor, hidden: Tensor) -> Tensor:
+                    taught = teacher.scores(hidden, settings.temperature, vocabulary, group)
+                    return divergence(own, taught, settings.distill_kl, group)
+
+                distance = by_chunks(from_teacher, scores, rl_row.teacher_hidden)
                 distill_loss = (share * distance).sum()
                 loss = loss + settings.distill_coef * distill_loss
                 metrics |= {"distill_loss": distill_loss.detach(), "teacher_kl": distance.detach().sum()}
-            metrics[MISMATCH] = (logprob.detach() - cast(rl_row.rollout_logprob)).abs().sum()
+            if settings.sees_rollout_states:
+                metrics[MISMATCH] = (logprob.detach() - cast(rl_row.rollout_logprob)).abs().sum()
             return loss, metrics
 
         return model.module.forward_row(rl_row.row), loss_fn
@@ -245,22 +253,25 @@ def update_policy(
         first update, when both still have the same weights.
     """
     totals: dict[str, float] = {}
-    norms, mismatch, largest = [], 0.0, 0.0
+    norms, largest, mismatch = [], 0.0, {}
     for index, (rows, length) in enumerate(prepared):
         result = train_step(state, rows, policy_forward(vocabulary, settings, teacher), length)
         norms.append(result.grad_norm)
-        difference = result.metrics.pop(MISMATCH)
+        difference = result.metrics.pop(MISMATCH, None)
         largest = max(largest, result.metrics.pop("ratio_max"))
-        if index == 0:
-            mismatch = difference / max(result.metrics["targets"], 1.0)
+        if index == 0 and difference is not None:
+            mismatch = {MISMATCH: difference / max(result.metrics["targets"], 1.0)}
         for name, value in result.metrics.items():
             totals[name] = totals.get(name, 0.0) + value
     targets, units = max(totals.pop("targets"), 1.0), max(totals.pop("units"), 1.0)
     per = {name: len(prepared) for name in _PER_UPDATE} | dict.fromkeys(_PER_UNIT, units)
+    means = {name: value / per.get(name, targets) for name, value in totals.items()}
+    spread = max(means.pop("advantage_squared") - means["advantage"] ** 2, 0.0)
     return {
-        **{name: value / per.get(name, targets) for name, value in totals.items()},
+        **means,
+        "advantage_std": spread**0.5,
         "ratio_max": largest,
-        MISMATCH: mismatch,
+        **mismatch,
         "grad_norm": float(np.mean(norms)),
         "updates": float(len(prepared)),
         "targets": targets,

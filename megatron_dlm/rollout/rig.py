@@ -49,12 +49,20 @@ class RolloutRig:
 
     @classmethod
     def open(
-        cls, session: Session, state: TrainState, rollout: RolloutConfig, longest_prompt: int, longest_response: int
+        cls,
+        session: Session,
+        state: TrainState,
+        rollout: RolloutConfig,
+        longest_prompt: int,
+        longest_response: int,
+        spoken_for: int = 0,
     ) -> RolloutRig:
         """Build the engine for a state and give it the weights. Collective.
 
         Args:
             longest_prompt, longest_response: tokens; the cache has room for both in each sequence.
+            spoken_for: bytes of free device memory that are not the cache's, beside those that the state's own
+                optimizer is still to take: what the optimizers of other models are.
         """
         if rollout.rollout_backend == "sglang":
             groups = rollout_groups(session.groups, rollout.rollout_tensor_model_parallel_size, 1)
@@ -70,7 +78,7 @@ class RolloutRig:
         full = bool(session.model.full_attention)
         block = 1 if full else rollout.rollout_block_size or session.model.block_size
         longest = -(-(longest_prompt + longest_response) // block) * block
-        options = engine_options(rollout, groups, longest, full, state_to_come(state))
+        options = engine_options(rollout, groups, longest, full, state_to_come(state) + spoken_for)
         engine = Engine(model, session.vocabulary, options)
         rig = cls(state, engine, groups, transfer, session.model.block_size, (session.tokenizer.eos_id,))
         rig.refit()

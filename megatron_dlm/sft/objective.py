@@ -27,7 +27,7 @@ from megatron_dlm.model.policy import Vocabulary, label_logprobs, policy_scores
 
 @dataclass(frozen=True, slots=True)
 class SFTItems:
-    """The items of one update (samples in which nothing was hidden are left out), and its number of response tokens D."""
+    """The items of one update, without samples in which nothing was hidden, and its number of response tokens D."""
 
     items: list[Item]
     num_tokens: int

@@ -128,6 +128,8 @@ def forget_optimizer(state: TrainState) -> None:
     """
     optimizer = state.optimizer
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if one.optimizer is None:  # a rank may have no parameter for one of them
+            continue
         for kept in one.optimizer.state.values():
             for value in kept.values():
                 if isinstance(value, torch.Tensor):

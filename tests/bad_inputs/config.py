@@ -70,6 +70,12 @@ ENTRIES = [
     Bad("finetune from nothing", "sft", "--finetune", "--finetune needs --load"),
     Bad("a template without a question", "sft", "--prompt-template 'Solve it.'", ("--prompt-template", "{question}")),
     Bad("a noise level above one", "sft", "--min-mask-ratio 1.5", "--min-mask-ratio is 1.5"),
+    Bad(
+        "noise levels the wrong way round",
+        "sft",
+        "--min-mask-ratio 0.5 --max-mask-ratio 0.4",
+        "--min-mask-ratio 0.5 is above --max-mask-ratio 0.4",
+    ),
     Bad("a seed beyond 64 bits", "sft", f"--seed {2**64}", ("--seed", str(2**64))),
     Bad("a negative seed beyond 64 bits", "sft", f"--seed -{2**64}", ("--seed", str(2**64))),
     Bad("a run name without a project", "sft", "--wandb-exp-name x", ("--wandb-exp-name", "--wandb-project")),

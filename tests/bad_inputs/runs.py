@@ -37,6 +37,11 @@ ENTRIES = [
     ),
     Bad("no empty step", "tracerl", "--max-empty-steps 0", "--max-empty-steps is 0"),
     Bad("an end of every zeroth step", "sft", "--exit-interval 0", "--exit-interval is 0"),
+    Bad("a dry run of no process", "sft", "--dry-run --dry-run-world-size 0", "--dry-run-world-size is 0"),
+    Bad("processes of no dry run", "tracerl", "--dry-run-world-size 2", "--dry-run-world-size needs --dry-run"),
+    Bad(
+        "a dry run of a layout that cannot be", "tracerl", "--dry-run --tensor-model-parallel-size 3", "does not divide"
+    ),
     Bad("a duration below zero", "tracerl", "--exit-duration-in-mins -1", "--exit-duration-in-mins is -1"),
     Bad("no checkpoint to keep", "sft", "--keep-last-n 0", "--keep-last-n is 0"),
     Bad("checkpoints to keep and nowhere to save", "sft", "--keep-last-n 1", "--keep-last-n needs --save", "--save"),

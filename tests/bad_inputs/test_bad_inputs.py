@@ -15,6 +15,7 @@ from tests.bad_inputs import (
     data,
     environment,
     generation,
+    models,
     outputs,
     rewards,
     runs,
@@ -36,6 +37,7 @@ TABLE = [
         outputs,
         environment,
         generation,
+        models,
         rewards,
         runs,
     )

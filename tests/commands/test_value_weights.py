@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_dlm.config.checkpoint import CheckpointConfig
+from megatron_dlm.config.convert import ExportConfig, VerifyConfig
 from megatron_dlm.config.errors import CheckpointError
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
@@ -136,6 +137,32 @@ def test_a_crash_between_the_two_leaves_the_pair_before(tmp_path: Path, monkeypa
     assert all(torch.equal(weight, weights[name]) for name, weight in value.named_parameters())
 
 
+@pytest.mark.parametrize("sleeping", ["policy", "value", "both", "none"])
+def test_only_one_optimizer_is_awake_while_a_pair_is_written(tmp_path: Path, monkeypatch, sleeping: str) -> None:
+    """Where the two take turns, so that no checkpoint needs more memory than an update does."""
+    from megatron_dlm.checkpoint import distributed
+    from megatron_dlm.training.sleep import asleep, sleep
+
+    session, policy, value = both()
+    for state, name in ((policy, "policy"), (value, "value")):
+        if sleeping in (name, "both"):
+            sleep(state)
+    original, found = distributed.write, []
+
+    def write(*args, **options) -> None:
+        found.append((asleep(policy), asleep(value)))
+        original(*args, **options)
+
+    monkeypatch.setattr(distributed, "write", write)
+    saver(session, policy, value, tmp_path)(1, True)
+    assert found == ([(False, False)] * 2 if sleeping == "none" else [(True, False), (False, True)])
+    _, fresh, other = both()
+    resume(session, fresh, other, tmp_path)
+    for state, there in ((fresh, policy), (other, value)):
+        weights = dict(there.named_parameters())
+        assert all(torch.equal(weight, weights[name]) for name, weight in state.named_parameters())
+
+
 def test_two_that_were_not_saved_together_are_refused(tmp_path: Path) -> None:
     session, policy, value = both()
     for folder in ("one", "other"):
@@ -172,12 +199,22 @@ def test_without_one_it_begins_with_the_policy(tmp_path: Path) -> None:
         assert not weight.any() if name == "value_head.weight" else torch.equal(weight, there[name])
 
 
-def test_a_policy_is_no_value_model(tmp_path: Path) -> None:
+def test_a_policy_is_no_value_model(tmp_path: Path, monkeypatch) -> None:
+    from megatron_dlm.checkpoint.hf.source import HFSource
+    from megatron_dlm.commands.convert import export_hf, verify
+
     session, policy, value = both()
     saver(session, policy, value, tmp_path / "run")(1, True)
     saver(session, policy, None, tmp_path / "plain")(1, True)
     with pytest.raises(CheckpointError, match="holds a value model, not a policy. Give the folder above it"):
         resume(session, policy, value, tmp_path / "run" / "value")
+    monkeypatch.setattr(HFSource, "open", lambda folder: None)
+    for action, settings in (
+        (export_hf, ExportConfig(load=str(tmp_path / "run" / "value"), save=str(tmp_path / "hf"))),
+        (verify, VerifyConfig(load=str(tmp_path / "run" / "value"), hf_checkpoint="hf")),
+    ):
+        with pytest.raises(CheckpointError, match="--load .*value holds a value model, not a policy"):
+            action(settings)
     with pytest.raises(CheckpointError, match="holds a policy, not a value model"):
         resume(session, policy, value, tmp_path / "plain", str(tmp_path / "plain"))
     with pytest.raises(CheckpointError, match="There is no checkpoint folder .*nowhere. Give --value-load"):

@@ -144,7 +144,7 @@ def test_a_faulty_command_line_is_one_sentence(flags, words, capsys):
         ("optimizer: {learn_rate: 1}", ["The section optimizer", "has no key learn_rate"]),
         ("optimizer: {weight-decay: 1}", ["has no key weight-decay", "Did you mean weight_decay?"]),
         ("optimizer: {num_layers: 1}", ["has no key num_layers", "Did you mean model.num_layers?"]),
-        ("run: {zzzzzz: 1}", ["has no key zzzzzz", "Use one of seed, exit_interval, exit_duration_in_mins."]),
+        ("run: {zzzzzz: 1}", ["has no key zzzzzz", "Use one of seed, exit_interval, exit_duration_in_mins, "]),
         ("run: {1: 1}", ["has no key 1"]),
         ("optimizer: fast", ["optimizer in", "needs keys below it, not 'fast'"]),
         ("optimizer: {lr: fast}", ["optimizer.lr in", "needs a number, not 'fast'"]),

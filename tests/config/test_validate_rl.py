@@ -6,10 +6,13 @@ import dataclasses
 
 import pytest
 
+from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.objective import METHODS
+from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
-from megatron_dlm.config.validate_rl import check_rl, check_trajectory
+from megatron_dlm.config.validate_rl import check_rl, check_sections
+from megatron_dlm.config.value import ValueConfig
 from tests.config.test_validate_training import MODEL, expect, run
 
 FULL = dataclasses.replace(MODEL, full_attention=True, block_size=None)
@@ -100,9 +103,23 @@ def test_every_method_passes_with_its_own_settings(method):
         (dict(rl_method="espo", mask_ratio_high=1.0), ["--mask-ratio-high 1"]),
         (dict(rl_method="espo", loss_aggregation="constant"), ["--loss-aggregation constant", "espo", "response"]),
         (dict(rl_method="ebpo", loss_aggregation="token"), None),
-        (dict(rl_method="espo", use_tis=True), ["--use-tis", "espo"]),
-        (dict(rl_method="coupled", coupled_estimator="paired", use_tis=True), ["--use-tis", "paired"]),
-        (dict(rl_method="coupled", use_tis=True), None),
+        (dict(rl_method="espo", use_tis=True), ["--use-tis", "tracerl or dipo"]),
+        (dict(rl_method="coupled", use_tis=True), ["--use-tis", "tracerl or dipo"]),
+        (dict(shrinkage=2, use_tis=True), ["--use-tis", "--shrinkage 1"]),
+        (dict(grid_anchor="response", use_tis=True), ["--use-tis", "--grid-anchor absolute"]),
+        (dict(use_tis=True), None),
+        (dict(rl_method="dipo", use_tis=True), None),
+        (dict(tis_clip=3.0), ["--tis-clip does nothing without --use-tis"]),
+        (dict(distill_kl="jsd"), ["--distill-kl does nothing without --distill-coef"]),
+        (dict(kl_aggregation="slice_sum", kl_loss_coef=0.0), ["--kl-aggregation does nothing"]),
+        (dict(kl_aggregation="slice_sum", loss_aggregation="slice"), None),
+        (dict(rl_method="espo", kl_aggregation="slice_sum"), ["--kl-aggregation slice_sum", "espo"]),
+        (dict(loss_aggregation="slice", rl_method="coupled", coupled_estimator="paired"), ["slice", "paired"]),
+        (dict(rl_method="dipo", eps_clip=0.3), ["--eps-clip does nothing"]),
+        (dict(rl_method="dipo", kl_loss_coef=0.5), ["--kl-loss-coef 0.5 does nothing", "--kl-reference frozen"]),
+        (dict(rl_method="dipo", kl_loss_coef=0.5, kl_reference="frozen", ref_load="there"), None),
+        (dict(rl_method="opd", teacher_load="there", eps_clip_c=3.0), ["--eps-clip-c does nothing"]),
+        (dict(entropy_coef=-1.0), ["--entropy-coef is -1"]),
         (dict(use_tis=True, old_logprobs="rollout"), ["--use-tis", "--old-logprobs rollout"]),
         (dict(use_tis=True, tis_clip_low=3.0), ["--tis-clip-low 3.0", "--tis-clip 2.0", "Swap"]),
         (dict(rl_method="espo", old_logprobs="rollout"), ["--old-logprobs rollout", "espo"]),
@@ -135,14 +152,19 @@ def test_distillation_needs_one_response_only():
 
 
 @pytest.mark.parametrize(
-    ("method", "value", "process", "words"),
+    ("rl", "value", "reward", "curriculum", "words"),
     [
-        ("tracerl", True, True, None),
-        ("dipo", True, False, None),
-        ("espo", False, False, None),
-        ("espo", True, False, ["--use-value-model", "espo", "tracerl or dipo"]),
-        ("coupled", False, True, ["--process-reward", "coupled"]),
+        ({}, dict(use_value_model=True), dict(process_reward="endpoint"), {}, None),
+        (dict(rl_method="dipo"), dict(use_value_model=True), {}, {}, None),
+        (dict(rl_method="espo"), {}, dict(speed_reward_coef=1.0), {}, None),
+        (dict(rl_method="espo"), dict(use_value_model=True), {}, {}, ["--use-value-model", "espo", "tracerl or dipo"]),
+        (dict(rl_method="coupled"), {}, dict(process_reward="endpoint"), {}, ["--process-reward", "coupled"]),
+        ({}, {}, dict(process_reward="a:b", speed_reward_coef=0.5), {}, ["--process-reward", "--speed-reward-coef"]),
+        ({}, {}, dict(process_reward="a:b", format_reward="boxed"), {}, ["--process-reward", "--format-reward"]),
+        (dict(rl_method="opd"), {}, {}, dict(dynamic_sampling=True), ["--dynamic-sampling", "teacher"]),
+        (dict(rl_method="opd", policy_loss_coef=0.5), {}, {}, dict(dynamic_sampling=True), None),
     ],
 )
-def test_what_rewards_single_tokens_follows_the_trace(method, value, process, words):
-    expect(run(check_trajectory, RLConfig(rl_method=method), value, process), words)
+def test_sections_that_contradict_each_other(rl, value, reward, curriculum, words):
+    given = (RLConfig(**rl), ValueConfig(**value), RewardConfig(**reward), CurriculumConfig(**curriculum))
+    expect(run(check_sections, *given), words)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from megatron_dlm.config.checkpoint import CheckpointConfig
@@ -10,6 +12,7 @@ from megatron_dlm.config.eval import EvalConfig, TrainingEvalConfig
 from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import TrainingRunConfig
@@ -27,6 +30,7 @@ from megatron_dlm.config.validate_training import (
     check_sft,
     check_stop_tokens,
     check_tokenizer,
+    check_trained,
 )
 
 MODEL = ModelConfig(
@@ -122,6 +126,21 @@ def test_checkpoint(values, words):
 
 
 @pytest.mark.parametrize(
+    ("model", "optimizer", "parallel", "words"),
+    [
+        (dict(), dict(), dict(), None),
+        (dict(fp64=True), dict(), dict(), ["--fp64 does not work in training"]),
+        (dict(), dict(optimizer="sgd"), dict(), None),
+        (dict(), dict(), dict(use_distributed_optimizer=True), None),
+        (dict(), dict(optimizer="sgd"), dict(use_distributed_optimizer=True), ["--optimizer adam only, not sgd"]),
+    ],
+)
+def test_what_is_trained(model, optimizer, parallel, words):
+    settings = OptimizerConfig(**optimizer), ParallelConfig(**parallel)
+    expect(run(check_trained, dataclasses.replace(MODEL, **model), *settings), words)
+
+
+@pytest.mark.parametrize(
     ("values", "words"),
     [
         (dict(), None),
@@ -129,6 +148,10 @@ def test_checkpoint(values, words):
         (dict(exit_interval=0), ["--exit-interval is 0"]),
         (dict(exit_duration_in_mins=0.0), ["--exit-duration-in-mins is 0.0"]),
         (dict(exit_duration_in_mins=-1.0), ["--exit-duration-in-mins is -1.0"]),
+        (dict(dry_run=True), None),
+        (dict(dry_run=True, dry_run_world_size=64), None),
+        (dict(dry_run=True, dry_run_world_size=0), ["--dry-run-world-size is 0"]),
+        (dict(dry_run_world_size=2), ["--dry-run-world-size needs --dry-run"]),
     ],
 )
 def test_run(values, words):
@@ -173,6 +196,9 @@ def test_tokenizer(template, words):
         (dict(min_mask_ratio=0.0), ["--min-mask-ratio is 0.0", "above 0 to 1"]),
         (dict(min_mask_ratio=1.0), None),
         (dict(min_mask_ratio=1.1), ["--min-mask-ratio is 1.1"]),
+        (dict(max_mask_ratio=1.1), ["--max-mask-ratio is 1.1"]),
+        (dict(min_mask_ratio=0.5, max_mask_ratio=0.4), ["--min-mask-ratio 0.5 is above --max-mask-ratio 0.4"]),
+        (dict(min_mask_ratio=0.5, max_mask_ratio=0.5, mask_ratio_per="token"), None),
         (dict(max_loss_weight=0.5), ["--max-loss-weight is 0.5"]),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.validate_value import check_value, check_value_schedule
-from megatron_dlm.config.value import ValueConfig, learns_in, num_updates, optimizer_config
+from megatron_dlm.config.value import ValueConfig, learns_in, num_updates, optimizer_config, policy_updates
 
 USED = ValueConfig(use_value_model=True)
 
@@ -65,6 +65,11 @@ def test_every_field_of_the_optimizer_is_the_value_models_own_but_its_rule() -> 
     assert set(names) - set(own) == {"optimizer", "sgd_momentum"}
     assert {name: getattr(made, name) for name in own} == own
     assert (made.optimizer, made.sgd_momentum) == ("sgd", 0.9)
+
+
+@pytest.mark.parametrize(("use", "warmup", "updates"), [(True, 3, 28), (True, 0, 40), (False, 3, 40)])
+def test_the_policy_learns_in_the_steps_in_which_it_does_not_wait(use: bool, warmup: int, updates: int) -> None:
+    assert policy_updates(ValueConfig(use_value_model=use, value_warmup_steps=warmup), 10, 4) == updates
 
 
 def test_when_it_learns() -> None:

@@ -52,6 +52,9 @@ def test_a_finished_prompt_stays_as_it_is():
         ({"options": ["1", None]}, "option 1: the field 'options' is a JSON null"),
         ({"options": ["1", " 1"]}, "same text twice"),
         ({"options": ["1", " "]}, "without any"),
+        ({"options": ["3", "3."]}, "same text twice"),
+        ({"options": ["4", "$4$"]}, "same text twice"),
+        ({"options": ["a", "\\text{A}"]}, "same text twice"),
         ({"ground_truth_answer": "D"}, "'D', which is no option.*from A to C"),
     ],
 )

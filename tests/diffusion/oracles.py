@@ -178,11 +178,13 @@ def states(trace: Trace, grid: Grid, shrinkage: int = 1) -> list[State]:
         return canvas_states(trace, shrinkage)
     prompt_len, tokens = len(trace.prompt_ids), [int(token) for token in trace.tokens]
     raw = [0] * prompt_len + [int(step) for step in trace.all_steps]
-    response_end = prompt_len + len(trace.response_ids)
+    response_end, written = prompt_len + len(trace.response_ids), len(tokens)
+    while grid.anchor == "absolute" and len(tokens) % grid.block_size:  # a larger block is shown whole
+        tokens.append(MASK_ID)
     block_of = [block_index(position, prompt_len, grid) for position in range(len(tokens))]
     found = []
     for block in sorted(set(block_of)):
-        mine = [p for p in range(len(tokens)) if block_of[p] == block and p >= prompt_len]
+        mine = [p for p in range(written) if block_of[p] == block and p >= prompt_len]
         step_of = dict(zip(mine, merged_steps([raw[p] for p in mine], shrinkage)))
         for step in sorted(set(step_of.values())):
             decided = tuple(p for p in mine if step_of[p] == step and p < response_end)

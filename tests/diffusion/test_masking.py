@@ -45,6 +45,19 @@ def test_ratios_are_uniform_between_the_smallest_and_one(per: str) -> None:
     assert abs(ratio - expected).max() < 0.75 * 2.2 / math.sqrt(2000)
 
 
+def test_a_ratio_for_each_token() -> None:
+    """As the published code of TraceRL draws them: uniform between two bounds, and with a weight of 1."""
+    masked, weight = draws(MaskSchedule("token", min_ratio=0.1, max_ratio=0.9, max_weight=math.inf), 2000)
+    assert all(len(set(row)) == len(row) for row in weight[:50])
+    ratio = np.sort(1 / weight[:, 3])
+    expected = 0.1 + 0.8 * (np.arange(2000) + 0.5) / 2000
+    assert ratio[0] >= 0.1 and ratio[-1] < 0.9 and abs(ratio - expected).max() < 0.8 * 2.2 / math.sqrt(2000)
+    assert abs(np.corrcoef(1 / weight[:, 3], 1 / weight[:, 4])[0, 1]) < 0.08
+    assert abs(masked.mean() - 0.5) < 0.02
+    _, flat = draws(MaskSchedule("token", min_ratio=0.1, max_ratio=0.9, max_weight=1.0), 20)
+    assert (flat == 1).all()
+
+
 def test_weights_are_clipped_and_only_clipped() -> None:
     masked, weight = draws(MaskSchedule(max_weight=3.0), 200)
     all_masked, free = draws(MaskSchedule(max_weight=math.inf), 200)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_dlm.model.policy import Vocabulary, divergence, entropy, label_logprobs, policy_scores
+from megatron_dlm.model.policy import Vocabulary, by_chunks, divergence, entropy, label_logprobs, policy_scores
 from tests.harness import pool
 from tests.tiny import one_process
 
@@ -183,9 +183,7 @@ def sharded(tokens: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     for name in ("entropy", "reverse", "forward", "jsd"):
         x = own[:, mine].clone().requires_grad_()
         scores = policy_scores(x, 0.7, vocabulary, groups.tp)
-        value = (
-            entropy(scores, groups.tp) if name == "entropy" else divergence(scores, taught, name, groups.tp)
-        )
+        value = entropy(scores, groups.tp) if name == "entropy" else divergence(scores, taught, name, groups.tp)
         weighted_sum(value).backward()
         found[name] = value.detach(), x.grad
     return found
@@ -212,3 +210,19 @@ def test_shards_of_the_vocabulary_have_their_part_of_the_gradient(tokens: int) -
             value, gradient = results[rank][name]
             torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(gradient, y.grad[:, 8 * rank : 8 * rank + 8], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_chunks_change_neither_values_nor_gradients(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tables = [torch.randn(7, 12, generator=generator, dtype=torch.float64) for _ in range(2)]
+    one, other = (tables[0].clone().requires_grad_(True) for _ in range(2))
+    whole = divergence(one, tables[1], "reverse")
+    pieces = by_chunks(lambda a, b: divergence(a, b, "reverse"), other, tables[1], size=size)
+    assert torch.allclose(whole, pieces, rtol=1e-14)
+    weight = torch.arange(1.0, 8.0, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad((weight * value).sum(), table)[0] for value, table in ((whole, one), (pieces, other))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert by_chunks(lambda table: table.sum(1), other[:0]).shape == (0,)

@@ -19,7 +19,9 @@ SHAPES = {
     "wide heads": dict(kv_channels=24, num_query_groups=4),
     "padded vocabulary": dict(make_vocab_size_divisible_by=100),
     "experts": EXPERTS,
-    "experts and plain layers": dict(EXPERTS, num_layers=3, moe_first_k_dense=1, moe_shared_expert_intermediate_size=16),
+    "experts and plain layers": dict(
+        EXPERTS, num_layers=3, moe_first_k_dense=1, moe_shared_expert_intermediate_size=16
+    ),
 }
 
 

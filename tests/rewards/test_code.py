@@ -13,10 +13,12 @@ from megatron_dlm.config.reward import JudgeConfig
 from megatron_dlm.data.jsonl import read_jsonl
 from megatron_dlm.data.prompts import Prompt
 from megatron_dlm.data.tasks import read_task
+from megatron_dlm.rewards import code, code_options
 from megatron_dlm.rewards.base import Verdict
 from megatron_dlm.rewards.code import program_of
 from megatron_dlm.rewards.code_options import CodeOptions
 from megatron_dlm.rewards.sandbox import isolation
+from megatron_dlm.rewards.sandbox.watch import Limits
 from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
 
 TEST_DATA = Path(os.environ.get("MEGATRON_DLM_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -90,7 +92,10 @@ def test_a_response_has_a_limit_too():
         ("```python\nx", None),
         ("x = 1", None),
         ("```python\n\n```", None),
-        ("  ```python\n  x\n  ```", "  x\n"),
+        ("  ```python\n  x\n  ```", "x\n"),
+        ("1. So:\n   ```python\n   if x:\n     y\n\n z\n   ```", "if x:\n  y\n\nz\n"),
+        ("```python\n    x\n    ```", "    x\n"),
+        ("\t```python\n\tx\n\t```", "x\n"),
     ],
 )
 def test_the_last_closed_block_is_the_program(text, code):
@@ -102,6 +107,98 @@ def test_prefixes_and_completions():
     assert program_of("    return 1\n", completes="def f():\n") == "def f():\n    return 1\n"
     block = "```python\ndef f(): return math.pi\n```"
     assert program_of(block, completes="import math\ndef f():\n") == "import math\ndef f(): return math.pi\n"
+
+
+HELPED = "def add(x, y):\n    return x + y\n\ndef f(x):\n    '''Twice x.'''\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "def f(x):\n    return add(x, x)\n",
+        "    return add(x, x)\n",
+        "from __future__ import annotations\ndef f(x: Number) -> Number:\n    return add(x, x)\n",
+    ],
+)
+def test_what_a_prompt_defines_is_there_for_its_answer(answer):
+    names = {}
+    exec(compile(program_of(f"```python\n{answer}```", completes=HELPED), "", "exec", dont_inherit=True), names)
+    assert names["f"](4) == 8
+
+
+class Fake:
+    """A sandbox whose programs take the seconds that their tests say, on a clock of their own."""
+
+    def __init__(self, cpu=2.0):
+        self.limits, self.now, self.given = Limits(cpu), 0.0, []
+
+    def monotonic(self):
+        return self.now
+
+    def check(self, program, check, limits):
+        self.given.append(limits)
+        self.now += min(float(check.test), limits.wall)
+        return "timeout" if float(check.test) > limits.wall else "pass"
+
+
+def _judged_by(monkeypatch, fake, tests, response_limit, **metadata):
+    monkeypatch.setattr(code, "_sandbox", fake)
+    monkeypatch.setattr(code, "_response_limit", response_limit)
+    monkeypatch.setattr(code, "time", fake)
+    return code.judge(_block("x"), "", {"method": "function", "tests": tests, **metadata}).parts
+
+
+@pytest.mark.parametrize("time_limit", [None, 15.0, 19.7, 30.0, 1000.0])
+def test_a_prompt_may_ask_for_more_time_than_there_is(monkeypatch, time_limit):
+    fake = Fake()
+    assert _judged_by(monkeypatch, fake, ["1", "1"], 60.0, time_limit=time_limit) == ("pass", "pass")
+    assert [limits.wall for limits in fake.given] == pytest.approx(
+        [min(60.0 - past, 3 * (time_limit or 2.0) + 1) for past in (0, 1)]
+    )
+
+
+def test_tests_get_the_time_that_is_left(monkeypatch):
+    fake = Fake()
+    assert _judged_by(monkeypatch, fake, ["6"] * 4, 20.5) == ("pass",) * 3 + ("timeout",)
+    assert sum(limits.wall for limits in fake.given[-1:]) <= 8.5 and fake.now <= 20.5
+    assert _judged_by(monkeypatch, Fake(), ["0.5", "0.5"], 0.9) == ("pass", "timeout")  # the first runs in any case
+
+
+def test_who_hangs_twice_is_not_run_again(monkeypatch):
+    fake = Fake()
+    assert _judged_by(monkeypatch, fake, ["1", "99", "1", "99", "1"], 1000.0) == (
+        "pass", "timeout", "pass", "timeout", "timeout"
+    )  # fmt: skip
+    assert len(fake.given) == 4
+
+
+def test_the_language_does_not_answer_for_a_program(scorer):
+    """Tests of functions that exist without the program that was to define them."""
+    tests = ["assert sqrt(16) == 4", "assert sum([1, 2]) == 3", "assert date(2020, 1, 2).day == 2"]
+    prompts = [_prompt({"question": "q", "test_list": [test]}) for test in tests]
+    verdicts = scorer.score([(prompt, _block("x = 1")) for prompt in prompts])
+    assert [verdict.parts for verdict in verdicts] == [("error",)] * 3
+    own = "def sqrt(x): return x ** 0.5\ndef sum(x): return x[0] + x[1]\nfrom datetime import date"
+    assert all(verdict.correct for verdict in scorer.score([(prompt, _block(own)) for prompt in prompts[:2]]))
+
+
+def test_without_isolation_nothing_travels_between_tests_or_stays():
+    leave = "import os, tempfile\nprint(os.listdir('.'), os.path.samefile(tempfile.gettempdir(), '.'))\nopen('f', 'w')"
+    metadata = {"method": "stdio", "tests": [["", "[] True"]] * 2}
+    with CodeOptions(isolation="none").pool("megatron_dlm.rewards.code", 1) as pool:
+        folder = Path(pool._folder)
+        (verdict,) = pool.judge([(_block(leave), "", metadata)])
+        assert verdict.parts == ("pass", "pass") and len(os.listdir(folder)) == 2  # one for each side
+    assert not folder.exists()
+
+
+def test_workers_leave_their_programs_the_memory(monkeypatch):
+    """A sandbox that is started again inherits what its worker is limited to."""
+    made = {}
+    monkeypatch.setattr(code_options, "WorkerPool", lambda *_, **settings: made.update(settings))
+    CodeOptions(isolation="none", memory=8 << 30).pool("m", 1)
+    os.rmdir(made["folder"])
+    assert made["memory_limit"] == 0 and made["options"]["memory"] == 8 << 30
 
 
 def test_only_prompts_with_tests():

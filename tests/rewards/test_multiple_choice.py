@@ -38,6 +38,19 @@ OPTIONS = {"options": ["12", "14", "Paris", "None of these"]}
         "B",
         "B.\n",
         "so\nB) 14",
+        "The answer is B because option A is wrong.",
+        "The answer is B, since choice A fails.",
+        "Answer: B\n\nOption A would need a bigger number.",
+        "So the answer is B. This is the only choice I can make.",
+        "The answer is B.\nI hope this answer helps!",
+        "The answer is B, I think.",
+        "The answer is B and A is wrong.",
+        "The right choice is\n\nB",
+        "**Answer**: B",
+        "The correct answer: **B) 14**",
+        "The answer is option B, as computed",
+        "I choose option B, as computed",
+        "I take Option (B)",
     ],
 )
 def test_the_second_option(response, known):
@@ -69,7 +82,8 @@ def test_options_that_are_letters():
     "response",
     ["", " ", "\\boxed{}", "\\boxed{E}", "\\boxed{15}", "\\boxed{AB}", "I think so", "the answer is not A",
      "Answer: E", "Answer: about 14 or so", "A or B", "because of A the other\nones are wrong",
-     "\\boxed{A} is not right. \\boxed{?}"],
+     "\\boxed{A} is not right. \\boxed{?}", "The answer is A or B", "Answer: A, B", "The answer is A and C.",
+     "Answer: (A)/(B)", "I would take option A or B", "What a good choice! A fine answer, too", "\\boxed{E} option A"],
 )  # fmt: skip
 def test_what_names_no_option_is_wrong(response):
     assert judge(response, "A", OPTIONS)[:2] == (0.0, "no answer")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.rl.bands import Level, by_group, level, usable
 
@@ -47,3 +48,10 @@ def test_groups_keep_their_order() -> None:
     assert {key: [r.sample for r in members] for key, members in by_group(records).items()} == {
         "a": [0, 2], "b": [1, 4], "c": [3]
     }  # fmt: skip
+
+
+def test_where_speed_is_rewarded_a_group_of_right_answers_teaches() -> None:
+    records = [SimpleNamespace(accuracy=1.0, reward=1.0, length=10, forwards=forwards) for forwards in (10, 5, 4)]
+    assert level(records, WIDE) is Level.TOO_EASY
+    assert level(records, WIDE, RewardConfig(speed_reward_coef=0.1)) is Level.USABLE
+    assert level(records, RL, RewardConfig(speed_reward_coef=0.1)) is Level.TOO_EASY

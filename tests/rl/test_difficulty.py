@@ -47,11 +47,26 @@ def test_prompts_are_drawn_by_their_weights_without_replacement() -> None:
         assert abs(found[pair] / draws - chance) < 4.5 * np.sqrt(chance * (1 - chance) / draws)
 
 
-def test_unseen_prompts_come_first() -> None:
-    sampler = _sampler(keys=[*RATES, "new1", "new2", "new3"])
-    orders = {tuple(_keys(sampler.offer(8, step, ()))) for step in range(40)}
-    assert all(set(order[:3]) == {"new1", "new2", "new3"} for order in orders)
-    assert len({order[:3] for order in orders}) == 6  # in any order
+@pytest.mark.parametrize("floor", [0.0, FLOOR])
+def test_an_unseen_prompt_counts_as_one_of_a_share_of_one_half(floor: float) -> None:
+    sampler, draws = _sampler(keys=[*RATES, "new"], floor=floor), 8_000
+    weights = {key: floor + 4 * rate * (1 - rate) for key, rate in (RATES | {"new": 0.5}).items()}
+    found = Counter(_keys(sampler.offer(1, step, ()))[0] for step in range(draws))
+    for key, weight in weights.items():
+        chance = weight / sum(weights.values())
+        assert abs(found[key] / draws - chance) <= 4.5 * np.sqrt(chance * (1 - chance) / draws), key
+
+
+def test_what_is_known_matters_long_before_all_was_seen() -> None:
+    """A thousand prompts of which one in ten can be solved half of the time and the rest never."""
+    keys = [f"p{n}" for n in range(1_000)]
+    rate = {key: 0.5 if n % 10 == 0 else 0.0 for n, key in enumerate(keys)}
+    rates = PassRates(0.7)
+    sampler = DifficultySampler(_prompts(keys), 1, rates, 0.02)
+    for step in range(16):
+        rates.visit({key: rate[key] for key in _keys(sampler.offer(40, step, ()))})
+    again = np.maximum(rates.visits[rates.rows(keys)] - 1, 0)
+    assert len(rates) < 640 and again[::10].sum() > 2 * again[np.arange(1_000) % 10 > 0].sum() > 0
 
 
 def test_what_has_no_weight_comes_last() -> None:

@@ -154,7 +154,7 @@ def masked(states, traces, seen) -> torch.Tensor:
 
 
 def paired(states, traces, seen) -> torch.Tensor:
-    """A token's log-probability is half that under the full mask, half the mean of those under its masks."""
+    """A token's log-probability is the mean of those under the full mask and under its masks of the pairs."""
     total = 0
     for trace, targets in zip(traces, seen):
         prompt, views = len(trace.prompt_ids), states.item(trace, STEP).views
@@ -163,8 +163,8 @@ def paired(states, traces, seen) -> torch.Tensor:
             whole = [one for one in own if all(views.masked[one.view - 1][views.position[one.view - 1] >= prompt])]
             # A mask of a pair can hide a whole block as well: the full mask is the first of its block.
             first = min(whole, key=lambda one: one.view)
-            rest = [one for one in own if one is not first]
-            delta = 0.5 * (first.logprob - first.old) + 0.5 * sum(one.logprob - one.old for one in rest) / len(rest)
+            assert first in own and len(own) == states.draws.draws + 1
+            delta = sum(one.logprob - one.old for one in own) / len(own)
             total = total - surrogate(delta, advantage_of(trace), 0.2, 0.2) + 0.01 * k3(delta)
     return total / (len(traces) * LONGEST)
 
@@ -223,8 +223,9 @@ def _by_mask(states: States, trace: Trace, targets: list[Seen]) -> list[list[See
         for number, node in enumerate(quadrature(how.draws)[0]):
             uniform = drawn._uniforms(key, number, np.arange(prompt, len(trace.tokens))[None], 1)[0]
             block = np.arange(prompt, len(trace.tokens)) // 4 - prompt // 4
-            fall = 0.2 * np.cos(np.pi * (block + 0.5) / blocks) if states.method.draw is drawn.quadrature_views else 0
-            hidden.append(set(np.flatnonzero(uniform < np.clip(node + fall, 0, 1))))
+            spread = min(0.2, node, 1 - node) if states.method.draw is drawn.quadrature_views else 0
+            fall = spread * np.cos(np.pi * (block + 0.5) / blocks)
+            hidden.append(set(np.flatnonzero(uniform < node + fall)))
     assert learned.all()
     found = [[] for _ in hidden]
     for one in targets:

@@ -11,7 +11,7 @@ from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.diffusion.planner import Load
 from megatron_dlm.rl.exchange import Graded
 from megatron_dlm.rl.normalise import Counts
-from megatron_dlm.rl.rewards import chunk_rewards, combine, group_earnings, shaped_rewards
+from megatron_dlm.rl.rewards import chunk_rewards, group_earnings, shaped_rewards
 
 LIMIT = 100
 
@@ -30,6 +30,13 @@ GROUP = [
     graded(2, 1.0, 99, form=0.0, forwards=33, overlong=True, score=1.0),
     graded(3, 1.0, 50, form=0.0, forwards=50, score=1.0),
 ]
+
+
+def combine(group, config, limit):
+    """(rewards, advantages) of records whose rewards are not set yet."""
+    rewards = shaped_rewards(group, config, limit)
+    rewarded = [dataclasses.replace(one, reward=float(reward)) for one, reward in zip(group, rewards)]
+    return rewards, group_earnings(rewarded, config)
 
 
 def z_scores(values):

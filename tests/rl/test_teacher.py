@@ -119,7 +119,7 @@ def test_the_teacher_is_asked_in_its_own_states_of_the_trace(pair: str) -> None:
     model = models.teacher.state.module
     assert len(update.rows) > 1 or budget == 1024
     assert models.teacher.shares_rows == (of(policy) == of(teacher) and teacher is not AUTOREGRESSIVE)
-    tables = [models.teacher.scores(row, TEMPERATURE, vocabulary(), None) for row in update.rows]
+    tables = [models.teacher.scores(row.teacher_hidden, TEMPERATURE, vocabulary(), None) for row in update.rows]
     places, seen = places_of(update), 0
     with torch.no_grad():
         for number, trace in enumerate(in_order(traces, settings)):
@@ -134,15 +134,13 @@ def test_the_teacher_is_asked_in_its_own_states_of_the_trace(pair: str) -> None:
 def test_a_grid_from_the_response_on_is_the_teachers_too() -> None:
     config = RLConfig(old_logprobs="current", grid_anchor="response")
     models, traces, update, settings = prepare({}, dict(block_size=8), 64, config)
-    tables = [models.teacher.scores(row, TEMPERATURE, vocabulary(), None) for row in update.rows]
+    tables = [models.teacher.scores(row.teacher_hidden, TEMPERATURE, vocabulary(), None) for row in update.rows]
     places = places_of(update)
     with torch.no_grad():
         for number, trace in enumerate(in_order(traces, settings)):
             for index, expected in naive(models.teacher.state.module, dict(block_size=8), trace, "response").items():
                 row, line = places[number, index]
-                torch.testing.assert_close(
-                    torch.log_softmax(tables[row][line], -1)[:52], expected, rtol=0, atol=1e-10
-                )
+                torch.testing.assert_close(torch.log_softmax(tables[row][line], -1)[:52], expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("teacher", [{}, dict(block_size=8), AUTOREGRESSIVE], ids=["same", "larger", "autoregressive"])
@@ -154,9 +152,9 @@ def test_a_row_without_responses_has_nothing_to_ask(teacher: dict) -> None:
     rows = build_rows(
         records_of(traces, settings), plan, {0: traces[0]}, advantages_of(traces), settings, 0, MASK_ID, PAD_ID
     )
-    full, empty = taught.with_hidden(rows, plan.length, plan, {0: traces[0]}, MASK_ID, PAD_ID)
+    full, empty = taught.with_hidden(rows, plan.length, {0: traces[0]}, MASK_ID, PAD_ID)
     assert len(full.teacher_hidden) == len(traces[0].response_ids) and empty.teacher_hidden.shape == (0, 24)
-    assert taught.scores(empty, 1.0, vocabulary(), None).shape == (0, 64)
+    assert taught.scores(empty.teacher_hidden, 1.0, vocabulary(), None).shape == (0, 64)
 
 
 def distance(own: torch.Tensor, other: torch.Tensor, kind: str) -> torch.Tensor:
@@ -208,12 +206,12 @@ def test_a_teacher_goes_beside_rewards() -> None:
 def test_masks_that_are_drawn_are_shown_to_a_teacher_of_the_same_blocks() -> None:
     """It then says of a token what it says in the drawn state; one of other blocks is asked in states of the trace."""
     config = RLConfig(rl_method="random_masking", old_logprobs="current", distill_coef=1.0)
-    models, traces, update, settings = prepare({}, {}, 64, config)
+    models, _, update, settings = prepare({}, {}, 64, config)
     itself = dataclasses.replace(models.teacher, state=models.policy, model=model_config())
     forward = policy_forward(vocabulary(), settings, itself)
     rows = [dataclasses.replace(row, teacher_hidden=None) for row in update.rows]
     plan = Plan(((),), update.length)
-    rows = itself.with_hidden(rows, update.length, plan, {}, 0, 0)
+    rows = itself.with_hidden(rows, update.length, {}, 0, 0)
     metrics = accumulate_gradients(models.policy, rows, forward, update.length)
     assert abs(metrics["teacher_kl"]) < 1e-10 and metrics["targets"] > 0, "the policy is its own teacher"
     assert np.isfinite(metrics["loss"])

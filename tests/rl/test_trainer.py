@@ -63,12 +63,13 @@ def make_trainer(
     progress: dict | None = None,
     lr: float = 2e-3,
     count: int = 13,
+    optimizer: OptimizerConfig | None = None,
 ):
     from megatron_dlm.rl.trainer import TraceRLTrainer
     from megatron_dlm.rollout.rig import RolloutRig
 
     session = make_session()
-    state = session.train_state(OptimizerConfig(lr=lr, clip_grad=1.0), 100)
+    state = session.train_state(optimizer or OptimizerConfig(lr=lr, clip_grad=1.0), 100)
     disturb(state.module, 0)
     rig = RolloutRig.open(session, state, rollout, 6, rollout.rollout_max_response_len)
     return TraceRLTrainer(

@@ -11,6 +11,7 @@ import torch
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.run import TrainingRunConfig
+from megatron_dlm.rl.learner import Models
 from megatron_dlm.training.pace import Pace
 from tests.harness import pool
 from tests.rl.test_trainer import RL, Always, comparable, make_trainer
@@ -54,7 +55,7 @@ def test_each_phase_has_what_it_needs_and_no_more() -> None:
 
     state, calls = make_state(torch.float32), []
     rig = SimpleNamespace(engine=FakeEngine(state, calls))
-    turns, watch = Turns(state, rig, RLConfig(offload_train=True, offload_rollout=True)), Stopwatch()
+    turns, watch = Turns(Models(state), rig, RLConfig(offload_train=True, offload_rollout=True)), Stopwatch()
     found = []
     for name in ("rollout", "old_logprobs", "train", "update_weights", "eval", "rollout"):
         with turns.phase(name, watch):
@@ -85,7 +86,8 @@ def test_a_value_model_and_the_policy_take_turns() -> None:
     state, value, calls = make_state(torch.float32), make_session().value_state(OptimizerConfig(), 9), []
     phases, found = ("rollout", "values", "train_value", "train", "train_value", "eval"), {}
     for offload in (True, False):
-        turns = Turns(state, SimpleNamespace(engine=FakeEngine(state, calls)), RLConfig(offload_train=offload), value)
+        rig, rl = SimpleNamespace(engine=FakeEngine(state, calls)), RLConfig(offload_train=offload)
+        turns = Turns(Models(state, value), rig, rl)
         found[offload] = []
         for name in phases:
             with turns.phase(name):
@@ -101,12 +103,60 @@ def test_a_value_model_and_the_policy_take_turns() -> None:
     assert found[False] == [(False, False)] * len(phases)
 
 
+def test_the_ledger_knows_all_models() -> None:
+    from megatron_dlm.rl.turns import Turns
+    from tests.tiny import make_session
+
+    session, state = make_session(), make_state(torch.float32)
+    reference, teacher = (session.train_state(None, 1) for _ in range(2))
+    models = Models(state, session.value_state(OptimizerConfig(), 9), reference, SimpleNamespace(state=teacher))
+    turns = Turns(models, SimpleNamespace(engine=FakeEngine(state, [])), RLConfig())
+    held = turns.ledger.read().held
+    weights = sum(parameter.nbytes for parameter in reference.module.parameters())
+    for name in ("reference", "teacher"):
+        assert held[f"{name} parameters"].device >= weights and held[f"{name} gradients"].device == 0
+    assert held["value optimizer"].device > 0
+
+
+def test_each_model_begins_anew_with_its_optimizer_in_its_own_turn(monkeypatch) -> None:
+    from megatron_dlm.config.value import ValueConfig
+    from megatron_dlm.rl import learner
+    from megatron_dlm.rl.trainer import TraceRLTrainer
+    from megatron_dlm.rollout.rig import RolloutRig
+    from megatron_dlm.training.sleep import asleep, wake
+    from tests.rl.test_trainer import ROLLOUT, EvenFirst, prompts
+    from tests.tiny import disturb, make_session
+
+    session, forgotten, original = make_session(), [], learner.forget_optimizer
+    state, value = session.train_state(OptimizerConfig(), 9), session.value_state(OptimizerConfig(), 9)
+    names = {id(state): "policy", id(value): "value"}
+
+    def forget(one) -> None:
+        forgotten.append((names[id(one)], asleep(state), asleep(value)))
+        original(one)
+
+    monkeypatch.setattr(learner, "forget_optimizer", forget)
+    disturb(state.module, 0)
+    rig = RolloutRig.open(session, state, ROLLOUT, 6, ROLLOUT.rollout_max_response_len)
+    rl = dataclasses.replace(RL, reset_optimizer=True, **OFFLOAD)
+    with_values = dict(models=Models(state, value), value=ValueConfig(use_value_model=True))
+    trainer = TraceRLTrainer(session, state, rig, EvenFirst(), prompts(13), rl, ROLLOUT, seed=5, **with_values)
+    for _ in range(2):
+        assert trainer.step(quiet())["train/updates"] == 2
+    assert forgotten == 2 * [("value", True, False), ("policy", False, True)]
+    for one in (state, value):
+        wake(one)
+        parts = getattr(one.optimizer, "chained_optimizers", [one.optimizer])
+        counts = {float(kept["step"]) for part in parts for kept in part.optimizer.state.values()}
+        assert counts == {2.0}  # updates since it last began
+
+
 def test_a_failing_phase_keeps_its_error() -> None:
     """An engine that is not idle cannot sleep; it is not asked to."""
     from megatron_dlm.rl.turns import Turns
 
     state, calls = make_state(torch.float32), []
-    turns = Turns(state, SimpleNamespace(engine=FakeEngine(state, calls)), RLConfig(offload_rollout=True))
+    turns = Turns(Models(state), SimpleNamespace(engine=FakeEngine(state, calls)), RLConfig(offload_rollout=True))
     with pytest.raises(torch.OutOfMemoryError) as error, turns.phase("rollout"):
         raise torch.OutOfMemoryError("no room")
     assert calls == ["engine wakes, policy awake"] and "kv cache" in error.value.__notes__[0]

@@ -53,6 +53,9 @@ def test_the_engine_attends_in_the_blocks_that_it_decodes_in(large) -> None:
         np.testing.assert_allclose(trace.logprobs, naive.logprobs, rtol=0, atol=1e-10)
 
 
+BEHIND = range(12, 16)  # masks where the rollout in blocks of 4 had ended
+
+
 def hand_made() -> Trace:
     """Two prompt tokens; decoding blocks 0-3, 4-7 and 8-11; the response has 9 tokens, the tail is position 11."""
     return Trace(
@@ -87,15 +90,15 @@ def test_views_of_the_larger_block_follow_the_order_of_the_trace(shrinkage: int)
             (0, {4, 5, 6, 7}, {5}),
             (0, {4, 6, 7}, {4, 6}),
             (0, {7}, {7}),
-            (1, {8, 9, 10, 11}, {8, 10}),  # the block ends where the rollout ended
-            (1, {9, 11}, {9}),  # the tail is hidden and not predicted
+            (1, {8, 9, 10, 11, *BEHIND}, {8, 10}),  # the block is shown whole
+            (1, {9, 11, *BEHIND}, {9}),  # the tail is hidden and not predicted
         ]
     else:
         assert shown == [
             (0, {2, 3, 4, 5, 6, 7}, {2, 3}),
             (0, {4, 5, 6, 7}, {4, 5, 6}),
             (0, {7}, {7}),
-            (1, {8, 9, 10, 11}, {8, 9, 10}),
+            (1, {8, 9, 10, 11, *BEHIND}, {8, 9, 10}),
         ]
 
 
@@ -121,7 +124,9 @@ def naive_logprob(model, trace: Trace, index: int) -> float:
     """Of one response token, when everything of its block of 8 that was not decided before it is hidden."""
     prompt, tokens, steps = len(trace.prompt_ids), trace.tokens.tolist(), trace.all_steps.tolist()
     place = prompt + index
-    end = min((place // LARGE + 1) * LARGE, len(tokens))
+    end = (place // LARGE + 1) * LARGE
+    tokens += [MASK_ID] * (end - len(tokens))
+    steps += [steps[index]] * (end - prompt - len(steps))  # never decided
     text = [
         MASK_ID if p >= prompt and p // LARGE == place // LARGE and steps[p - prompt] >= steps[index] else tokens[p]
         for p in range(end)

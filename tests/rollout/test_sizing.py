@@ -41,8 +41,11 @@ def test_a_fresh_run_leaves_room_for_the_moments_of_its_optimizer(free: int, mon
         sleep(state)
     with pytest.raises(Stopped):
         rig.RolloutRig.open(session, state, RolloutConfig(kv_cache_memory_fraction=0.5), 8, 8)
+    with pytest.raises(Stopped):
+        rig.RolloutRig.open(session, state, RolloutConfig(kv_cache_memory_fraction=0.5), 8, 8, spoken_for=1_000_000)
     moments = 0 if offloaded else 2 * 4 * sum(parameter.numel() for _, parameter in state.named_parameters())
     assert built[0].kv_cache_bytes == (free - moments) // 2
+    assert built[1].kv_cache_bytes == (free - moments - 1_000_000) // 2  # the moments of other optimizers
 
 
 class Stopped(Exception):

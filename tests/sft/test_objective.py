@@ -128,6 +128,33 @@ def test_masks_are_drawn_anew_at_every_step_and_for_every_seed() -> None:
     assert masks(samples()[::-1], 1)[::-1] == one  # whoever stands beside it
 
 
+def test_masks_can_stay() -> None:
+    """Then they are those of one draw for each sample, whatever the step and whoever stands beside it."""
+    chosen, schedule, grid = samples(), MaskSchedule(), Grid(4)
+
+    def hidden(some: list[Sample], step: int, redraw: bool) -> list[dict[int, float]]:
+        found = []
+        for sample in some:
+            drawn = sft_items([sample], step, SEED, grid, schedule, PAD_ID, True, redraw).items
+            found.append({int(p): float(w) for one in drawn for p, w in predicted(one)})
+        return found
+
+    def predicted(item):
+        views = item.views
+        return zip(views.position[views.target], views.weight[views.target], strict=True)
+
+    kept = hidden(chosen, 1, False)
+    for sample, found in zip(chosen, kept, strict=True):
+        prompt, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
+        position = torch.arange(prompt, -(-end // 4) * 4)
+        masked, weight = schedule.draw(stream(SEED, "sft-mask", sample.key), position, position // 4)
+        assert found == dict(zip(position[masked].tolist(), weight[masked].tolist()))
+    assert hidden(chosen, 2, False) == kept and hidden(chosen[::-1], 9, False)[::-1] == kept
+    assert hidden(chosen, 1, True) != kept
+    twice = sft_items([chosen[3], chosen[3]], 5, SEED, grid, schedule, PAD_ID, True, False).items
+    assert list(predicted(twice[0])) == list(predicted(twice[1])) and len(twice) == 2
+
+
 def test_a_sample_that_comes_twice_has_two_masks() -> None:
     sample = samples()[3]  # its response is the longest
     (first, second), _ = masks([sample, sample], 1)

@@ -91,6 +91,24 @@ def test_a_finished_run_does_nothing_more() -> None:
     assert trainer.consumed == 0 and saved == [(2, True)]
 
 
+@pytest.mark.parametrize("redraw", [True, False])
+def test_masks_that_stay_are_the_same_in_every_epoch(redraw: bool) -> None:
+    """Batches of all samples; without learning, fixed masks give the same loss at each step."""
+    trainer = make_trainer(dataclasses.replace(SFT, redraw_masks=redraw), lr=1e-12)
+    results = [trainer.step()[0].metrics for _ in range(4)]
+    losses, targets = ({round(float(one[name]), 4) for one in results} for name in ("loss", "targets"))
+    assert (len(losses) == 1) == (not redraw) and (len(targets) == 1) == (not redraw)
+
+
+def test_the_noise_is_that_of_the_settings() -> None:
+    """Ratios of 1 hide everything, whatever they are drawn for."""
+    for per in ("block", "sample", "token"):
+        whole = dataclasses.replace(SFT, mask_ratio_per=per, min_mask_ratio=1.0, loss_on_pad=False)
+        assert make_trainer(whole).step()[0].metrics["targets"] == sum(len(s.response_ids) for s in samples())
+        less = dataclasses.replace(whole, min_mask_ratio=0.01, max_mask_ratio=0.2)
+        assert 0 < make_trainer(less).step()[0].metrics["targets"] < 0.3 * sum(len(s.response_ids) for s in samples())
+
+
 def test_a_resumed_run_sees_what_the_next_step_would_have_seen() -> None:
     whole = make_trainer(lr=1e-12)
     whole.step()

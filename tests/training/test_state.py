@@ -3,9 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dlm import platform
 from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.optimizer import OptimizerConfig
 from tests.harness import pool
 from tests.small_model import LENGTH, Setup, forward_step, gpt, make, rows, share, transformer_config
+from tests.tiny import make_state as tiny_state
 
 
 def names(setup: Setup) -> list[tuple[str, tuple[int, ...]]]:
@@ -53,6 +56,26 @@ def sgd_distributed() -> str:
 
 def test_distributed_optimizer_is_adam() -> None:
     assert "works with --optimizer adam only, not sgd" in pool(1).run(sgd_distributed)[0]
+
+
+def test_a_rank_without_parameters_of_an_optimizer_has_nothing_to_forget() -> None:
+    from megatron.core.optimizer import ChainedOptimizer
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    from megatron_dlm.training.state import forget_optimizer
+
+    state = tiny_state(torch.float32, optimizer=OptimizerConfig(lr=1e-2))
+    parts = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+    stub = FP32Optimizer(None, parts[0].config, lambda *unused: None)
+    state.optimizer = ChainedOptimizer([*parts, stub])
+    for _, parameter in state.named_parameters():
+        parameter.main_grad.fill_(0.1)
+    with platform.cuda_calls_on_cpu():
+        assert parts[0].step()[0]
+    moments = [kept["exp_avg"] for kept in parts[0].optimizer.state.values()]
+    assert moments and all(moment.all() for moment in moments)
+    forget_optimizer(state)
+    assert not any(moment.any() for moment in moments)
 
 
 def two_models() -> tuple[float, float, bool]:

@@ -35,15 +35,18 @@ class HFSource:
     fields: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: str | Path) -> HFSource:
+    def open(cls, folder: str | Path, flag: str = "--hf-checkpoint") -> HFSource:
         """Read the configuration.
+
+        Args:
+            flag: that named the folder.
 
         Raises:
             CheckpointError: no such folder, no readable config.json, an unknown architecture, or a model that our
                 layers cannot be.
         """
         folder = Path(folder)
-        config = read_config(folder)
+        config = read_config(folder, flag)
         family = family_of(config, folder / CONFIG)
         try:
             fields = family.read(HFConfig(config, str(folder / CONFIG)))
@@ -117,20 +120,17 @@ def read_companions(folder: Path) -> dict[str, bytes]:
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError where there is no config.json that can be read."""
+def read_config(folder: Path, flag: str = "--hf-checkpoint") -> dict[str, Any]:
+    """Raises CheckpointError where there is no config.json that can be read. `flag`: that named the folder."""
     if not folder.is_dir():
-        raise CheckpointError(
-            f"There is no folder {folder}. Give --hf-checkpoint the folder of a HuggingFace checkpoint."
-        )
+        raise CheckpointError(f"There is no folder {folder}. Give {flag} the folder of a HuggingFace checkpoint.")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except OSError as error:
         raise CheckpointError(
-            f"{folder / CONFIG} cannot be read ({error.strerror}). Give --hf-checkpoint the folder of a HuggingFace "
-            "checkpoint."
+            f"{folder / CONFIG} cannot be read ({error.strerror}). Give {flag} the folder of a HuggingFace checkpoint."
         ) from None
     except ValueError:
         raise CheckpointError(f"{folder / CONFIG} is not JSON. Download it again.") from None
@@ -144,7 +144,7 @@ def family_of(config: dict[str, Any], where: Path) -> Family:
         if architecture in BY_ARCHITECTURE:
             return BY_ARCHITECTURE[architecture]
     raise CheckpointError(
-        f"{where} names the architecture {named[0]}, which is not known. Known are {', '.join(BY_ARCHITECTURE)}."
+        f"{where} names the architecture {named[0]}, which is not known. Use one of {', '.join(BY_ARCHITECTURE)}."
     )
 
 

@@ -29,7 +29,7 @@ sys.meta_path.insert(0, finder)
 from {_PACKAGE}.zygote import main
 sys.meta_path.remove(finder)
 finder.texts = {{}}
-main(int(sys.argv[1]), sys.argv[2])
+main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
 """
 
 

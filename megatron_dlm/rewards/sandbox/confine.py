@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import sys
 import sysconfig
@@ -57,11 +58,11 @@ def hidden_folders() -> list[str]:
     return [path for path in (*names, *extra) if os.path.isdir(path) and not stdlib.startswith(path + "/")]
 
 
-def enter(level: str) -> str:
+def enter(level: str) -> int | None:
     """Confine this process.
 
     Returns:
-        what `give_up` must know about ids: 'drop' (become nobody), 'own' (an id of its own), or 'keep'.
+        the user that `give_up` is to become: nobody, or an id of this zygote's own; None to stay who it is.
 
     Raises:
         OSError: the host does not permit it.
@@ -70,9 +71,10 @@ def enter(level: str) -> str:
         return _enter_namespaces()
     kernel.hide_memory()
     if level == BUBBLEWRAP:
-        return "keep"
+        return None
     kernel.adopt_orphans()
-    return "own" if level == LANDLOCK and os.geteuid() == 0 and all(map(_open_to_all, readable_folders())) else "keep"
+    own = level == LANDLOCK and os.geteuid() == 0 and all(map(_open_to_all, readable_folders()))
+    return OWN_IDS + os.getpid() if own else None
 
 
 def _open_to_all(folder: str) -> bool:
@@ -81,10 +83,11 @@ def _open_to_all(folder: str) -> bool:
     return all(place.stat().st_mode & 0o001 for place in (path, *path.parents))
 
 
-def _enter_namespaces() -> str:
+def _enter_namespaces() -> int | None:
     """Ends the calling process's own part: what returns is a child, the first process of the new namespaces."""
     euid, egid = os.geteuid(), os.getegid()
-    ids, rest = "keep", kernel.NEW_PID | kernel.NEW_MOUNT | kernel.NEW_NET | kernel.NEW_IPC | kernel.NEW_UTS
+    own = OWN_IDS + os.getpid()  # as the host numbers it: inside, all zygotes have the same number
+    rest = kernel.NEW_PID | kernel.NEW_MOUNT | kernel.NEW_NET | kernel.NEW_IPC | kernel.NEW_UTS
     mapper = _Mapper(euid, egid)
     try:
         kernel.unshare(kernel.NEW_USER | rest)
@@ -93,9 +96,9 @@ def _enter_namespaces() -> str:
         if euid != 0:
             raise
         kernel.unshare(rest)  # no user namespaces here, but privileges enough without
-        ids = "own"
+        user = own
     else:
-        ids = mapper.write()
+        user = mapper.write()
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -103,7 +106,7 @@ def _enter_namespaces() -> str:
     kernel.die_with_parent()
     kernel.hide_memory()
     _build_root()
-    return ids
+    return user
 
 
 class _Mapper:
@@ -135,16 +138,17 @@ class _Mapper:
             os.close(self._go)
             os.waitpid(self._helper, 0)
 
-    def write(self) -> str:
+    def write(self) -> int | None:
+        """Returns what `enter` does."""
         if self._helper:
             os.write(self._go, b"g")
             os.close(self._go)
             if os.waitpid(self._helper, 0)[1] == 0:
-                return "drop"
+                return NOBODY
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"{NOBODY} {self._euid} 1\n")
         _write("/proc/self/gid_map", f"{NOBODY} {self._egid} 1\n")
-        return "keep"
+        return None
 
 
 def _write(path: str, text: str) -> None:
@@ -185,14 +189,23 @@ def _build_root() -> None:
 
 
 def _bind(source: str, target: str) -> None:
+    """A folder with all that is mounted below it, which may not be left behind: it could hide something there."""
     os.makedirs(target, exist_ok=True)
-    kernel.mount(source, target, None, kernel.MS_BIND)
-    flags = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
-    held = os.statvfs(target).f_flag
-    for flag, bit in ((os.ST_NOEXEC, kernel.MS_NOEXEC), (getattr(os, "ST_NOATIME", 1024), 1024), (4096, 1 << 21)):
-        if held & flag:  # a mount from outside may not lose a restriction
-            flags |= bit
-    kernel.mount("none", target, None, flags)
+    kernel.mount(source, target, None, kernel.MS_BIND | kernel.MS_REC)
+    for place in _mounts_in(target):
+        flags = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
+        held = os.statvfs(place).f_flag
+        for flag, bit in ((os.ST_NOEXEC, kernel.MS_NOEXEC), (1024, 1024), (2048, 2048), (4096, 1 << 21)):  # noatime ...
+            if held & flag:  # a mount from outside may not lose a restriction
+                flags |= bit
+        kernel.mount("none", place, None, flags)
+
+
+def _mounts_in(folder: str) -> list[str]:
+    """The folder, which is a mount point, and all mount points below it."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        points = [re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in file]
+    return list(dict.fromkeys([folder, *(point for point in points if point.startswith(folder + "/"))]))
 
 
 def bubblewrap_command(program: str, interpreter: str) -> list[str]:
@@ -215,26 +228,26 @@ def bubblewrap_command(program: str, interpreter: str) -> list[str]:
     return [*command, "--size", str(SCRATCH_SIZE), "--tmpfs", SCRATCH, "--remount-ro", "/", "--chdir", SCRATCH]
 
 
-def give_up(level: str, ids: str, limits: dict[str, int]) -> None:
+def give_up(level: str, user: int | None, limits: dict[str, int]) -> None:
     """Become what runs a program. Nothing of it can be taken back.
 
     Args:
+        user: what `enter` has returned.
         limits: `cpu` seconds, `memory` bytes of address space, `processes`.
     """
     if level != NONE:
         kernel.drop_bounding_set()
-    if ids in ("drop", "own"):
-        number = NOBODY if ids == "drop" else OWN_IDS + os.getppid()
+    if user is not None:
         os.setgroups([])
-        os.setresgid(number, number, number)
-        os.setresuid(number, number, number)
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     if level != NONE:
         kernel.drop_capabilities()
         kernel.no_new_privileges()
     if level == LANDLOCK:
         kernel.landlock([*readable_folders(), *(f"/dev/{name}" for name in ("null", "urandom"))])
     if level not in (LANDLOCK, NONE):  # there it would count what else the user runs
-        ours = 0 if ids != "keep" else 2 if level == NAMESPACES else 1  # the zygote's own, counted with the same id
+        ours = 0 if user is not None else 2 if level == NAMESPACES else 1  # the zygote's own, counted with the same id
         _limit(resource.RLIMIT_NPROC, limits["processes"] + ours)
     _limit(resource.RLIMIT_CPU, limits["cpu"])
     _limit(resource.RLIMIT_AS, limits["memory"])

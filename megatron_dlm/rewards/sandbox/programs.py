@@ -12,11 +12,13 @@ which no line of the program runs) writes.
 from __future__ import annotations
 
 import ast
+import atexit
 import builtins
 import importlib
 import io
 import os
 import sys
+import threading
 import types
 from typing import Any, NoReturn
 
@@ -26,14 +28,6 @@ FAILED, OUT_OF_MEMORY, LEFT = 101, 102, 103  # raised, MemoryError, exit()
 CHANNEL = 3  # file descriptor between `functions` and `checks`
 LARGEST_MESSAGE = 16 << 20
 PASS, FAIL, ERROR, EXIT = "pass", "fail", "error", "exit"
-
-# What tests use by its bare name because the programs that they were written for had imported it.
-_COMMON = {
-    "Counter": "collections", "defaultdict": "collections", "OrderedDict": "collections", "deque": "collections",
-    "Decimal": "decimal", "Fraction": "fractions", "datetime": "datetime", "date": "datetime",
-    "timedelta": "datetime", "sqrt": "math", "isclose": "math", "pi": "math", "inf": "math",
-    "List": "typing", "Dict": "typing", "Optional": "typing", "Tuple": "typing", "Any": "typing", "Union": "typing",
-}  # fmt: skip
 
 
 def open_streams() -> None:
@@ -50,7 +44,11 @@ def run_program(job: dict) -> NoReturn:
     sys.argv[:] = ["program.py"]
     code = 0
     try:
-        exec(compile(job["text"], "program.py", "exec"), module.__dict__)
+        try:
+            _execute(job["text"], "program.py", module.__dict__)
+        finally:  # what an interpreter does before it ends
+            threading._shutdown()
+            atexit._run_exitfuncs()
     except SystemExit as left:
         code = 0 if left.code in (None, 0) else LEFT
     except MemoryError:
@@ -69,7 +67,7 @@ def run_functions(job: dict) -> NoReturn:
     sys.modules["solution"] = module
     sys.argv[:] = ["solution.py"]
     try:
-        exec(compile(job["text"], "solution.py", "exec"), module.__dict__)
+        _execute(job["text"], "solution.py", module.__dict__)
         serve(Channel(CHANNEL, LARGEST_MESSAGE), module.__dict__)
     except Gone:
         os._exit(0)
@@ -101,6 +99,11 @@ def run_checks(job: dict) -> NoReturn:
     os._exit(0)
 
 
+def _execute(text: str, name: str, names: dict[str, Any]) -> None:
+    """Run a program of others: without the __future__ of this module, which would change what it means."""
+    exec(compile(text, name, "exec", dont_inherit=True), names)
+
+
 ROLES = {"program": run_program, "functions": run_functions, "checks": run_checks}
 
 
@@ -113,26 +116,26 @@ class _Nowhere(io.TextIOBase):
 
 def _check(job: dict, peer: Peer) -> None:
     names: dict[str, Any] = {"__name__": "tests"}
-    exec(compile(job["given"], "given.py", "exec"), names)
+    _execute(job["given"], "given.py", names)
     text = job["setup"] + "\n" + job["test"]
     for name in sorted(_free_names(text)):
         if name in job["entries"] or name not in names:
-            _bind(name, names, job["entries"], peer, text)
-    exec(compile(job["setup"], "setup.py", "exec"), names)
-    exec(compile(job["test"], "test.py", "exec"), names)
+            _bind(name, names, job, peer, text)
+    _execute(job["setup"], "setup.py", names)
+    _execute(job["test"], "test.py", names)
 
 
-def _bind(name: str, names: dict, entries: list[str], peer: Peer, text: str) -> None:
+def _bind(name: str, names: dict, job: dict, peer: Peer, text: str) -> None:
     """What a test means by a name that it does not define.
 
     The program under test must not supply what judges it: what the language or the standard library has under that
     name comes from there, unless it is what the test is about.
     """
-    if name not in entries:
+    if name not in job["entries"]:
         if hasattr(builtins, name):
             return
-        if name in _COMMON:
-            names[name] = getattr(importlib.import_module(_COMMON[name]), name)
+        if name in job["common"]:
+            names[name] = getattr(importlib.import_module(job["common"][name]), name)
             return
         if name in sys.stdlib_module_names and not _is_called(name, text):
             names[name] = importlib.import_module(name)
@@ -140,7 +143,8 @@ def _bind(name: str, names: dict, entries: list[str], peer: Peer, text: str) -> 
     try:
         names[name] = peer.get(name)
     except NameError:
-        names.pop(name, None)  # the test raises it where it uses the name
+        names.pop(name, None)  # the test raises it where it uses the name, for which nothing else may stand in
+        names["__builtins__"] = {key: value for key, value in vars(builtins).items() if key not in job["entries"]}
 
 
 def _free_names(text: str) -> set[str]:

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import builtins
 import json
+import operator
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from megatron_dlm.rewards.sandbox.values import decode, encode
 
-_MUTABLE = (list, dict, set, bytearray)
+_MUTABLE = (list, dict, set, bytearray, deque)
 _OPERATIONS = {
-    "len": len, "iter": iter, "str": str, "repr": repr, "getitem": lambda x, k: x[k],
+    "len": len, "iter": iter, "str": str, "repr": repr, "bool": bool, "contains": operator.contains,
+    "getitem": operator.getitem, "setitem": operator.setitem, "delitem": operator.delitem,
     "eq": lambda x, y: x == y, "lt": lambda x, y: x < y, "le": lambda x, y: x <= y, "enter": lambda x: x.__enter__(),
 }  # fmt: skip
 _READY_MADE = ("int", "float", "str", "list", "dict", "set", "tuple", "bool", "bytes", "complex", "frozenset", "object",
@@ -91,13 +94,17 @@ class Peer:
             "arguments": [self._encode(argument) for argument in arguments],
             "named": {name: self._encode(argument) for name, argument in named.items()},
         }
-        return self.ask(message, arguments)
+        return self.ask(message, {**dict(enumerate(arguments)), **named})
 
     def operate(self, name: str, number: int, *others: Any) -> Any:
         return self.ask({"do": name, "on": number, "arguments": [self._encode(other) for other in others]})
 
-    def ask(self, message: dict, arguments: tuple = ()) -> Any:
-        """Send a request, serve calls back until its answer comes, and return or raise what it says."""
+    def ask(self, message: dict, arguments: dict[int | str, Any] | None = None) -> Any:
+        """Send a request, serve calls back until its answer comes, and return or raise what it says.
+
+        Args:
+            arguments: of a call, by place or name: those that it has changed over there are changed here.
+        """
         try:
             self._channel.send(message)
             while "back" in (answer := self._channel.receive()):
@@ -106,8 +113,8 @@ class Peer:
                 name, text = answer["raise"]
                 error = _exception(name)(str(text)[:1000])
             else:
-                for index, changed in answer.get("changed", ()):
-                    _refill(arguments[index], self._decode(changed))
+                for place, changed in answer.get("changed", ()):
+                    _refill((arguments or {})[place], self._decode(changed))
                 return self._decode(answer["value"])
         except Gone:
             self.gone = True
@@ -175,10 +182,19 @@ class Remote:
         return self._peer.operate("len", self._number)
 
     def __bool__(self) -> bool:
-        return True
+        return self._peer.operate("bool", self._number) is True
+
+    def __contains__(self, item: Any) -> bool:
+        return self._peer.operate("contains", self._number, item) is True
 
     def __getitem__(self, key: Any) -> Any:
         return self._peer.operate("getitem", self._number, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._peer.operate("setitem", self._number, key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._peer.operate("delitem", self._number, key)
 
     def __iter__(self) -> Any:
         remote = self._peer.operate("iter", self._number)
@@ -277,10 +293,11 @@ def _answer(asked: dict, names: dict, stay: Callable[[Any], int], find: Callable
         return {"value": encode(_OPERATIONS[asked["do"]](find(asked["on"]), *arguments), stay)}
     named = {name: decode(argument, find) for name, argument in asked["named"].items()}
     value = find(asked["call"])(*arguments, **named)
+    places = [(*enumerate(arguments), *named.items()), (*asked["arguments"], *asked["named"].values())]
     changed = [
-        [index, data]
-        for index, argument in enumerate(arguments)
-        if isinstance(argument, _MUTABLE) and (data := encode(argument, stay)) != asked["arguments"][index]
+        [place, data]
+        for (place, argument), sent in zip(*places)
+        if isinstance(argument, _MUTABLE) and (data := encode(argument, stay)) != sent
     ]
     return {"value": encode(value, stay), "changed": changed}
 
@@ -310,6 +327,9 @@ def _refill(mine: Any, now: Any) -> None:
         return
     if isinstance(mine, list | bytearray):
         mine[:] = now
+    elif isinstance(mine, deque):
+        mine.clear()
+        mine.extend(now)
     elif isinstance(mine, dict | set):
         mine.clear()
         mine.update(now)

@@ -22,13 +22,13 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 
+from megatron_dlm.data.code_tasks import COMMON
 from megatron_dlm.rewards.sandbox import boot, confine
 from megatron_dlm.rewards.sandbox.programs import ERROR, EXIT, FAIL, PASS
 from megatron_dlm.rewards.sandbox.watch import KILLED, Job, Limits, Outcome, below, resident, scheduled, watch
 
 START_LIMIT = 60.0  # seconds until a zygote is ready
-
-
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 CHECKS_CPU = 2.0  # seconds that a test's own code may take beyond the time of the program
 
 
@@ -56,14 +56,18 @@ class SandboxError(RuntimeError):
 class Sandbox:
     """Runs programs, one at a time. Not to be used from two threads at once."""
 
-    def __init__(self, level: str, limits: Limits | None = None, bubblewrap: str | None = None):
+    def __init__(
+        self, level: str, limits: Limits | None = None, bubblewrap: str | None = None, folder: str | None = None
+    ):
         """Zygotes start when they are first needed (`start` does it now).
 
         Args:
             level: 'bubblewrap', 'namespaces', 'landlock' or 'none' (confine.py).
             bubblewrap: the bwrap program; None looks for it.
+            folder: where the working folders of levels without a file system of their own are made; None: where
+                temporary files are.
         """
-        self.level, self.limits = level, limits or Limits()
+        self.level, self.limits, self._folder = level, limits or Limits(), folder
         self._bubblewrap = bubblewrap or shutil.which("bwrap") or "bwrap"
         self._zygotes: dict[str, Zygote] = {}
 
@@ -89,7 +93,8 @@ class Sandbox:
             'timeout', 'memory', 'output' or 'killed'.
         """
         limits = limits or self.limits
-        test = {"test": check.test, "setup": check.setup, "given": check.given, "entries": list(check.entries)}
+        test = {"test": check.test, "setup": check.setup, "given": check.given}
+        test |= {"entries": list(check.entries), "common": COMMON}
         longer = replace(limits, cpu=limits.cpu + CHECKS_CPU)
         with contextlib.ExitStack() as stack:
             theirs, ours = socket.socketpair()
@@ -142,23 +147,27 @@ class Sandbox:
         if zygote is None or not zygote.usable():
             if zygote is not None:
                 zygote.close()
-            self._zygotes[side] = zygote = Zygote(self.level, self._bubblewrap)
+            self._zygotes[side] = zygote = Zygote(self.level, self._bubblewrap, self._folder)
         return zygote
 
 
 class Zygote:
     """One zygote process, from outside."""
 
-    def __init__(self, level: str, bubblewrap: str):
+    def __init__(self, level: str, bubblewrap: str, folder: str | None = None):
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._folder = tempfile.mkdtemp(prefix="sandbox-") if level in (confine.LANDLOCK, confine.NONE) else None
-        command = [sys.executable, "-I", "-S", "-c", boot.COMMAND, str(theirs.fileno()), level]
-        command[0] = os.path.realpath(sys.executable)
+        inside = level in (confine.NAMESPACES, confine.BUBBLEWRAP)  # a file system of its own
+        self._folder = None if inside else tempfile.mkdtemp(prefix="sandbox-", dir=folder)
+        scratch = confine.SCRATCH if inside else self._folder if level == confine.NONE else ""
+        # as isolated as -I makes it, but for the environment: that is ours, and says where hashes begin
+        command = [os.path.realpath(sys.executable), "-s", "-P", "-S", "-c", boot.COMMAND]
+        command += [str(theirs.fileno()), level, scratch]
         if level == confine.BUBBLEWRAP:
             command = [*confine.bubblewrap_command(bubblewrap, command[0]), *command]
         sent = _file(boot.sources())
         self.busy = False
         self._before: dict[int, float] = {}
+        self._ran: dict[int, float] = {}
         try:
             self.process = subprocess.Popen(
                 command,
@@ -167,7 +176,7 @@ class Zygote:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd=self._folder or "/",
-                env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+                env=_ENVIRONMENT | ({"TMPDIR": scratch} if scratch else {}),
                 start_new_session=True,
             )
         except OSError as error:
@@ -194,6 +203,7 @@ class Zygote:
         numbers = {"cpu": int(limits.cpu) + 1, "memory": limits.memory, "processes": limits.processes}
         self.busy = True
         self._before = {pid: scheduled(pid)[1] for pid in below(self.process.pid)}
+        self._ran = {}
         socket.send_fds(self.socket, [json.dumps({"role": role, "limits": numbers}).encode()], descriptors)
 
     def stop(self) -> None:
@@ -210,8 +220,12 @@ class Zygote:
         return said
 
     def cpu(self) -> float:
-        """Seconds that the program's living processes have run."""
-        return sum(scheduled(pid)[0] for pid in below(self.process.pid) if pid not in self._before)
+        """Seconds that the program's processes have run: those that live, and those that an earlier call has seen,
+        for who ends unawaited is counted nowhere else."""
+        for pid in below(self.process.pid):
+            if pid not in self._before:
+                self._ran[pid] = max(self._ran.get(pid, 0.0), scheduled(pid)[0])
+        return sum(self._ran.values())
 
     def memory(self) -> int:
         """Bytes in use by all processes below the zygote's own."""

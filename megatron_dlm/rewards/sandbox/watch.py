@@ -10,12 +10,13 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from megatron_dlm.rewards.base import TIMEOUT
 from megatron_dlm.rewards.sandbox.programs import ERROR, EXIT, FAILED, LEFT, OUT_OF_MEMORY, PASS
 
 if TYPE_CHECKING:
     from megatron_dlm.rewards.sandbox.runner import Zygote
 
-TIMEOUT, MEMORY, OUTPUT, KILLED = "timeout", "memory", "output", "killed"
+MEMORY, OUTPUT, KILLED = "memory", "output", "killed"
 BUSY = 4.0  # how many times its wall time a program may wait for a processor
 WATCH_EVERY = 0.05  # seconds between looks at the memory of a program's processes
 
@@ -190,8 +191,8 @@ def scheduled(pid: int) -> tuple[float, float]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process's own memory; what it shares with the zygote does not count."""
-    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/statm", encoding="ascii") as file:
-        numbers = file.read().split()
-        return (int(numbers[1]) - int(numbers[2])) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of a process's memory that no file holds: its own, and shared memory that it has touched."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+        lines = (line.split() for line in file if line.startswith(("RssAnon:", "RssShmem:")))
+        return sum(int(line[1]) for line in lines) << 10
     return 0

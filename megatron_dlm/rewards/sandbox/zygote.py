@@ -37,12 +37,13 @@ _IMPORTED = (
 _LARGEST_ORDER = 4096
 
 
-def main(descriptor: int, level: str) -> None:
+def main(descriptor: int, level: str, scratch: str) -> None:
     """Serve until the socket ends.
 
     Args:
         descriptor: our end of a SOCK_SEQPACKET socket.
         level: which isolation (confine.py).
+        scratch: folder in which programs start, emptied after each; '' where they can write nothing.
     """
     for name in _IMPORTED:
         importlib.import_module(name)
@@ -51,23 +52,23 @@ def main(descriptor: int, level: str) -> None:
         signal.signal(asked, signal.SIG_IGN)
     orders = socket.socket(fileno=descriptor)
     try:
-        ids = confine.enter(level)
+        user = confine.enter(level)
     except OSError as error:
         orders.send(json.dumps({"refused": str(error)}).encode())
         os._exit(1)
-    if level in (confine.NAMESPACES, confine.BUBBLEWRAP):
-        os.chdir(confine.SCRATCH)
+    if scratch:
+        os.chdir(scratch)
     gc.freeze()
     orders.send(b'{"ready": true}')
     try:
         while True:
-            _serve(orders, level, ids)
+            _serve(orders, level, user, scratch)
     except (EOFError, OSError):
         _end_all(level)
         os._exit(0)
 
 
-def _serve(orders: socket.socket, level: str, ids: str) -> None:
+def _serve(orders: socket.socket, level: str, user: int | None, scratch: str) -> None:
     text, descriptors, _, _ = socket.recv_fds(orders, _LARGEST_ORDER, 8)
     if not text:
         raise EOFError
@@ -77,20 +78,21 @@ def _serve(orders: socket.socket, level: str, ids: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
     if not child:
-        _become(order, descriptors, level, ids)
+        _become(order, descriptors, level, user)
     for inherited in descriptors:
         os.close(inherited)
     code = _wait(child, orders)
     _end_all(level)
     if code is None:
         code = -signal.SIGKILL
-    _empty_scratch(level)
+    if scratch:
+        _empty(scratch)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     orders.send(json.dumps({"code": code, "cpu": cpu}).encode())
 
 
-def _become(order: dict, descriptors: list[int], level: str, ids: str) -> None:
+def _become(order: dict, descriptors: list[int], level: str, user: int | None) -> None:
     """The child, up to the program's first line. Does not return."""
     try:
         os.setsid()
@@ -103,7 +105,7 @@ def _become(order: dict, descriptors: list[int], level: str, ids: str) -> None:
         for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(asked, signal.SIG_DFL)
         open_streams()
-        confine.give_up(level, ids, order["limits"])
+        confine.give_up(level, user, order["limits"])
         gc.unfreeze()
         ROLES[order["role"]](job)
     except BaseException as error:
@@ -153,13 +155,12 @@ def _children() -> list[int]:
         return [int(pid) for pid in file.read().split()]
 
 
-def _empty_scratch(level: str) -> None:
+def _empty(scratch: str) -> None:
     """Remove what a program has left. What resists (paths of any length can be built) ends this zygote: whoever waits
-    for it starts a fresh one, and the file system goes with the old."""
-    if level in (confine.LANDLOCK, confine.NONE):
-        return  # nothing could be written; or nothing is confined
+    for it starts a fresh one, and the folder goes with the old."""
     try:
-        with os.scandir(confine.SCRATCH) as entries:
+        os.chmod(scratch, 0o1777)  # it may belong to whom the program was
+        with os.scandir(scratch) as entries:
             found = list(entries)
         for entry in found:
             if entry.is_dir(follow_symlinks=False):

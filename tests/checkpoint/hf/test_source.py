@@ -52,7 +52,7 @@ def test_it_opens(tmp_path, sdar) -> None:
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel, which is not known. Known are SDAR"),
+        (dict(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel, which is not known. Use one of SDAR"),
         (dict(architectures=...), "architecture none"),
         (dict(hidden_size=...), "has no hidden_size"),
         (dict(hidden_size=64), "has shape .* makes it"),
