@@ -18,11 +18,11 @@ from tests.command_server import command_server
 from tests.test_commands import lines
 from tests.test_stopping import tensors
 
-# The model of the small world; groups are learned from whatever their answers are, for rewards differ by length.
+# The model of the small world knows no answers yet: it is rewarded for responses in which certain characters stand.
 RL = (
     f"tracerl {MODEL} --prompt-data prompts.jsonl --rollout-max-prompt-len 32 --rollout-max-response-len 8 "
     "--rollout-batch-size 3 --n-samples-per-prompt 4 --num-steps-per-rollout 2 --reward-workers 1 --lr 1e-3 --seed 3 "
-    "--short-reward-coef 1.0 --min-group-accuracy 0 --max-group-accuracy 1 --format-reward boxed "
+    "--min-group-accuracy 0 --max-group-accuracy 1 --overlong-margin 0 --format-reward '.*[0-5a-p].*' "
 )
 
 

@@ -159,7 +159,7 @@ def _check_read(config: ObjectiveConfig) -> None:
             if not is_read and getattr(config, name) != getattr(defaults, name):
                 raise ConfigError(f"{flag_name(name)} does nothing {where}. Leave it out.")
     still = filled.old_logprobs == "current" and filled.kl_reference == "old" and filled.kl_loss_type != "k1"
-    if filled.kl_loss_coef and still:
+    if config.kl_loss_coef and still:
         raise ConfigError(
             f"--kl-loss-coef {filled.kl_loss_coef} does nothing with --old-logprobs current, for the policy is then no "
             "way from the old one. Add --kl-reference frozen, or leave it out."

@@ -108,9 +108,9 @@ ENTRIES = [
     Bad(
         "a teacher that cannot be split",
         "tracerl",
-        f"{TEACHER} other --tensor-model-parallel-size 2",
-        ("--teacher-load other does not fit this run", "--tensor-model-parallel-size 2"),
-        write=_other_run(num_query_groups=1),
+        f"{TEACHER} other --pipeline-model-parallel-size 2",
+        ("--teacher-load other does not fit this run", "--pipeline-model-parallel-size 2"),
+        write=_other_run(num_layers=3),
         ranks=2,
     ),
     Bad(

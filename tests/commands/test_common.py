@@ -40,6 +40,30 @@ def test_a_mistake_that_any_rank_finds_is_raised_on_all_and_told_by_one(finders:
         assert found == [(f"host {finders[0]} has no python", rank != finders[0]) for rank in range(2)]
 
 
+def isolated(*levels: str | None) -> str | None:
+    """What ranks say whose hosts offer these levels."""
+    import torch.distributed as dist
+
+    from megatron_dlm.commands.common import isolation_of
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.parallel.groups import initialize
+
+    initialize(ParallelConfig(), seed=1)
+
+    class Code:
+        def check(self, prompts: list, verifier: str) -> str | None:
+            assert (prompts, verifier) == ([], "auto")
+            return levels[dist.get_rank()]
+
+    return isolation_of(Code(), [], "auto")
+
+
+def test_all_isolation_that_hosts_offer_is_told() -> None:
+    assert pool(2).run(isolated, None, None) == [None, None]
+    assert pool(2).run(isolated, "In a.", "In a.") == ["In a.", "In a."]
+    assert pool(2).run(isolated, "In a.", "In b.") == ["On 1 of 2 processes: In a. On 1 of 2 processes: In b."] * 2
+
+
 def broken(rank: int) -> int:
     """What is no mistake of the user's keeps its traceback, where it happens."""
     from megatron_dlm.commands.common import together

@@ -1,4 +1,4 @@
-"""How `tracerl` puts a run together: who sleeps, what memory is spoken for, how long schedules are, what prompts fit."""
+"""How `tracerl` puts a run together: who sleeps, what memory is spoken for, how long schedules are."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def flags(tmp_path_factory) -> list[str]:
     train_tokenizer([record["question"] for record in prompts], 270, folder / "tokenizer", [])
     words = "--num-layers 1 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2"
     words += " --block-size 4 --max-position-embeddings 256 --rotary-base 10000 --rollout-max-prompt-len 64"
-    words += " --rollout-max-response-len 8 --rollout-batch-size 8 --n-samples-per-prompt 4 --num-steps-per-rollout 2 --num-rollout 10"
+    words += " --rollout-max-response-len 8 --rollout-batch-size 8 --n-samples-per-prompt 4"
+    words += " --num-steps-per-rollout 2 --num-rollout 10"
     data = ["--tokenizer-model", str(folder / "tokenizer"), "--prompt-data", str(folder / "prompts.jsonl")]
     return [*words.split(), *data]
 

@@ -48,6 +48,17 @@ def test_judges_that_work(settings):
         ({"judge_timeout": 1e9}, "--judge-timeout is 1"),
         ({"judge_temperature": -0.1}, "--judge-temperature"),
         ({"judge_temperature": 1e-9}, "--judge-temperature"),
+        ({"judge_votes": 5}, "--judge-votes 5 does nothing without --judge-url"),
+        ({"judge_temperature": 0.0}, "--judge-temperature 0.0 does nothing without --judge-url"),
+        ({"judge_max_tokens": 9}, "--judge-max-tokens 9 does nothing"),
+        ({"judge_timeout": 9.0}, "--judge-timeout 9.0 does nothing"),
+        ({"judge_retries": 9}, "--judge-retries 9 does nothing"),
+        ({"judge_concurrency": 9}, "--judge-concurrency 9 does nothing"),
+        ({"code_time_limit": 0.0}, "--code-time-limit is 0"),
+        ({"code_response_time_limit": 7.0}, "--code-response-time-limit 7.0 leaves no time for one test"),
+        ({"code_memory_limit_mib": 63}, "--code-memory-limit-mib is 63"),
+        ({"code_max_output_kib": 0}, "--code-max-output-kib is 0"),
+        ({"code_max_processes": 0}, "--code-max-processes is 0"),
     ],
 )
 def test_judges_that_do_not(settings, words):
@@ -63,8 +74,9 @@ ROLLOUT = RolloutConfig(rollout_max_response_len=100)
     [
         {},
         {"format_reward": "think", "overlong_buffer_len": 99, "short_reward_coef": 1.0, "speed_reward_coef": 1.0},
-        {"format_reward": r"a+\.?"},
-        {"process_reward": "package.module:function"},
+        {"format_reward": r"a+\.?", "format_reward_coef": 2.0, "overlong_buffer_len": 9, "overlong_penalty_coef": 2.0},
+        {"speed_reward_coef": 0.5, "speed_min_range": 1.0, "speed_reward_of": "correct"},
+        {"process_reward": "a:f", "process_chunk_tokens": 9, "process_chunk_grid": "token"},
         THERE | {"process_reward": "endpoint"},
     ],
 )
@@ -87,6 +99,12 @@ def test_rewards_that_work(settings):
         ({"process_reward": "endpoint"}, "--process-reward endpoint asks a model"),
         ({"process_reward": "judge.py"}, "--process-reward is 'judge.py'"),
         ({"process_reward": ":f"}, "--process-reward is ':f'"),
+        ({"format_reward_coef": 0.5}, "--format-reward-coef 0.5 does nothing without --format-reward"),
+        ({"overlong_penalty_coef": 2.0}, "--overlong-penalty-coef 2.0 does nothing without --overlong-buffer-len"),
+        ({"speed_min_range": 1.0}, "--speed-min-range 1.0 does nothing without --speed-reward-coef"),
+        ({"speed_reward_of": "correct"}, "--speed-reward-of correct does nothing without --speed-reward-coef"),
+        ({"process_chunk_tokens": 9}, "--process-chunk-tokens 9 does nothing without --process-reward"),
+        ({"process_chunk_grid": "token"}, "--process-chunk-grid token does nothing without --process-reward"),
     ],
 )
 def test_rewards_that_do_not(settings, words):

@@ -35,6 +35,13 @@ def test_groups_whose_rewards_are_all_equal_teach_nothing() -> None:
     assert metrics["rollout/reward"] == 0.5 and metrics["rollout/raw_reward"] == pytest.approx(4 / 6)
 
 
+def test_tests_are_counted_where_programs_are_judged() -> None:
+    assert "rollout/tests_passed_ratio" not in rollout_metrics(RESPONSES)
+    shares = [0.5, 0.0, None, None, 1.0, None]
+    responses = [dataclasses.replace(one, tests_passed=share) for one, share in zip(RESPONSES, shares)]
+    assert rollout_metrics(responses)["rollout/tests_passed_ratio"] == pytest.approx(0.5)
+
+
 def test_lengths_and_speeds() -> None:
     metrics = rollout_metrics(RESPONSES)
     lengths = {name.split("/")[-1]: value for name, value in metrics.items() if "response_len" in name}

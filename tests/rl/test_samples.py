@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_dlm.config.log import LoggingConfig
+from megatron_dlm.rewards.base import Verdict
 from megatron_dlm.training.report import Report
 from tests.harness import pool
-from tests.rl.test_trainer import RL, Always, make_trainer
+from tests.rl.test_trainer import RL, Always, EvenFirst, make_trainer
 
 GROUP, PROMPTS, LIMIT = 8, 6, 9  # of the trainer's rollouts
 
@@ -62,6 +63,23 @@ def test_samples_are_the_first_responses_to_different_prompts(tmp_path: Path) ->
             assert sample["response"] == " ".join(words)
             assert 0 < sample["tokens_per_step"] <= sample["length"] / max(sample["step_map"]) + 1e-3
     assert any(sample["advantage"] is not None for sample in samples)
+
+
+class Tested(EvenFirst):
+    """Each response is a program with two tests, of which it passes the second if it is right."""
+
+    def score(self, items):
+        words = ["pass" if self.right(text) else "fail" for _, text in items]
+        return [Verdict(0.0, "of 2 tests", (word == "pass") / 2, ("fail", word)) for word in words]
+
+
+def test_what_each_test_said_is_kept(tmp_path: Path) -> None:
+    (metrics,) = run(tmp_path, Tested())
+    whole, samples = everything(tmp_path, 0), lines(tmp_path / "save" / "samples.jsonl")
+    assert {tuple(line["parts"]) for line in whole} == {("fail", "pass"), ("fail", "fail")}
+    for line in [*whole, *samples]:
+        assert line["score"] == line["parts"].count("pass") / 2
+    assert metrics["rollout/tests_passed_ratio"] == pytest.approx(sum(line["score"] for line in whole) / len(whole))
 
 
 @pytest.mark.parametrize("count", [0, 1, PROMPTS + 2, 1000])

@@ -210,7 +210,6 @@ def test_masks_that_are_drawn_are_shown_to_a_teacher_of_the_same_blocks() -> Non
     itself = dataclasses.replace(models.teacher, state=models.policy, model=model_config())
     forward = policy_forward(vocabulary(), settings, itself)
     rows = [dataclasses.replace(row, teacher_hidden=None) for row in update.rows]
-    plan = Plan(((),), update.length)
     rows = itself.with_hidden(rows, update.length, {}, 0, 0)
     metrics = accumulate_gradients(models.policy, rows, forward, update.length)
     assert abs(metrics["teacher_kl"]) < 1e-10 and metrics["targets"] > 0, "the policy is its own teacher"

@@ -115,7 +115,7 @@ def test_the_ledger_knows_all_models() -> None:
     weights = sum(parameter.nbytes for parameter in reference.module.parameters())
     for name in ("reference", "teacher"):
         assert held[f"{name} parameters"].device >= weights and held[f"{name} gradients"].device == 0
-    assert held["value optimizer"].device > 0
+    assert held["value parameters"].device > 0
 
 
 def test_each_model_begins_anew_with_its_optimizer_in_its_own_turn(monkeypatch) -> None:

@@ -176,7 +176,7 @@ class Zygote:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd=self._folder or "/",
-                env=_ENVIRONMENT | ({"TMPDIR": scratch} if scratch else {}),
+                env=_ENVIRONMENT | ({"TMPDIR": scratch} if level == confine.NONE else {}),
                 start_new_session=True,
             )
         except OSError as error:

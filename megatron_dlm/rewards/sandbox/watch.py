@@ -81,10 +81,14 @@ class Job:
             self.zygote.stop()
             self.deadline = time.monotonic() + 10.0  # for the zygote to clean up
 
-    def grant_delay(self) -> None:
-        """Put the deadline off by the time that its processes have waited for a processor: a busy host is not the
-        program's fault. In all it cannot get more than BUSY times its wall time."""
-        delay = min(self.zygote.delay(), BUSY * self.limits.wall)
+    def grant_delay(self, together: list[Job]) -> None:
+        """Put the deadline off by the time that its processes, and those that it waits for, have waited for a
+        processor: a busy host is not the program's fault. In all it cannot get more than BUSY times its wall time.
+
+        Args:
+            together: this job and those that run with it.
+        """
+        delay = min(sum(job.zygote.delay() for job in together), BUSY * self.limits.wall)
         if delay > self._granted:
             self.deadline += delay - self._granted
             self._granted = delay
@@ -137,7 +141,7 @@ def watch(jobs: list[Job]) -> list[Outcome]:
             now = time.monotonic()
             for job in jobs:
                 if not job.over and now > job.deadline and job.reason is None and job.late == TIMEOUT:
-                    job.grant_delay()
+                    job.grant_delay(jobs)
                 if not job.over and now > job.deadline:
                     if job.reason is not None:  # it does not even answer
                         selector.unregister(job.zygote.socket)

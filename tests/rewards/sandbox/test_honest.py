@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from megatron_dlm.rewards.sandbox.runner import Check
@@ -31,6 +34,17 @@ CHECKS = {
         "assert [type(x) for x in f()[:4]] == [int, tuple, dict, type(None)] and type(f()[10]) is bool",
     ),
     "a changed argument": ("def f(x): x.append(1)", "a = [2]\nassert f(a) is None\nassert a == [2, 1]"),
+    "a changed argument with a name": ("def f(x): x['a'] = 1", "a = {}\nf(x=a)\nassert a == {'a': 1}"),
+    "a changed deque": (
+        "def f(x): x.append(1)",
+        "from collections import deque\na = deque([2])\nf(a)\nassert a == deque([2, 1]) and type(a) is deque",
+    ),
+    "what an object can be asked": (
+        "class T:\n def __init__(self): self.d = {}\n def __contains__(self, k): return k in self.d\n"
+        " def __setitem__(self, k, v): self.d[k] = v\n def __delitem__(self, k): del self.d[k]\n"
+        " def __bool__(self): return bool(self.d)",
+        "t = T()\nassert not t and 'a' not in t\nt['a'] = 1\nassert t and 'a' in t\ndel t['a']\nassert 'a' not in t",
+    ),
     "a generator": ("def f(n):\n for i in range(n): yield i", "assert list(f(3)) == [0, 1, 2] and next(f(1)) == 0"),
     "a callback": ("def f(g, x): return g(g(x))", "assert f(lambda y: y + 1, 1) == 3 and f(sorted, [2, 1]) == [1, 2]"),
     "an exception": (
@@ -80,6 +94,9 @@ def test_functions(sandbox, level, name):
         ("def f(x): return float('nan')", "assert f(1) == f(1)", "fail"),
         ("def f(x): return object()", "assert f(1) == f(1)", "fail"),
         ("def f(x): return x", "assert g(1) == 1", "error"),
+        ("def f(x: List[int]): return x", "assert f(1) == 1", "error"),  # List is not imported
+        ("class T:\n __contains__ = __bool__ = lambda *a: 1\ndef f(x): return T()", "assert 2 in f(1)", "pass"),
+        ("class T:\n __bool__ = lambda *a: 'yes'\ndef f(x): return T()", "assert f(1)", "error"),
         ("def f(x): return x", "assert f(1) == 1\nraise SystemExit", "error"),
     ],
 )
@@ -91,6 +108,11 @@ def test_the_program_may_define_what_the_language_has(sandbox):
     program = "def sum(a, b): return a * b"
     assert sandbox.check(program, Check("assert sum(3, 4) == 12", entries=("sum",))) == "pass"
     assert sandbox.check(program, Check("assert sum([3, 4]) == 7")) == "pass"
+
+
+@pytest.mark.parametrize("test", ["assert sum([3, 4]) == 7", "assert list(map(sum, [[1]])) == [1]", "assert sum is sum"])
+def test_the_language_does_not_stand_in_for_what_a_program_lacks(sandbox, test):
+    assert sandbox.check("def add(a, b): return a + b", Check(test, entries=("sum",))) == "error"
 
 
 def test_given_code_is_not_the_programs(sandbox):
@@ -121,6 +143,32 @@ def test_input_and_output(sandbox):
 def test_ends(sandbox, program, word):
     outcome = sandbox.run(f"print(1)\n{program}" if word != "error" or "=" not in program else program)
     assert outcome.word == word
+
+
+def test_threads_and_atexit_come_to_their_end(sandbox, level):
+    if level == "landlock":
+        pytest.skip("with landlock there are no threads")
+    thread = "import threading, time\ndef work():\n time.sleep(0.1)\n print(int(input()) + 1)\n"
+    thread += "threading.Thread(target=work).start()"
+    assert sandbox.run(thread, "41").output == b"42\n"
+    assert sandbox.run(thread + "\nraise SystemExit", "41").output == b"42\n"
+    bye = "import atexit\natexit.register(print, 'bye')\n"
+    for ending, word in (("", "pass"), ("exit()", "pass"), ("exit(1)", "exit"), ("1 / 0", "error")):
+        outcome = sandbox.run(bye + ending)
+        assert (outcome.word, outcome.output) == (word, b"bye\n")
+    assert sandbox.run("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()").word == "timeout"
+
+
+def test_annotations_mean_what_they_say(sandbox):
+    assert sandbox.run("def f(x: Nothing): pass").word == "error"
+    assert sandbox.run("def f(x: int): pass\nprint(f.__annotations__['x'] is int)").output == b"True\n"
+
+
+def test_sets_have_the_same_order_in_every_sandbox(sandbox):
+    """As Python itself orders them with this seed."""
+    code = "print(hash('a'), list({'x', 'y', 'z'}))"
+    expected = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": "0"}, capture_output=True, check=True)
+    assert sandbox.run(code).output == expected.stdout
 
 
 def test_outputs_larger_than_a_pipe(sandbox):

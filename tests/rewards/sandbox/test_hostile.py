@@ -70,6 +70,17 @@ def test_what_a_program_leaves_is_gone_for_the_next(sandbox, level):
     assert sandbox.run("import os\nprint(os.listdir('/tmp'))").output == b"[]\n"
 
 
+def test_a_program_that_closes_its_folder(sandbox, level):
+    if level == "landlock":
+        pytest.skip("with landlock nothing can be written")
+    close = "import os, contextlib\nopen('f', 'w').close()\nwith contextlib.suppress(OSError): os.chmod('/tmp', 0)"
+    for _ in range(2):
+        assert sandbox.run(close).word == "pass"
+        zygote = sandbox._zygotes["programs"].process.pid
+    assert sandbox.run("import os\nprint(os.listdir('/tmp'))").output == b"[]\n"
+    assert sandbox._zygotes["programs"].process.pid == zygote  # it did not have to be replaced
+
+
 def test_a_path_too_long_to_remove(sandbox, level):
     if level == "landlock":
         pytest.skip("with landlock nothing can be written")
