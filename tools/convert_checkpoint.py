@@ -1,7 +1,7 @@
 """HuggingFace checkpoints in and out: the `convert` command under the name that users of Megatron-LM look for.
 
-    python tools/convert_checkpoint.py hf-to-megatron --hf-checkpoint DIR --save DIR
-    torchrun --nproc-per-node 8 tools/convert_checkpoint.py megatron-to-hf --load DIR --save DIR
+python tools/convert_checkpoint.py hf-to-megatron --hf-checkpoint DIR --save DIR
+torchrun --nproc-per-node 8 tools/convert_checkpoint.py megatron-to-hf --load DIR --save DIR
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig
     blocks = evaluation.eval_block_size
     if blocks is not None and (not blocks or len(set(blocks)) != len(blocks) or min(blocks) < 1):
         raise ConfigError(
-            f"--eval-block-size {' '.join(map(str, blocks)) or '(empty)'} must name each block once, of 1 token or more."
+            f"--eval-block-size {' '.join(map(str, blocks)) or '(empty)'} must name each block once, of at least 1 token."
         )
     if blocks is not None and rollout.rollout_backend == "sglang":
         raise ConfigError(

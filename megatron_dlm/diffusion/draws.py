@@ -113,8 +113,8 @@ def bound_views(trace: Trace, grid: Grid, learned: np.ndarray, stream: int, how:
 
 def quadrature_views(trace: Trace, grid: Grid, learned: np.ndarray, stream: int, how: MaskDraws) -> Views:
     """Masks at Gauss-Legendre nodes t_n that hide more of the earlier blocks than of the later ones: the ratio falls
-    from t_n + spread to t_n - spread along half a cosine, with mean t_n (spread no more than leaves ratios between 0 and
-    1). Weights are the quadrature's over the number
+    from t_n + spread to t_n - spread along half a cosine, with mean t_n (and no spread beyond ratios of 0 and 1).
+    Weights are the quadrature's over the number
     of targets of each mask, so that they sum to 1: a mean over masks of a mean over their tokens.
 
     Source: SLIM-RL, arXiv 2607.00208

@@ -1,6 +1,6 @@
 """Which groups of responses can be learned from, said once for the whole loop.
 
-A group teaches by its differences: where rewards are equal (and speeds, where these are rewarded), every advantage is 0.
+A group teaches by its differences: where rewards are equal (and speeds, if these are rewarded), every advantage is 0.
 And it should be neither too easy
 nor too hard for the policy: its share of right responses lies within --min-group-accuracy and --max-group-accuracy.
 """

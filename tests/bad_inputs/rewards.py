@@ -46,7 +46,7 @@ ENTRIES = [
     Bad("isolation of another kind", "tracerl", "--code-isolation docker", ("--code-isolation", "'docker'")),
     Bad("programs without tests", "tracerl", "--reward code", ("--reward code", "--reward auto")),
     # ---- other rewards
-    Bad("the worth of no form", "tracerl", "--format-reward-coef 0.5", ("--format-reward-coef 0.5", "--format-reward.")),
+    Bad("the worth of no form", "tracerl", "--format-reward-coef 0.5", ("-coef 0.5", "--format-reward.")),
     Bad("the size of no penalty", "tracerl", "--overlong-penalty-coef 2", "--overlong-buffer-len"),
     Bad("the range of no speed", "tracerl", "--speed-min-range 2", "--speed-reward-coef"),
     Bad("the length of no parts", "tracerl", "--process-chunk-tokens 9", "--process-reward"),

@@ -205,9 +205,12 @@ def test_gradients_are_those_of_one_process(checkpoints, alone, layout: str, sta
             assert (found[name] - gradient).norm() < 1e-10 * gradient.norm(), name
 
 
+# The distributed optimizer where it has somebody to share with, and under all of tensor and pipeline parallelism.
+OPTIMIZERS = [(layout, False) for layout in LAYOUTS] + [("dp2", True), ("tp2 pp2", True)]
+
+
 @pytest.mark.parametrize("stage", ["sft", "tracerl"])
-@pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "distributed"), OPTIMIZERS)
 def test_a_step_is_that_of_one_process(checkpoints, alone, layout: str, distributed: bool, stage: str) -> None:
     world, changes = LAYOUTS[layout]
     metrics, norm, start, expected = alone["step", stage]

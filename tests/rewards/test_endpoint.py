@@ -11,6 +11,7 @@ import pytest
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.reward import JudgeConfig
 from megatron_dlm.data.prompts import Prompt
+from megatron_dlm.rewards import endpoint as asking
 from megatron_dlm.rewards.endpoint import Endpoint, EndpointScorer, Request, open_endpoint
 from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
 from tests.rewards.judging_model import judging
@@ -125,6 +126,25 @@ def test_a_proxy_does_not_see_the_key(monkeypatch):
     assert proxy.seen == [] and all("Authorization" not in header for header in proxy.headers)
 
 
+def test_a_body_has_a_time_limit_however_it_comes(monkeypatch):
+    class Drips:
+        length, now = None, 0.0
+
+        def monotonic(self):
+            return self.now
+
+        def read1(self, _):
+            self.now += 0.1
+            assert self.now < 100
+            return b" "
+
+    drips = Drips()
+    monkeypatch.setattr(asking, "time", drips)
+    with pytest.raises(TimeoutError):
+        asking._body(drips, 5.0)
+    assert drips.now == pytest.approx(5.1)
+
+
 def test_a_server_that_drips_is_given_up():
     """Every byte comes in time, the reply does not."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -141,11 +161,11 @@ def test_a_server_that_drips_is_given_up():
         thread = threading.Thread(target=drip, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{port}/v1"
-        endpoint = Endpoint(JudgeConfig(judge_url=url, judge_model="m", judge_timeout=0.3, judge_retries=0))
+        endpoint = Endpoint(JudgeConfig(judge_url=url, judge_model="m", judge_timeout=1.0, judge_retries=0))
         answers = []
-        asking = threading.Thread(target=lambda: answers.extend(endpoint.ask([Request("a")])), daemon=True)
-        asking.start()
-        asking.join(30)
+        waiting = threading.Thread(target=lambda: answers.extend(endpoint.ask([Request("a")])), daemon=True)
+        waiting.start()
+        waiting.join(30)
         over.set()
         thread.join()
     assert answers == [None]

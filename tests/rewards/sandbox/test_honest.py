@@ -110,7 +110,7 @@ def test_the_program_may_define_what_the_language_has(sandbox):
     assert sandbox.check(program, Check("assert sum([3, 4]) == 7")) == "pass"
 
 
-@pytest.mark.parametrize("test", ["assert sum([3, 4]) == 7", "assert list(map(sum, [[1]])) == [1]", "assert sum is sum"])
+@pytest.mark.parametrize("test", ["assert sum([3, 4]) == 7", "assert list(map(sum, [[1]])) == [1]", "assert sum"])
 def test_the_language_does_not_stand_in_for_what_a_program_lacks(sandbox, test):
     assert sandbox.check("def add(a, b): return a + b", Check(test, entries=("sum",))) == "error"
 
@@ -156,7 +156,8 @@ def test_threads_and_atexit_come_to_their_end(sandbox, level):
     for ending, word in (("", "pass"), ("exit()", "pass"), ("exit(1)", "exit"), ("1 / 0", "error")):
         outcome = sandbox.run(bye + ending)
         assert (outcome.word, outcome.output) == (word, b"bye\n")
-    assert sandbox.run("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()").word == "timeout"
+    sleeps = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()"
+    assert sandbox.run(sleeps).word == "timeout"
 
 
 def test_annotations_mean_what_they_say(sandbox):
@@ -167,8 +168,8 @@ def test_annotations_mean_what_they_say(sandbox):
 def test_sets_have_the_same_order_in_every_sandbox(sandbox):
     """As Python itself orders them with this seed."""
     code = "print(hash('a'), list({'x', 'y', 'z'}))"
-    expected = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": "0"}, capture_output=True, check=True)
-    assert sandbox.run(code).output == expected.stdout
+    expected = subprocess.check_output([sys.executable, "-c", code], env={"PYTHONHASHSEED": "0"})
+    assert sandbox.run(code).output == expected
 
 
 def test_outputs_larger_than_a_pipe(sandbox):
