@@ -7,7 +7,7 @@ nor too hard for the policy: its share of right responses lies within --min-grou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 
 from megatron_dlm.config.reward import RewardConfig
@@ -44,11 +44,3 @@ def level(records: Sequence[Graded], rl: RLConfig, reward: RewardConfig | None =
 def usable(records: Sequence[Graded], rl: RLConfig, reward: RewardConfig | None = None) -> bool:
     """Whether the group can be learned from. Args: as `level`."""
     return level(records, rl, reward) is Level.USABLE
-
-
-def by_group(graded: Iterable[Graded]) -> dict[str, list[Graded]]:
-    """The records of each group, in the order in which they come."""
-    groups: dict[str, list[Graded]] = {}
-    for record in graded:
-        groups.setdefault(record.group, []).append(record)
-    return groups

@@ -25,9 +25,9 @@ from megatron_dlm.diffusion.trace import SamplingParams, Trace
 from megatron_dlm.diffusion.views import Item, split_views
 from megatron_dlm.rewards.base import CRASH, TIMEOUT, Scorer, Verdict
 from megatron_dlm.rl.advantages import overlong
-from megatron_dlm.rl.bands import Level, by_group, level
+from megatron_dlm.rl.bands import Level, level
 from megatron_dlm.rl.earnings import Earnings
-from megatron_dlm.rl.exchange import Graded, gather_graded
+from megatron_dlm.rl.exchange import Graded, by_group, gather_graded
 from megatron_dlm.rl.methods import TARGET, counts_of, method_of
 from megatron_dlm.rl.samples import Judged, dump
 from megatron_dlm.rl.supply import Supply

@@ -23,8 +23,8 @@ from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.rewards.endpoint import Endpoint
 from megatron_dlm.rewards.format import FormatScorer
 from megatron_dlm.rewards.process import ProcessJudge, Scores, Solution, make_process_judge
-from megatron_dlm.rl.bands import by_group, usable
-from megatron_dlm.rl.exchange import Graded
+from megatron_dlm.rl.bands import usable
+from megatron_dlm.rl.exchange import Graded, by_group
 from megatron_dlm.rl.process import chunk_ends, scatter
 from megatron_dlm.rl.rewards import chunk_rewards, shaped_rewards
 from megatron_dlm.rl.samples import Judged

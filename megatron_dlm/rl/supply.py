@@ -38,9 +38,8 @@ from megatron_dlm.data.prompts import Prompt
 from megatron_dlm.data.sampler import EpochSampler
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
 from megatron_dlm.parallel.exchange import gather_objects
-from megatron_dlm.rl.bands import by_group
 from megatron_dlm.rl.difficulty import open_sampler
-from megatron_dlm.rl.exchange import Graded
+from megatron_dlm.rl.exchange import Graded, by_group
 from megatron_dlm.rl.kept import Kept, file_of
 from megatron_dlm.rl.pass_rates import PassRates
 from megatron_dlm.rollout.replicas import Harvest, Job, requests_for

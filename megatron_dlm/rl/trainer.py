@@ -20,10 +20,10 @@ from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.diffusion.views import Item
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.rewards.base import Scorer
-from megatron_dlm.rl.bands import by_group, usable
+from megatron_dlm.rl.bands import usable
 from megatron_dlm.rl.collect import Collector, Rollout
 from megatron_dlm.rl.earnings import Earnings
-from megatron_dlm.rl.exchange import Graded
+from megatron_dlm.rl.exchange import Graded, by_group
 from megatron_dlm.rl.learner import Learner, Models
 from megatron_dlm.rl.methods import TARGET, States
 from megatron_dlm.rl.metrics import console, learned_metrics, rollout_metrics, staleness_metrics

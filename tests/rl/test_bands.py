@@ -9,7 +9,8 @@ import pytest
 
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rl import RLConfig
-from megatron_dlm.rl.bands import Level, by_group, level, usable
+from megatron_dlm.rl.bands import Level, level, usable
+from megatron_dlm.rl.exchange import by_group
 
 RL = RLConfig(min_group_accuracy=0.2, max_group_accuracy=0.8)
 WIDE = dataclasses.replace(RL, min_group_accuracy=0.0, max_group_accuracy=1.0)
