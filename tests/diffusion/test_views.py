@@ -158,7 +158,11 @@ def test_trace_views_against_the_states_of_the_rollout(grid: Grid, decode_block:
     for prompt_length in range(0, 2 * (grid.block_size or 4) + 1):
         trace = random_trace(prompt_length, int(rng.integers(1, 18)), decode_block, rng)
         views = trace_views(trace, grid, shrinkage)
-        length = len(trace.tokens) if grid.block_size else prompt_length + trace.sampling.max_new_tokens
+        length = len(trace.tokens)
+        if grid.block_size is None:
+            length = prompt_length + trace.sampling.max_new_tokens
+        elif grid.anchor == "absolute":  # a block larger than those of the rollout is shown whole
+            length += -length % grid.block_size
         block_of = [block_index(p, prompt_length, grid) for p in range(length)]
         first_ours = int(grid.block_of(0, prompt_length))
         expected = [
@@ -249,7 +253,11 @@ def test_what_an_item_asks_of_a_row(grid: Grid) -> None:
     for prompt_length in range(0, 2 * (grid.block_size or 4) + 1):
         trace = random_trace(prompt_length, int(rng.integers(1, 18)), grid.block_size or 4, rng)
         item = make_item(grid, trace)
-        length = len(trace.tokens) if grid.block_size else prompt_length + trace.sampling.max_new_tokens
+        length = len(trace.tokens)
+        if grid.block_size is None:
+            length = prompt_length + trace.sampling.max_new_tokens
+        elif grid.anchor == "absolute":  # a block larger than those of the rollout is shown whole
+            length += -length % grid.block_size
         block_of = [block_index(p, prompt_length, grid) for p in range(length)]
         found = states(trace, grid)
         first, last = block_of[prompt_length], max(state.block for state in found)
