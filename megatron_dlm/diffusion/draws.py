@@ -104,7 +104,8 @@ def bound_views(trace: Trace, grid: Grid, learned: np.ndarray, stream: int, how:
     """Masks at the nodes t_n of a Gauss-Legendre quadrature on [0, 1]; weights w_n / t_n sum to an estimate of the
     evidence bound of the whole response, a sum over its blocks.
 
-    Source: EBPO (LLaDA2.1, arXiv 2602.08676); the nodes as in GDPO.
+    Source: EBPO (LLaDA2.1, arXiv 2602.08676), which leaves weights and nodes open: the factor 1 / t_n is that of the
+        evidence bound, and the nodes are as in GDPO.
     """
     text, (nodes, shares) = _Text.of(trace, grid, learned), quadrature(how.draws)
     masks = [_uniforms(stream, number, text.position, _MASK) < node for number, node in enumerate(nodes)]
