@@ -1,7 +1,7 @@
 """What RL minimises, and on which states of a response.
 
-A field that is None by default is filled by the method (`METHODS`): by what its paper describes, where that says it, and
-else by what TraceRL uses (the clips of espo and ebpo). Each choice can still be replaced.
+A field that is None by default is filled by the method (`METHODS`): by what its paper describes, where that says it, or
+by what TraceRL uses (the clips of espo and ebpo). Each choice can still be replaced.
 """
 
 from __future__ import annotations
