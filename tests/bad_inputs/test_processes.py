@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,13 @@ LAUNCHER = [
 ]
 
 
-def start(words: list[str], folder: Path, **settings: object) -> subprocess.Popen:
+def start(words: list[str], folder: Path, limit: Callable[[], None] = lambda: None) -> subprocess.Popen:
+    """Args: limit: called in the process before the program."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+        limit()
+
     environment = {name: value for name, value in os.environ.items() if name not in OF_A_JOB}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -39,8 +46,7 @@ def start(words: list[str], folder: Path, **settings: object) -> subprocess.Pope
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-        **settings,
+        preexec_fn=prepare,
     )
 
 
@@ -101,7 +107,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(world: Path) -> None:
     """Files may not grow beyond 20 kB, which the tensors of a checkpoint do."""
     before = bench.tree(world)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    process = start([*PYTHON, *shlex.split(BASES["resume"])], world, preexec_fn=limit)
+    process = start([*PYTHON, *shlex.split(BASES["resume"])], world, limit)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 2, stderr
     assert (
