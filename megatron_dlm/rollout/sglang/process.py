@@ -71,7 +71,8 @@ class Child:
     """A running child.
 
     Args:
-        command: the interpreter, and how it is told to run the server; the descriptor of its socket is appended.
+        command: the interpreter, and how it is told to run the server; the descriptor of its socket and its folder are
+            appended.
         inherited: further descriptors that it keeps.
 
     Raises:
@@ -85,7 +86,7 @@ class Child:
         try:
             with theirs, open(self.folder / "log", "wb") as log:
                 self.process = subprocess.Popen(
-                    [*command, str(theirs.fileno())],
+                    [*command, str(theirs.fileno()), str(self.folder)],
                     env=_environment(self.folder, settings),
                     cwd=self.folder,
                     stdin=subprocess.DEVNULL,

@@ -1,11 +1,12 @@
 """The child's main program: a loop that takes commands from the trainer and drives an engine.
 
-    python -m megatron_dlm.rollout.sglang.server FD
+    python -m megatron_dlm.rollout.sglang.server FD FOLDER
 
-runs in SGLang's interpreter, with this package on its path and one end of a socket pair as descriptor FD. Responses are
-sent as they finish; all other commands are answered one by one, in order: {"ok": true, ...}, or {"error": "..."}.
-Generation goes on while the loop waits for the next command, and stands still while it works on one. When the trainer
-is gone, so is this process, with everything that it started and its folder, whatever it is doing.
+runs in SGLang's interpreter, with this package on its path, one end of a socket pair as descriptor FD, and a FOLDER of
+its own that it removes when the trainer cannot. Responses are sent as they finish; all other commands are answered one
+by one, in order: {"ok": true, ...}, or {"error": "..."}. Generation goes on while the loop waits for the next command,
+and stands still while it works on one. When the trainer is gone, so is this process, with everything that it started
+and its folder, whatever it is doing.
 
 Commands are read and answers are sent by a thread each. The trainer hands in many requests before it reads an answer:
 were the loop to wait until one is read, nobody would read the rest of the requests, and both sides would wait for ever.
@@ -24,7 +25,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from megatron_dlm.rollout.sglang.protocol import Closed, Link, Message
 
@@ -33,6 +34,9 @@ class Backend(Protocol):
     """What `serve` drives. `loop` is the event loop on which responses are generated."""
 
     loop: asyncio.AbstractEventLoop
+
+    def describe(self) -> dict[str, Any]:
+        """What the trainer is told at the start."""
 
     def generate(self, name: str, prompt: list[int], sampling: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Blocks (wire.Block, as plain data) as they are finished."""
@@ -43,29 +47,33 @@ class Backend(Protocol):
     def call(self, command: str, message: Message) -> dict[str, Any]:
         """Any other command; what it returns goes into the answer."""
 
+    def shutdown(self) -> None:
+        """End what it started."""
+
 
 def serve(link: Link, backend: Backend) -> None:
-    """Work until a `stop` comes, or the trainer is gone."""
+    """Work until a `stop` comes.
+
+    Raises:
+        Closed: the trainer is gone.
+    """
     tasks: set[asyncio.Task] = set()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as sender:
         say = lambda answer: sender.submit(_send, link, answer)
         while True:
-            try:
-                message = backend.loop.run_until_complete(_next(link, backend.loop, reader))
-                command = message.pop("command")
-                if command == "stop":
-                    say({"ok": True})
-                    return
-                if command == "generate":
-                    for request in message["requests"]:
-                        tasks.add(task := backend.loop.create_task(_respond(say, backend, **request)))
-                        task.add_done_callback(tasks.discard)
-                elif command == "abort":
-                    backend.abort(message["names"])
-                else:
-                    say(_answer(backend, command, message))
-            except Closed:
+            message = backend.loop.run_until_complete(_next(link, backend.loop, reader))
+            command = message.pop("command")
+            if command == "stop":
+                say({"ok": True})
                 return
+            if command == "generate":
+                for request in message["requests"]:
+                    tasks.add(task := backend.loop.create_task(_respond(say, backend, **request)))
+                    task.add_done_callback(tasks.discard)
+            elif command == "abort":
+                backend.abort(message["names"])
+            else:
+                say(_answer(backend, command, message))
 
 
 async def _next(link: Link, loop: asyncio.AbstractEventLoop, reader: ThreadPoolExecutor) -> Message:
@@ -101,26 +109,13 @@ def _answer(backend: Backend, command: str, message: Message) -> Message:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def end_with_trainer(link: Link, folder: Path) -> None:
-    """Watch the other end from a thread; when it closes, remove the folder and kill this process's group."""
-
-    def watch() -> None:
-        link.wait_for_end()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main(argv: list[str]) -> None:
-    link = Link.from_fd(int(argv[0]))
+def run(link: Link, folder: Path, make_backend: Callable[[Message], Backend]) -> NoReturn:
+    """Start, serve, and end this process. The trainer may be gone at any moment, also before its first word."""
+    watcher = _end_with_trainer(link, folder)
     try:
         settings = link.receive()
-        end_with_trainer(link, Path(settings["model_folder"]).parent)
         try:
-            from megatron_dlm.rollout.sglang.backend import SGLangBackend
-
-            backend = SGLangBackend(settings)
+            backend = make_backend(settings)
         except Exception as error:  # as above
             traceback.print_exc()
             link.send({"error": f"{type(error).__name__}: {error}"})
@@ -129,12 +124,31 @@ def main(argv: list[str]) -> None:
         serve(link, backend)
         backend.shutdown()
     except Closed:
-        pass
+        watcher.join()  # else this process could end before the folder is removed
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # the reader may still wait, and SGLang's own threads would too
 
 
+def _end_with_trainer(link: Link, folder: Path) -> threading.Thread:
+    """Watch the other end from a thread; when it closes, remove the folder and kill this process's group."""
+
+    def watch() -> None:
+        link.wait_for_end()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    return watcher
+
+
+def _make_backend(settings: Message) -> Backend:
+    from megatron_dlm.rollout.sglang.backend import SGLangBackend
+
+    return SGLangBackend(settings)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(Link.from_fd(int(sys.argv[1])), Path(sys.argv[2]), _make_backend)

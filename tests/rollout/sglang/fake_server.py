@@ -1,6 +1,6 @@
 """A child that answers like the real one: the loop and the protocol are the product's, the engine is the naive model.
 
-python -m tests.rollout.sglang.fake_server [refuse|die|hang] FD
+python -m tests.rollout.sglang.fake_server WAY FD FOLDER     where WAY is serve, refuse, die or hang
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from megatron_dlm.rollout.sglang.denoise import BlockState, denoise
 from megatron_dlm.rollout.sglang.protocol import Link
-from megatron_dlm.rollout.sglang.server import end_with_trainer, serve
+from megatron_dlm.rollout.sglang.server import run
 from megatron_dlm.rollout.sglang.wire import Rules
 from tests.diffusion.oracles import MASK_ID
 
@@ -78,6 +78,12 @@ class FakeBackend:
             os.kill(os.getpid(), signal.SIGKILL)
         return {}
 
+    def describe(self) -> dict:
+        return {"cache_tokens": 640}
+
+    def shutdown(self) -> None:
+        pass
+
     def _load(self, message: dict) -> None:
         buffers = message["buffers"]
         with mmap.mmap(buffers["fd"], buffers["bytes"], prot=mmap.PROT_READ) as view:
@@ -89,20 +95,20 @@ class FakeBackend:
 
 
 def main(argv: list[str]) -> None:
-    link = Link.from_fd(int(argv[-1]))
-    settings = link.receive()
-    end_with_trainer(link, Path(settings["model_folder"]).parent)
-    if argv[0] == "hang":  # as one that is still loading
-        time.sleep(600)
-    if argv[0] == "die":
-        sys.exit("a library is missing")
-    if argv[0] == "refuse":
-        link.send({"error": "RuntimeError: no room on the device"})
-        return
-    assert Path(settings["model_folder"], "config.json").is_file()
-    backend = FakeBackend(settings)
-    link.send({"ok": True, "cache_tokens": 640})
-    serve(link, backend)
+    way, fd, folder = argv
+
+    def make_backend(settings: dict) -> FakeBackend:
+        if way == "hang":  # as one that is still loading
+            time.sleep(600)
+        if way == "die":
+            print("a library is missing", file=sys.stderr, flush=True)
+            os._exit(1)
+        if way == "refuse":
+            raise RuntimeError("no room on the device")
+        assert Path(settings["model_folder"], "config.json").is_file()
+        return FakeBackend(settings)
+
+    run(Link.from_fd(int(fd)), Path(folder), make_backend)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 
 import pytest
 
-from megatron_dlm.rollout.sglang.protocol import Link
+from megatron_dlm.rollout.sglang.protocol import Closed, Link
 from megatron_dlm.rollout.sglang.server import serve
 
 BLOCK = dict(ids=[12345] * 32, steps=[1] * 32, logprobs=[-1.25] * 32, sampling_logprobs=[-1.25] * 32, forwards=4)
@@ -32,6 +33,11 @@ class Instant:
         return {"answered": self.answered}
 
 
+def _until_closed(link: Link, backend: Instant) -> None:
+    with contextlib.suppress(Closed):
+        serve(link, backend)
+
+
 @pytest.fixture
 def trainer():
     """The trainer's end; an operation that waits for ever fails."""
@@ -40,7 +46,7 @@ def trainer():
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     ours.settimeout(20)
     backend = Instant()
-    thread = threading.Thread(target=serve, args=(Link(theirs), backend), daemon=True)
+    thread = threading.Thread(target=_until_closed, args=(Link(theirs), backend), daemon=True)
     thread.start()
     yield Link(ours)
     ours.close()
