@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from megatron_dlm.__main__ import main
-from megatron_dlm.commands import tracerl
+from megatron_dlm.commands import sft, tracerl
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.objective import with_method
 from megatron_dlm.config.sections import pick
 
 ROOT = Path(__file__).resolve().parents[1]
+SFT = "sft_8b"
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
-NAMES = [file.stem for file in FILES]
+ALL = [file.stem for file in FILES]
+NAMES = [name for name in ALL if name != SFT]
 
 MATH = {
     "rollout.rollout_batch_size": 128,
@@ -50,6 +52,12 @@ MATH = {
 }
 SMALL = {"model.model_preset": "sdar-4b", "rl.global_batch_size": 64}
 LARGE = {"model.model_preset": "sdar-8b", "rl.global_batch_size": 128}
+EXPERTS = LARGE | {
+    "model.model_preset": "sdar-30b-a3b",
+    "parallel.expert_model_parallel_size": 8,
+    "rollout.rollout_expert_model_parallel_size": 1,
+}
+LAYOUTS = {"tracerl_30b_a3b": "tensor 4 x pipeline 1 x data 16, experts over 8"}
 VALUE = {"value.use_value_model": True, "value.value_lr": 5e-6, "value.gamma": 1.0, "value.gae_lambda": 1.0}
 PROGRAMS = {
     "reward.reward": "code",
@@ -67,6 +75,7 @@ PUBLISHED = {
     "tracerl_4b_coupled": MATH | SMALL | DRAWN | {"rl.rl_method": "coupled", "rl.coupled_estimator": "rows"},
     "tracerl_8b_math": MATH | LARGE,
     "tracerl_8b_code": MATH | LARGE | PROGRAMS,
+    "tracerl_30b_a3b": MATH | EXPERTS,
     "tracerl_dream_code": PROGRAMS
     | {
         "model.model_preset": "dream-7b",
@@ -109,7 +118,10 @@ PUBLISHED = {
 
 
 def read(name: str) -> dict:
-    config = parse("tracerl", pick(*tracerl.SECTIONS), ["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    flags = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
+    if name == SFT:
+        return parse("sft", pick(*sft.SECTIONS), flags)
+    config = parse("tracerl", pick(*tracerl.SECTIONS), flags)
     return config | {"rl": with_method(config["rl"])}
 
 
@@ -124,16 +136,17 @@ def test_has_the_published_numbers(name: str) -> None:
     assert found == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_passes_a_dry_run_on_64_processes(name: str, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     file = str(ROOT / "configs" / f"{name}.yaml")
-    assert main(["tracerl", "--config", file, "--dry-run", "--dry-run-world-size", "64"]) == 0
+    command = "sft" if name == SFT else "tracerl"
+    assert main([command, "--config", file, "--dry-run", "--dry-run-world-size", "64"]) == 0
     said = capsys.readouterr().out
-    assert "64 processes = tensor 2 x pipeline 1 x data 32" in said
-    assert "4,096 responses" in said or "448 responses" in said
+    assert f"64 processes = {LAYOUTS.get(name, 'tensor 2 x pipeline 1 x data 32')}" in said
+    assert "4,096 responses" in said or "448 responses" in said or "2,000 updates of 256 samples" in said
     assert "Not here: checkpoints/" in said or "Not here: runs/" in said
     assert not list(tmp_path.iterdir())
 
@@ -150,6 +163,12 @@ def test_a_whole_response_fits_a_row(name: str) -> None:
     block = model.block_size or 4
     copies = {"random_masking": 1, "coupled": 2}.get(rl.rl_method, block)
     assert prompt + response + copies * (response + 2 * block) <= rl.max_tokens_per_row
+
+
+def test_two_of_the_longest_samples_fit_a_row() -> None:
+    """Each with its noisy copy."""
+    config = read(SFT)["sft"]
+    assert 4 * config.seq_length <= config.max_tokens_per_row
 
 
 def test_phase_2_begins_where_phase_1_ends() -> None:

@@ -5,7 +5,8 @@
 
 Flags are flat, in Megatron's spelling (--lr-warmup-iters); the YAML file of --config has one section per dataclass
 (optimizer: {lr: 1e-5}). A flag beats the file, the file beats the default in the dataclass; of a flag given twice, the
-last one counts (--transformer-override adds up). Nothing unknown is ignored.
+last one counts (--transformer-override adds up). --load replaces the hf_checkpoint of a file, and the like
+(`ALTERNATIVES`). Nothing unknown is ignored.
 
 Invariants (tests/config/test_flags.py):
   - every mistake of the user is one `ConfigError`; only --help exits;
@@ -23,6 +24,9 @@ from typing import Any
 from megatron_dlm.config import yaml_file
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import Field, from_text, from_yaml, one_of, read_fields, suggest
+
+ALTERNATIVES = (("load", "hf_checkpoint"), ("global_batch_size", "num_steps_per_rollout"))
+"""Fields of one section of which a run has one: given as a flag, it replaces what the YAML file says of the other."""
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", dict: "KEY=VALUE"}
 
@@ -50,7 +54,10 @@ def parse(command: str, sections: dict[str, type], argv: Sequence[str]) -> dict[
     values = {name: {} for name in sections}
     if "config" in given:
         _take_yaml(command, given.pop("config"), fields, values)
+    flags = {field.name for field in fields if field.flag in given}
     for field in fields:
+        if any(field.name in pair and field.name not in flags and flags & {*pair} for pair in ALTERNATIVES):
+            values[field.section].pop(field.name, None)
         if field.flag in given:
             _take_flag(field, given[field.flag], values[field.section])
     return {name: config(**values[name]) for name, config in sections.items()}

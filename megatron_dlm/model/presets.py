@@ -14,20 +14,22 @@ _QWEN3 = dict(
     untie_embeddings_and_output_weights=True,
 )
 _SDAR = dict(_QWEN3, kv_channels=128, vocab_size=151936, block_size=4)
+_TINY = dict(
+    _QWEN3,
+    num_layers=4,
+    hidden_size=128,
+    ffn_hidden_size=384,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=32,
+    max_position_embeddings=2048,
+    rotary_base=1e4,
+    block_size=4,
+)
 
 PRESETS: dict[str, dict[str, object]] = {
-    "tiny": dict(
-        _QWEN3,
-        num_layers=4,
-        hidden_size=128,
-        ffn_hidden_size=384,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=32,
-        max_position_embeddings=2048,
-        rotary_base=1e4,
-        block_size=4,
-    ),
+    "tiny": _TINY,
+    "tiny-moe": dict(_TINY, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=96),
     "sdar-1.7b": dict(
         _SDAR, num_layers=28, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=16, num_query_groups=8
     ),

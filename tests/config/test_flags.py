@@ -86,6 +86,26 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(yaml, flags, lr, b
         assert (config["optimizer"].lr, config["model"].bf16) == (lr, bf16)
 
 
+@pytest.mark.parametrize(
+    "command, flags, here, gone",
+    [
+        ("sft", ["--load", "run"], "load", "hf_checkpoint"),
+        ("tracerl", ["--num-steps-per-rollout", "2"], "num_steps_per_rollout", "global_batch_size"),
+    ],
+)
+def test_a_flag_replaces_the_files_alternative(command, flags, here, gone, tmp_path):
+    """One of two ways to say the same. Where both are flags, or both are in the file, a check refuses them later."""
+    section = {"sft": "checkpoint", "tracerl": "rl"}[command]
+    value = {"checkpoint": "weights", "rl": 8}[section]
+    file = write(tmp_path, f"{section}: {{{gone}: {value}}}")
+    config = parse(command, pick(section), ["--config", file, *flags])[section]
+    assert getattr(config, here) is not None and getattr(config, gone) is None
+    other = "--" + gone.replace("_", "-")
+    config = parse(command, pick(section), ["--config", file, *flags, other, str(value)])[section]
+    assert getattr(config, here) is not None and getattr(config, gone) == value
+    assert getattr(parse(command, pick(section), ["--config", file])[section], gone) == value
+
+
 def test_overrides_merge_key_by_key_over_the_file(tmp_path):
     path = write(tmp_path, "model: {transformer_overrides: {a: 1, b: 2}}")
     config = parse("sft", SFT, ["--config", path, "--transformer-override", "b=3", "--transformer-override", "c=gelu"])
