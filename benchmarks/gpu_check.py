@@ -145,6 +145,25 @@ def _runs(options: argparse.Namespace, processes: int) -> Iterator[Run]:
             yield Run(options.device, precision, "DP 2", processes=2)
 
 
+def start(run: Run, order: Path) -> None:
+    """Run the worker's program on a job file, in as many processes as the run has, to its end.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
+    if run.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.processes)]
+    subprocess.run(
+        [sys.executable, *(launcher if run.processes > 1 else []), str(WORKER), str(order)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
 class Bench:
     """Starts runs and reads what they write."""
 
@@ -184,17 +203,7 @@ class Bench:
             bf16=run.precision == "bf16",
         )
         torch.save({"model": model, "tp": run.tp, "out": str(out), "disturb": 0.0} | job, order)
-        environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
-        if run.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.processes)]
-        subprocess.run(
-            [sys.executable, *(launcher if run.processes > 1 else []), str(WORKER), str(order)],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        start(run, order)
         return torch.load(out, weights_only=False)
 
 

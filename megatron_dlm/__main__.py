@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "accuracy, length and speed on held-out prompts",
     "generate": "responses to the prompts of a file, with token ids, step maps and log-probabilities",
     "score": "log-probabilities of given responses under the training model",
+    "plan": "memory and time of a run on devices that are not here, rank by rank",
     "convert": "HuggingFace checkpoints in and out, and their comparison",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,6 +39,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 2 after a user's mistake, told in one sentence."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported: no traces of what is told here
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -50,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         importlib.import_module(f"megatron_dlm.commands.{argv[0]}").main(argv[1:])
     except UserError as error:
-        _tell(error)
-        return 2
+        return _leave(error)
     except Interrupted as stop:
         return 128 + stop.signum
     except KeyboardInterrupt:
@@ -61,12 +62,38 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_listens():
             return 128 + signal.SIGPIPE
-        shortage = _shortage(error)
-        if shortage is None:
+        told = _shortage(error) or _of_others(error)
+        if told is None:
+            _note(error)
             raise
-        _tell(shortage)
-        return 2
+        return _leave(told)
     return 0
+
+
+def _leave(error: UserError) -> int:
+    """Tell an error, here and to other hosts; returns the exit code."""
+    if _is_speaker():
+        _tell(error)
+        _note(error)
+    else:  # which may be ended before it speaks
+        _note(error)
+        _tell(error)
+    return error.code
+
+
+def _note(error: Exception) -> None:
+    """Leave word for the processes on other hosts; there is nobody to hear in a job of one."""
+    if _several_hosts():
+        from megatron_dlm.parallel import meeting
+
+        meeting.leave_note(error)
+        meeting.stop_watching()
+
+
+def _of_others(error: BaseException) -> UserError | None:
+    """What an error says about other processes of the job, when they have gone."""
+    meeting = sys.modules.get("megatron_dlm.parallel.meeting")
+    return meeting and meeting.explain(error)
 
 
 def _shortage(error: BaseException) -> ResourceError | None:
@@ -103,9 +130,17 @@ def _nobody_listens() -> bool:
     return True
 
 
-def _rank() -> int:
-    given = os.environ.get("RANK", "")
+def _rank(name: str = "RANK") -> int:
+    given = os.environ.get(name, "")
     return int(given) if given.isdecimal() else 0
+
+
+def _is_speaker() -> bool:
+    return _rank("LOCAL_RANK" if _several_hosts() else "RANK") == 0  # each host has a terminal
+
+
+def _several_hosts() -> bool:
+    return 0 < _rank("LOCAL_WORLD_SIZE") < _rank("WORLD_SIZE")
 
 
 def _tell(error: UserError) -> None:
@@ -114,13 +149,15 @@ def _tell(error: UserError) -> None:
     rank = _rank()
     if error.told:
         return
-    if rank:
+    if not _is_speaker():
         time.sleep(SECONDS_FOR_RANK_0)
     sys.stdout.flush()
     message = " ".join(str(error).split("\n"))  # a value may hold a line break
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
-    print(f"{type(error).__name__}: {message}{f' (rank {rank})' if rank else ''}", file=sys.stderr)
+    rank = rank if error.rank is None else error.rank
+    where = f" on {error.host}" if error.host else ""
+    print(f"{type(error).__name__}: {message}{f' (rank {rank}{where})' if rank or where else ''}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from tests.harness import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE = 0.5  # seconds between the first failure in a job and the end of its other ranks
+GRACE = 0.2  # seconds between the first failure in a job and the end of its other ranks
 OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -70,7 +70,7 @@ class Server:
         absent: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         ranks: int = 1,
-        limit: float = 60.0,
+        limit: float = 300.0,
     ) -> Result:
         """Run one command.
 
@@ -81,10 +81,54 @@ class Server:
             ranks: number of processes of the job; more than one meet as under torchrun.
             limit: seconds after which it is killed.
         """
-        order = [list(argv), str(folder), list(absent), dict(environment or {}), ranks, limit]
+        order = ["run", list(argv), str(folder), list(absent), dict(environment or {}), ranks, limit]
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return Result(**json.loads(self._process.stdout.readline()))
+
+    def start(self, argv: Sequence[str], folder: Path, output: Path) -> Started:
+        """Begin a command and do not wait for it.
+
+        Args:
+            folder: its working directory.
+            output: folder, which is made, for what it says.
+        """
+        output.mkdir()
+        self._process.stdin.write(json.dumps(["start", list(argv), str(folder), str(output)]) + "\n")
+        self._process.stdin.flush()
+        return Started(self, json.loads(self._process.stdout.readline()), output)
+
+    def wait(self, pid: int, limit: float) -> int | None:
+        """Exit code of a command that was begun; None if it is still there after `limit` seconds."""
+        self._process.stdin.write(json.dumps(["wait", pid, limit]) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+@dataclass
+class Started:
+    """A command at work: `pid` leads a process group and a session of its own."""
+
+    server: Server
+    pid: int
+    output: Path
+    code: int | None = None
+
+    def wait(self, limit: float = 0.0) -> int | None:
+        """Exit code, -N where signal N has ended it; None if it is still there after `limit` seconds."""
+        if self.code is None:
+            self.code = self.server.wait(self.pid, limit)
+        return self.code
+
+    def said(self) -> tuple[str, str]:
+        """Standard output and standard error so far."""
+        return (self.output / "stdout").read_text(), (self.output / "stderr").read_text()
+
+    def kill(self) -> None:
+        """End it, with its helpers."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait(300.0)
 
 
 @functools.cache
@@ -114,8 +158,30 @@ def serve() -> None:
     import megatron_dlm.rl.trainer
     import megatron_dlm.sft.trainer  # noqa: F401
 
-    for order in sys.stdin:
-        print(json.dumps(_job(*json.loads(order))), file=answers, flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer = {"run": _job, "start": _start, "wait": _wait_for}[order[0]](*order[1:])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _start(argv: list[str], folder: str, output: str) -> int:
+    with open(Path(output) / "stdout", "w") as stdout, open(Path(output) / "stderr", "w") as stderr:
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+            _child(argv, folder, [], {}, stdout.fileno(), stderr.fileno())
+    while os.getpgid(pid) != pid:  # signals to its group must reach nobody else
+        time.sleep(0.001)
+    return pid
+
+
+def _wait_for(pid: int, limit: float) -> int | None:
+    deadline = time.monotonic() + limit
+    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(done[1])
 
 
 def _job(argv: list[str], folder: str, absent: list[str], environment: dict, ranks: int, limit: float) -> dict:

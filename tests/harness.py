@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -38,9 +39,9 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 _pools: dict[int, Pool] = {}
 
-# gloo keeps the polling threads of destroyed groups, some thirty for each case, and thousands of them would stop the
-# machine: workers are replaced before that. They are forked with all imports made, so that costs little.
-CASES_PER_POOL = 2
+# Workers are replaced now and then, so that nothing that cases leave behind piles up. They are forked with all imports
+# made; what a worker must do for the first time only (page faults, the writer processes of checkpoints) costs more.
+CASES_PER_POOL = 20
 
 
 class WorkerError(AssertionError):
@@ -139,16 +140,15 @@ def free_port() -> int:
 
 
 def pool(world_size: int) -> Pool:
-    """The pool of this world size, started when first asked for. Others end: their idle threads take time, too."""
-    for other in [size for size in _pools if size != world_size]:
-        _pools[other].close()
+    """The pool of this world size, started when first asked for."""
     if world_size not in _pools:
         _pools[world_size] = Pool(world_size)
     return _pools[world_size]
 
 
 @atexit.register
-def _close_all() -> None:
+def close_pools() -> None:
+    """Also called at the end of each file of tests (conftest.py): idle threads of gloo take time, too."""
     for running in list(_pools.values()):
         running.close()
 
@@ -176,7 +176,10 @@ def _serve_nursery() -> None:
     for module in _IMPORTED:
         importlib.import_module(module)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
+    # What is there stays for good: garbage collections in the workers need not look at it, nor copy its pages.
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, lambda *_: _bury())
     for order in sys.stdin:
         environment, port, key = json.loads(order)
         for rank in range(int(environment["WORLD_SIZE"])):
@@ -188,9 +191,17 @@ def _serve_nursery() -> None:
                 os.killpg(0, signal.SIGKILL)  # gloo's threads need no farewell
 
 
+def _bury() -> None:
+    """Wait for the workers that have ended; so their processor time is counted as that of the test session."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def _work(port: int, key: bytes) -> None:
     from megatron_dlm import platform
     from megatron_dlm.parallel import groups
+    from tests import tiny
 
     platform.install()
     link = Client(("127.0.0.1", port), authkey=key)
@@ -205,6 +216,8 @@ def _work(port: int, key: bytes) -> None:
         except BaseException:  # whatever it is, the test must see it
             answer = pickle.dumps((False, traceback.format_exc()))
         groups.destroy(keep_world=True)
+        tiny.one_process.cache_clear()
+        gc.collect()  # models hold on to groups, in circles, and each group to its threads
         link.send_bytes(answer)
 
 

@@ -289,7 +289,7 @@ def test_the_ranks_of_a_job_tell_a_mistake_once() -> None:
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=60)[1] for process in started]
+    said = [process.communicate(timeout=300)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2]
     assert said == [
         "ConfigError: --lr needs a number, not 'fast'.\n",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.command_server import Started, command_server
 from tests.test_commands import MODEL, ROOT, command, data  # noqa: F401 (fixtures)
 from tests.tiny import one_process
 
@@ -44,35 +44,24 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def start(data):  # noqa: F811
+def start(data, tmp_path_factory):  # noqa: F811
     """A run without end that saves after every step; ended when the test is."""
     running = []
 
-    def begin(save: Path) -> subprocess.Popen:
+    def begin(save: Path) -> Started:
         words = [*flags(data), *shape(data), "--train-iters", 10**6, "--save", save, "--save-interval", 1]
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_dlm", *map(str, words)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-        )
-        running.append(process)
-        wait_for(lambda: (save / "iter_0000002").exists() or process.poll() is not None)
-        assert process.poll() is None, process.communicate()[1]
+        output = tmp_path_factory.mktemp("said") / "here"
+        running.append(process := command_server().start([str(word) for word in words], ROOT, output))
+        wait_for(lambda: (save / "iter_0000002").exists() or process.wait() is not None)
+        assert process.wait() is None, process.said()
         return process
 
     yield begin
     for process in running:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
 
 
-def wait_for(condition, seconds: float = 120.0) -> None:
+def wait_for(condition, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -113,8 +102,8 @@ def test_sigterm_in_the_middle_of_a_save(tmp_path, data, start) -> None:  # noqa
     process = start(tmp_path)
     in_the_middle_of_a_save(tmp_path)
     os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err, err
+    code, (out, err) = process.wait(300.0), process.said()
+    assert code == 128 + signal.SIGTERM and "Traceback" not in err, err
     latest = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
     assert f"Stopping on SIGTERM, at step {latest}." in out
     assert f"Saved iteration {latest + 2} " in go_on(data, tmp_path, 2).stdout
@@ -124,8 +113,8 @@ def test_sigterm_in_the_middle_of_a_save(tmp_path, data, start) -> None:  # noqa
 def test_death_in_the_middle_of_a_save_leaves_the_one_before(tmp_path, data, start, again: int) -> None:  # noqa: F811
     process = start(tmp_path)
     in_the_middle_of_a_save(tmp_path)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.kill()
+    assert process.code == -signal.SIGKILL
     latest = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
     assert (tmp_path / f"iter_{latest:07d}").is_dir()
     assert f"Saved iteration {latest + 2} " in go_on(data, tmp_path, 2).stdout

@@ -38,6 +38,7 @@ from megatron_dlm.checkpoint import optimizer_state
 from megatron_dlm.checkpoint.places import find, iteration_folder, name_as_latest, put_in_place, reading, reason_of
 from megatron_dlm.config.errors import CheckpointError, ResourceError
 from megatron_dlm.parallel.exchange import broadcast_object
+from megatron_dlm.parallel.meeting import speaks
 from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
 
@@ -196,7 +197,7 @@ def _find(state: TrainState, directory: str | Path, iteration: int | None, flag:
             answer = error
     found = broadcast_object(answer, src=0)
     if isinstance(found, CheckpointError):
-        found.told = found is not answer  # what came from rank 0 is told there
+        found.rank, found.told = 0, not speaks()
         raise found
     return found
 

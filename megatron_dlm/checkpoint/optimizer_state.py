@@ -19,6 +19,8 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_dlm.training import host_optimizer
+
 
 def kind(optimizer: MegatronOptimizer) -> str:
     """A name that says which optimizers can read each other's state: the update rule, "distributed" or not, "mixed" if
@@ -41,7 +43,8 @@ def kind(optimizer: MegatronOptimizer) -> str:
 def to_save(optimizer: MegatronOptimizer, model: dict[str, Any], metadata: dict[str, Any]) -> Any:
     """Sharded state for dist_checkpointing.save; `model` is the sharded state of the same chunks."""
     _make_state(optimizer)
-    return optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
+    stored = optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
+    return host_optimizer.without_settings(stored) if _host_parts(optimizer) else stored
 
 
 def to_load(optimizer: MegatronOptimizer, model: dict[str, Any], metadata: dict[str, Any]) -> Any:
@@ -61,8 +64,11 @@ def put(optimizer: MegatronOptimizer, loaded: Any) -> None:
             state = stored.get("optimizer", stored)["state"]
             if part.config.optimizer == "adam" and state:
                 state.setdefault("common_step", torch.zeros((), dtype=torch.float32))
+    kept = [(part.optimizer, host_optimizer.settings(part.optimizer)) for part in _host_parts(optimizer)]
     with _steps_passed_through(optimizer):
         optimizer.load_state_dict(loaded)
+    for inner, settings in kept:
+        host_optimizer.take_settings(inner, settings)
     _make_state(optimizer)
     _separate_steps(optimizer)
 
@@ -80,7 +86,14 @@ def _torch_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     ]
 
 
+def _host_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Those whose state is in host memory."""
+    return [part for part in _parts(optimizer) if host_optimizer.is_on_host(part.optimizer)]
+
+
 def _make_state(optimizer: MegatronOptimizer) -> None:
+    for part in _host_parts(optimizer):
+        host_optimizer.make_state(part.optimizer)
     for part in _torch_parts(optimizer):
         part.init_state_fn = part.init_state_fn or (lambda *_: None)  # megatron-core calls it unasked; SGD has none
         momentum = isinstance(part.optimizer, torch.optim.SGD)
@@ -96,6 +109,8 @@ def _make_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    for part in _host_parts(optimizer):
+        host_optimizer.separate_steps(part.optimizer)
     for part in _torch_parts(optimizer):
         for state in part.optimizer.state.values():
             if torch.is_tensor(state.get("step")):

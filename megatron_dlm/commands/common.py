@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_dlm import platform
+from megatron_dlm.commands.shared_folder import check_shared
 from megatron_dlm.config import yaml_file
 from megatron_dlm.config.errors import ConfigError, Interrupted, UserError
 from megatron_dlm.config.eval import EvalConfig
@@ -57,10 +58,12 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def together(action: Callable[[], T]) -> T:
     """Do something on every rank; a user's mistake that any of them finds there (the first of them, if several do) is
-    raised on all, so that none waits for another. Collective."""
+    raised on all, so that none waits for another. It is told by rank 0, on each host by one, for the launcher ends the
+    others as soon as one has left. Collective."""
     import torch.distributed as dist
 
     from megatron_dlm.parallel.exchange import gather_objects
+    from megatron_dlm.parallel.meeting import speaks
 
     result = mistake = None
     try:
@@ -69,9 +72,8 @@ def together(action: Callable[[], T]) -> T:
         mistake = error
     for rank, found in enumerate(gather_objects(mistake)):
         if found is not None:
-            if rank == dist.get_rank():
-                raise mistake
-            found.told = True  # by that rank
+            found = mistake if rank == dist.get_rank() else found
+            found.rank, found.told = rank, not speaks()
             raise found
     return result
 
@@ -95,9 +97,12 @@ def open_outputs(config: dict[str, Any], is_main: bool) -> None:
     """Make sure, before anything is built, that all places can be written to. Collective.
 
     Raises:
-        ConfigError: one of them cannot.
+        ConfigError: one of them cannot, or --save is not the same folder on all hosts.
     """
     together(lambda: _open_outputs(config) if is_main else None)
+    save = getattr(config.get("checkpoint"), "save", None)
+    if save is not None:
+        check_shared("--save", save, is_main)
 
 
 def _open_outputs(config: dict[str, Any]) -> None:

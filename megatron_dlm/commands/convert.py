@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.commands.common import prepare_process, running, together
+from megatron_dlm.commands.shared_folder import check_shared
 from megatron_dlm.commands.weights import TOKENIZER, add_files
 from megatron_dlm.config.convert import ExportConfig, ImportConfig, VerifyConfig
 from megatron_dlm.config.errors import CheckpointError, ConfigError, DataError
@@ -74,6 +75,7 @@ def import_hf(settings: ImportConfig) -> None:
     check_model(model)
     tokenizer = together(lambda: _tokenizer(source, Tokenizer))
     together(lambda: _writable(Path(settings.save)) if _is_main() else None)
+    check_shared("--save", settings.save, _is_main())
     content = content_of(source, model)
     origin = Origin.of_source(source)
     extra = {"stage": None, "model": dataclasses.asdict(model), "hf": origin.info}

@@ -92,6 +92,25 @@ def dry_run(config: dict[str, Any], check: Check, plan: Callable[[dict[str, Any]
         print("\n".join(lines), flush=True)
 
 
+def resolved_here(config: dict[str, Any], world_size: int | None = None) -> tuple[ModelConfig, int]:
+    """The model of a run with every size filled in and checked, and its number of processes, as far as what is here
+    tells; for commands that neither train nor read weights.
+
+    Raises:
+        UserError: sizes that nothing here tells, or that cannot be.
+    """
+    present, absent = _inputs(config)
+    _complete(config, present)
+    unknown = _sizes_are_elsewhere(config, absent)
+    if unknown:
+        raise ConfigError(f"The model's sizes are in {unknown}, which is not here. Give --model-preset, or the sizes.")
+    model, whole = _resolved(config["model"], _tokenizer(config) if config["tokenizer"].tokenizer_model else None)
+    if not whole:
+        raise ConfigError("The size of the vocabulary is not known here. Give --vocab-size.")
+    check_model(model)
+    return model, world_size or _world_size(config)
+
+
 def rl_plan(config: dict[str, Any]) -> str:
     """What the steps of `tracerl` are."""
     rl, rollout, value = config["rl"], config["rollout"], config["value"]
@@ -192,7 +211,8 @@ def _world_size(config: dict[str, Any]) -> int:
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     shard = tensor if layout.expert_tensor_parallel_size is None else layout.expert_tensor_parallel_size
     engine = getattr(rollout, "rollout_tensor_model_parallel_size", None) or 1
-    return max(math.lcm(tensor * stages, layout.expert_model_parallel_size * shard * stages, engine), 1)
+    shared = getattr(rollout, "rollout_expert_model_parallel_size", None) or 1
+    return max(math.lcm(tensor * stages, layout.expert_model_parallel_size * shard * stages, engine, shared), 1)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -249,14 +269,20 @@ def _model_line(config: dict[str, Any], model: ModelConfig, whole: bool) -> str:
 def _layout_line(config: dict[str, Any], world_size: int) -> str:
     layout, rollout = config["parallel"], config.get("rollout")
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    data = world_size // (tensor * stages)
-    line = f"Layout: {_counted(world_size, 'process', 'processes')} = tensor {tensor} x pipeline {stages} x data {data}"
+    context, parts = layout.context_parallel_size, layout.num_virtual_stages_per_pipeline_rank
+    data = world_size // (tensor * context * stages)
+    line = f"Layout: {_counted(world_size, 'process', 'processes')} = tensor {tensor} x "
+    line += f"context {context} x " if context > 1 else ""
+    line += f"pipeline {stages}{'' if parts is None else f' ({parts} virtual stages each)'} x data {data}"
     if layout.expert_model_parallel_size > 1:
         line += f", experts over {layout.expert_model_parallel_size}"
     if rollout is not None:
         size = rollout.rollout_tensor_model_parallel_size or tensor
         engines = _counted(world_size // size, "rollout engine", "rollout engines")
         line += f"; {engines} of {_counted(size, 'process', 'processes')}"
+        shared = rollout.rollout_expert_model_parallel_size or layout.expert_model_parallel_size
+        if shared > 1 and rollout.rollout_backend == "native":
+            line += f", experts over {shared}"
     return line + "."
 
 

@@ -11,6 +11,7 @@ from megatron_dlm.commands.weights import TOKENIZER
 from megatron_dlm.config.checkpoint import LoadConfig
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import NOT_OF_THE_WEIGHTS, ModelConfig
+from megatron_dlm.config.parallel import without_recompute
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.validate import check_model, check_parallel
 from megatron_dlm.config.validate_rl import DRAWN
@@ -90,7 +91,7 @@ def open_teacher(session, rl: RLConfig):
     _check_tokenizer(session, folder, "--teacher-load")
     try:
         check_model(model)
-        check_parallel(session.parallel, model, session.groups.world_size)
+        check_parallel(without_recompute(session.parallel), model, session.groups.world_size)
     except ConfigError as error:
         raise ConfigError(f"--teacher-load {folder} does not fit this run. {error}") from None
     state = _frozen(session, folder, model, "--teacher-load")
@@ -108,7 +109,8 @@ def open_teacher(session, rl: RLConfig):
 def _frozen(session, folder: str, model: ModelConfig, flag: str):
     from megatron_dlm.commands.weights import restore
 
-    state = dataclasses.replace(session, model=model).train_state(None, 1)
+    parallel = without_recompute(session.parallel)
+    state = dataclasses.replace(session, model=model, parallel=parallel).train_state(None, 1)
     where = LoadConfig(hf_checkpoint=folder) if _is_hf(folder) else LoadConfig(load=folder)
     restore(state, where, model, stage=None, any_block_size=True, flag=flag)
     return state

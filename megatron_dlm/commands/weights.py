@@ -10,6 +10,7 @@ from typing import Any
 from megatron_dlm.config.checkpoint import CheckpointConfig, LoadConfig
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import NOT_OF_THE_WEIGHTS, ModelConfig
+from megatron_dlm.config.overrides import EITHER_WAY
 
 TOKENIZER = "tokenizer"  # folder within a checkpoint
 _NOT_TAKEN = (*NOT_OF_THE_WEIGHTS, "model_preset")  # what a preset stands for is stored
@@ -57,7 +58,8 @@ def _fill(model: ModelConfig, known: dict[str, Any]) -> None:
     for field in dataclasses.fields(ModelConfig):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         if field.name == "transformer_overrides":  # each of its keys is a setting
-            model.transformer_overrides = {**known.get(field.name, {}), **model.transformer_overrides}
+            stored = {name: value for name, value in known.get(field.name, {}).items() if name not in EITHER_WAY}
+            model.transformer_overrides = {**stored, **model.transformer_overrides}
         if field.name not in known or field.name in _NOT_TAKEN or getattr(model, field.name) != default:
             continue
         if field.name == "block_size" and model.full_attention:

@@ -12,10 +12,15 @@ class UserError(Exception):
     """Bad input. The message is one plain sentence or two: what is wrong, with the values, and what to do.
 
     Attributes:
-        told: whether another rank, which found it, tells it.
+        told: whether another rank tells it.
+        rank, host: who has found it; None: whoever tells it, and this host.
+        code: exit code of the command.
     """
 
     told = False
+    rank: int | None = None
+    host: str | None = None
+    code = 2
 
 
 class ConfigError(UserError):
@@ -40,6 +45,13 @@ class TrainingError(UserError):
 
 class ResourceError(UserError):
     """The machine has no room left, in memory or on a disk."""
+
+
+class PeerError(UserError):
+    """Another process of the job has ended, or cannot be reached. Whoever starts jobs may try again: the exit code is
+    that of a failure that may pass (EX_TEMPFAIL)."""
+
+    code = 75
 
 
 class Interrupted(Exception):

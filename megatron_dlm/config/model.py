@@ -18,8 +18,8 @@ class ModelConfig:
     """The shape of the model."""
 
     model_preset: str | None = None
-    """Name of a known model (tiny, sdar-1.7b, sdar-4b, sdar-8b, sdar-30b-a3b, llada-8b, dream-7b or llada2-mini); it
-    fills every shape below that is not given."""
+    """Name of a known model (tiny, tiny-moe, sdar-1.7b, sdar-4b, sdar-8b, sdar-30b-a3b, llada-8b, dream-7b or
+    llada2-mini); it fills every shape below that is not given."""
     num_layers: int | None = None
     """Number of transformer layers."""
     hidden_size: int | None = None

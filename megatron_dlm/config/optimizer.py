@@ -34,3 +34,10 @@ class OptimizerConfig:
     """Momentum of SGD."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
+    optimizer_cpu_offload: bool = False
+    """Keep master weights and moments in host memory, and update there. It needs --bf16 and
+    --use-distributed-optimizer, and makes room on the device at the price of slower updates."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of them that is kept in host memory."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Copy gradients and weights between host and device while the host updates other ones."""

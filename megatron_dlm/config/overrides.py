@@ -62,14 +62,14 @@ _REFUSED = {
         "apply_rope_fusion",
         "fused_single_qkv_rope",
     ),
-    "context parallelism is not supported yet": (
+    "context parallelism has a flag of its own, --context-parallel-size": (
         "context_parallel_size",
         "cp_comm_type",
         "hierarchical_context_parallel_sizes",
         "hybrid_context_parallel",
         "max_seqlen_per_dp_cp_rank",
     ),
-    "pipeline stages have equal shares of the layers, and interleaved ones are not supported yet": (
+    "pipeline stages have equal shares of the layers; --num-virtual-stages-per-pipeline-rank interleaves them": (
         "virtual_pipeline_model_parallel_size",
         "microbatch_group_size_per_vp_stage",
         "overlap_p2p_comm*",
@@ -137,9 +137,14 @@ _NOT_THE_FUNCTION = (
 )
 
 
+# Settings of a run that have a flag and may be given as overrides instead; config/validate_recompute.py refuses both
+EITHER_WAY = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
+
+
 def check_overrides(model: ModelConfig) -> None:
     """Refuse an override that contradicts a flag, that nobody would read, or that has the wrong type."""
     own = {field.name for config in (ModelConfig, ParallelConfig) for field in dataclasses.fields(config)}
+    own -= set(EITHER_WAY)
     for name, value in model.transformer_overrides.items():
         ours = _OTHER_NAMES.get(name, name)
         if ours in own:

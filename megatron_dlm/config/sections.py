@@ -15,6 +15,7 @@ from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
+from megatron_dlm.config.plan import PlanConfig
 from megatron_dlm.config.reward import JudgeConfig, RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
@@ -41,6 +42,7 @@ SECTIONS: dict[str, type] = {
     "generate": GenerateConfig,
     "score": ScoreConfig,
     "run": TrainingRunConfig,
+    "plan": PlanConfig,
 }
 
 PARTS: dict[str, type] = {

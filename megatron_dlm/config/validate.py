@@ -19,6 +19,7 @@ from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.overrides import check_overrides
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.validate_experts import check_experts
+from megatron_dlm.config.validate_recompute import check_recompute
 
 READ = (
     ("sft", "data_path"),
@@ -147,8 +148,12 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int
         "pipeline_model_parallel_size",
         "expert_model_parallel_size",
         "expert_tensor_parallel_size",
+        "context_parallel_size",
     )
+    at_least(parallel, 2, "num_virtual_stages_per_pipeline_rank")
+    at_least(parallel, 0, "loss_chunk_size")
     within(parallel, 1, LONGEST_TIMEOUT, "distributed_timeout_minutes")
+    within(parallel, 0, 60 * LONGEST_TIMEOUT, "host_timeout_seconds")
     _check_tensor_parallel(parallel, model)
     stages, layers = parallel.pipeline_model_parallel_size, model.num_layers
     if layers % stages:
@@ -156,8 +161,11 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int
             f"--pipeline-model-parallel-size {stages} does not divide the {layers} layers of this model. "
             f"Use {_divisors(layers)}."
         )
+    _check_virtual_stages(parallel, layers)
+    _check_context_parallel(parallel, model)
     _check_expert_parallel(parallel, model)
     _check_world(parallel, world_size)
+    check_recompute(parallel, model)
     for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
         if parallel.overlap_param_gather and not getattr(parallel, name):
             raise ConfigError(
@@ -213,6 +221,31 @@ def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None
         )
 
 
+def _check_virtual_stages(parallel: ParallelConfig, layers: int) -> None:
+    stages, parts = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    if parts is None:
+        return
+    if stages == 1:
+        raise ConfigError(
+            f"--num-virtual-stages-per-pipeline-rank {parts} needs --pipeline-model-parallel-size 2 or more, not 1. "
+            "Raise it, or leave the virtual stages out."
+        )
+    if layers // stages % parts:
+        raise ConfigError(
+            f"--num-virtual-stages-per-pipeline-rank {parts} does not divide the {layers // stages} layers of a "
+            f"pipeline stage. Use {_divisors(layers // stages)}."
+        )
+
+
+def _check_context_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
+    size = parallel.context_parallel_size
+    if size > 1 and model.full_attention:
+        raise ConfigError(
+            f"--context-parallel-size {size} shares rows out by their noisy copies of single blocks, and a model with "
+            "full attention has copies of the whole text only. Use 1: more data-parallel processes share them out, too."
+        )
+
+
 def _check_expert_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
     size, shard, tensor = (
         parallel.expert_model_parallel_size,
@@ -250,10 +283,12 @@ def _check_expert_parallel(parallel: ParallelConfig, model: ModelConfig) -> None
 
 def _check_world(parallel: ParallelConfig, world_size: int) -> None:
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tensor * stages):
+    context = parallel.context_parallel_size
+    if world_size % (tensor * context * stages):
+        shared = f"--context-parallel-size {context} x " if context > 1 else ""
         raise ConfigError(
-            f"{world_size} processes cannot be split into --tensor-model-parallel-size {tensor} x "
-            f"--pipeline-model-parallel-size {stages}. Start a multiple of {tensor * stages}."
+            f"{world_size} processes cannot be split into --tensor-model-parallel-size {tensor} x {shared}"
+            f"--pipeline-model-parallel-size {stages}. Start a multiple of {tensor * context * stages}."
         )
     experts = parallel.expert_model_parallel_size
     shard = tensor if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
@@ -261,7 +296,7 @@ def _check_world(parallel: ParallelConfig, world_size: int) -> None:
         raise ConfigError(
             f"{world_size} processes cannot be split into --expert-model-parallel-size {experts} x "
             f"{shard} processes per expert x {stages} pipeline stages. "
-            f"Start a multiple of {math.lcm(tensor * stages, experts * shard * stages)}."
+            f"Start a multiple of {math.lcm(tensor * context * stages, experts * shard * stages)}."
         )
 
 

@@ -50,7 +50,7 @@ def check_rollout_layout(
             )
         check_tensor_size(size, model, TENSOR)
     _check_query_groups(parallel, model, engine)
-    _check_experts(parallel, model, engine)
+    _check_experts(parallel, model, engine, world_size)
 
 
 def _check_query_groups(parallel: LayoutConfig, model: ModelConfig, engine: EngineConfig | None) -> None:
@@ -67,31 +67,59 @@ def _check_query_groups(parallel: LayoutConfig, model: ModelConfig, engine: Engi
         )
 
 
-def _check_experts(parallel: LayoutConfig, model: ModelConfig, engine: EngineConfig | None) -> None:
+def _check_experts(parallel: LayoutConfig, model: ModelConfig, engine: EngineConfig | None, world_size: int) -> None:
+    """Engines that share experts make their passes together: an engine cannot belong to two such groups."""
     given = engine.rollout_expert_model_parallel_size if engine is not None else None
-    if given is not None and given > 1 and model.num_experts is None:
-        raise ConfigError(f"{EXPERTS} {given} needs a model with experts. Use 1, or give --num-experts.")
-    if given is not None and given > 1:
-        raise ConfigError(
-            f"{EXPERTS} {given} does not work with generation yet. Use 1, and split experts with {TENSOR}."
-        )
+    if model.num_experts is None:
+        if given is not None and given > 1:
+            raise ConfigError(f"{EXPERTS} {given} needs a model with experts. Use 1, or give --num-experts.")
+        return
     served = engine is not None and engine.rollout_backend != "native"  # another program lays them out
-    if parallel.expert_model_parallel_size > 1 and given is None and not served:
-        raise ConfigError(
-            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} does not work with generation yet. "
-            + (
-                "Use 1, and split experts with --tensor-model-parallel-size."
-                if engine is None
-                else f"Add {EXPERTS} 1, so that each engine has all experts."
-            )
-        )
-    size = (engine.rollout_tensor_model_parallel_size if engine else None) or parallel.tensor_model_parallel_size
+    tensor = (engine.rollout_tensor_model_parallel_size if engine else None) or parallel.tensor_model_parallel_size
+    size = 1 if served else given or parallel.expert_model_parallel_size
+    shard = _processes_per_expert(parallel, tensor, size)
+    if engine is not None:
+        _check_expert_group(model, size, shard, world_size, EXPERTS if given else "--expert-model-parallel-size")
     width = model.moe_ffn_hidden_size
-    if model.num_experts is not None and width is not None and width % size:
+    if width is not None and width % shard:
         flag = TENSOR if engine is not None else "--tensor-model-parallel-size"
         raise ConfigError(
-            f"Experts of width {width} (--moe-ffn-hidden-size) do not split over the {size} tensor-parallel processes "
+            f"Experts of width {width} (--moe-ffn-hidden-size) do not split over the {shard} tensor-parallel processes "
             f"of the engine. Give a {flag} that divides the width."
+        )
+    if size > 1 and (size * shard) % tensor and tensor % (size * shard):
+        flag = TENSOR if engine is not None else "--tensor-model-parallel-size"
+        raise ConfigError(
+            f"{flag} {tensor} does not go with experts that {size} x {shard} processes share: some engines would stand "
+            f"in two groups of them. Make one of {tensor} and {size * shard} a multiple of the other"
+            + (f", or use {EXPERTS} 1." if engine is not None else ".")
+        )
+
+
+def _processes_per_expert(parallel: LayoutConfig, tensor: int, size: int) -> int:
+    """Over how many processes an engine splits each expert (parallel.groups.rollout_groups decides the same).
+
+    Args:
+        tensor, size: tensor- and expert-parallel size of the engine.
+    """
+    if size == 1:
+        return tensor
+    if size != parallel.expert_model_parallel_size:
+        return 1
+    given = parallel.expert_tensor_parallel_size
+    return parallel.tensor_model_parallel_size if given is None else given
+
+
+def _check_expert_group(model: ModelConfig, size: int, shard: int, world_size: int, flag: str) -> None:
+    if model.num_experts % size:
+        raise ConfigError(
+            f"{flag} {size} does not divide the {model.num_experts} experts of this model. "
+            f"Use {_divisors(model.num_experts)}."
+        )
+    if size > 1 and world_size % (size * shard):
+        raise ConfigError(
+            f"{world_size} processes cannot be split into engines that share experts over {flag} {size} x {shard} "
+            f"processes per expert. Start a multiple of {size * shard}, or use {EXPERTS} 1."
         )
 
 

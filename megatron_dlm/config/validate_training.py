@@ -18,7 +18,7 @@ from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
-from megatron_dlm.config.validate import above, at_least, check_temperature, needs, needs_data, within
+from megatron_dlm.config.validate import above, at_least, check_temperature, needs, needs_data, only_with, within
 from megatron_dlm.config.validate_rollout import check_capacity
 from megatron_dlm.config.validate_sampling import (
     check_decoding_block,
@@ -36,6 +36,10 @@ def check_optimizer(optimizer: OptimizerConfig, total_iters: int | None = None) 
     within(optimizer, 0, 1, "adam_beta1", "adam_beta2", "sgd_momentum", high_open=True)
     at_least(optimizer, 0, "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
     at_least(optimizer, 1, "lr_decay_iters")
+    within(optimizer, 0, 1, "optimizer_offload_fraction", low_open=True)
+    if not optimizer.optimizer_cpu_offload:
+        for name in ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"):
+            only_with(optimizer, name, "--optimizer-cpu-offload")
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}. Use at most {optimizer.lr}.")
     if optimizer.sgd_momentum and optimizer.optimizer != "sgd":
@@ -64,6 +68,11 @@ def check_trained(model: ModelConfig, optimizer: OptimizerConfig, parallel: Para
         raise ConfigError(
             f"--use-distributed-optimizer works with --optimizer adam only, not {optimizer.optimizer}. Drop one of the "
             "two."
+        )
+    if optimizer.optimizer_cpu_offload and not (model.bf16 and parallel.use_distributed_optimizer):
+        raise ConfigError(
+            "--optimizer-cpu-offload needs --bf16 and --use-distributed-optimizer, because what it moves are the master "
+            "weights of bf16 models and their moments. Add both, or leave it out."
         )
 
 

@@ -68,6 +68,9 @@ def optimizer_config(value: ValueConfig, policy: OptimizerConfig) -> OptimizerCo
         adam_beta2=value.value_adam_beta2,
         adam_eps=value.value_adam_eps,
         clip_grad=value.value_clip_grad,
+        optimizer_cpu_offload=policy.optimizer_cpu_offload,
+        optimizer_offload_fraction=policy.optimizer_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=policy.overlap_cpu_optimizer_d2h_h2d,
     )
 
 

@@ -3,7 +3,9 @@
 1. `partition` splits the shuffled responses into updates of nearly equal size.
 2. `pack` fills the rows of one update: members of a group stay together (their prompt is stored once), the longest
    bundle goes first, into the emptiest row that can take it. Every data-parallel rank gets the same number of rows, all
-   of one length. Items may come in parts (`pack_parts`, views.split_views), which go where there is room.
+   of one length, for which the layers' matrix products cost the same. What still differs is attention: within that
+   length, bundles go to the rows, and rows to the ranks, that have least of it (`_balanced`, `_deal`). Items may come
+   in parts (`pack_parts`, views.split_views), which go where there is room.
 
 Pure functions of lengths and keys, identical on every rank; nothing here touches tokens, devices or process groups.
 Losses are sums of weight x loss with weights computed from the whole update, so nothing that is decided here can change
@@ -24,11 +26,15 @@ ROW_MULTIPLE = 64  # rows are rounded up to this many tokens, so that few shapes
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one item asks of a row: `shared` prompt tokens once per group and row, and `own` tokens."""
+    """What one item asks of a row: `shared` prompt tokens once per group and row, and `own` tokens; and in how many
+    pairs of a query and a key they stand, `shared_area` and `own_area`.
+    """
 
     group: str
     shared: int
     own: int
+    shared_area: int = 0
+    own_area: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +86,10 @@ class _Bundle:
 
     items: list[int]
     tokens: int
+    area: int = 0
 
 
-def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 1) -> Plan:
+def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 1, rows_multiple: int = 1) -> Plan:
     """Rows for one update.
 
     Args:
@@ -91,6 +98,7 @@ def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 
         num_ranks: data-parallel size.
         multiple_of: T is rounded up to a multiple of this (sequence parallelism, kernels), but never above the budget's
             own multiple.
+        rows_multiple: every rank gets a multiple of so many rows (interleaved pipeline stages).
 
     Raises:
         ConfigError: an item does not fit a row.
@@ -101,16 +109,22 @@ def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 
         _bundles(loads, min(budget, _fair_share(loads, largest, num_ranks))),
         key=lambda bundle: (-bundle.tokens, bundle.items),
     )
-    num_rows = max(num_ranks, _round_up(math.ceil(sum(b.tokens for b in bundles) / budget), num_ranks))
+    unit = num_ranks * rows_multiple
+    num_rows = max(unit, _round_up(math.ceil(sum(b.tokens for b in bundles) / budget), unit))
     while (rows := _fill(bundles, num_rows, budget)) is None:
-        num_rows += num_ranks
-    rows.sort(key=lambda row: -row.tokens)
+        num_rows += unit
     length = _round_up(max(row.tokens for row in rows), multiple_of) or multiple_of
-    return Plan(tuple(tuple(tuple(row.items) for row in rows[rank::num_ranks]) for rank in range(num_ranks)), length)
+    rows = _balanced(bundles, num_rows, min(length, budget)) or rows
+    return Plan(tuple(tuple(tuple(row.items) for row in mine) for mine in _deal(rows, num_ranks)), length)
 
 
 def pack_parts(
-    items: Sequence[Sequence[Load]], budget: int, num_ranks: int = 1, multiple_of: int = 1, together: bool = False
+    items: Sequence[Sequence[Load]],
+    budget: int,
+    num_ranks: int = 1,
+    multiple_of: int = 1,
+    together: bool = False,
+    rows_multiple: int = 1,
 ) -> Plan:
     """As `pack`, for items that come in parts. A row may hold several parts of one item.
 
@@ -121,16 +135,18 @@ def pack_parts(
     loads = [load for parts in items for load in parts]
     places = [(item, part) for item, parts in enumerate(items) for part in range(len(parts))]
     if together:
-        plan = _pack_together(loads, [item for item, _ in places], budget, num_ranks, multiple_of)
+        plan = _pack_together(loads, [item for item, _ in places], budget, num_ranks, multiple_of, rows_multiple)
     else:
-        plan = pack(loads, budget, num_ranks, multiple_of)
+        plan = pack(loads, budget, num_ranks, multiple_of, rows_multiple)
     named = lambda which: tuple(
         tuple(tuple(places[index][which] for index in row) for row in rows) for rows in plan.ranks
     )
     return Plan(named(0), plan.length, named(1))
 
 
-def _pack_together(loads: list[Load], owners: Sequence[int], budget: int, num_ranks: int, multiple_of: int) -> Plan:
+def _pack_together(
+    loads: list[Load], owners: Sequence[int], budget: int, num_ranks: int, multiple_of: int, rows_multiple: int
+) -> Plan:
     """Owners are dealt out, the largest first, to the rank that has least to do; then each rank fills its rows. An
     owner that is larger than a fair share makes the other ranks wait for it.
 
@@ -151,14 +167,15 @@ def _pack_together(loads: list[Load], owners: Sequence[int], budget: int, num_ra
     bundles = []
     for indices in dealt:
         found = _bundles([loads[index] for index in indices], budget)
-        named = [_Bundle([indices[item] for item in bundle.items], bundle.tokens) for bundle in found]
+        named = [_Bundle([indices[item] for item in bundle.items], bundle.tokens, bundle.area) for bundle in found]
         bundles.append(sorted(named, key=lambda bundle: (-bundle.tokens, bundle.items)))
-    num_rows = max(1, math.ceil(max(tokens) / budget))
+    num_rows = _round_up(max(1, math.ceil(max(tokens) / budget)), rows_multiple)
     while None in (rows := [_fill(one, num_rows, budget) for one in bundles]):
-        num_rows += 1
+        num_rows += rows_multiple
     longest = max(row.tokens for filled in rows for row in filled)
-    ranks = tuple(tuple(tuple(row.items) for row in sorted(filled, key=lambda row: -row.tokens)) for filled in rows)
-    return Plan(ranks, _round_up(longest, multiple_of) or multiple_of)
+    length = _round_up(longest, multiple_of) or multiple_of
+    even = [_balanced(one, num_rows, min(length, budget)) or filled for one, filled in zip(bundles, rows)]
+    return Plan(tuple(tuple(tuple(row.items) for row in _deal(filled, 1)[0]) for filled in even), length)
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -180,14 +197,15 @@ def _bundles(loads: list[Load], budget: int) -> list[_Bundle]:
         groups.setdefault(load.group, []).append(index)
     bundles = []
     for members in groups.values():
-        shared = loads[members[0]].shared
-        bundle = _Bundle([], shared)
+        shared, shared_area = loads[members[0]].shared, loads[members[0]].shared_area
+        bundle = _Bundle([], shared, shared_area)
         for index in members:
             if bundle.items and bundle.tokens + loads[index].own > budget:
                 bundles.append(bundle)
-                bundle = _Bundle([], shared)
+                bundle = _Bundle([], shared, shared_area)
             bundle.items.append(index)
             bundle.tokens += loads[index].own
+            bundle.area += loads[index].own_area
         bundles.append(bundle)
     return bundles
 
@@ -199,6 +217,35 @@ def _fill(bundles: list[_Bundle], num_rows: int, budget: int) -> list[_Bundle] |
         row = min(rows, key=lambda row: row.tokens)
         if row.tokens + bundle.tokens > budget:
             return None
-        row.items += bundle.items
-        row.tokens += bundle.tokens
+        _add(row, bundle)
     return rows
+
+
+def _balanced(bundles: list[_Bundle], num_rows: int, length: int) -> list[_Bundle] | None:
+    """Rows of at most `length` tokens, bundles with most attention first, each into the row with least of it that has
+    room; None when a bundle finds none.
+    """
+    rows = [_Bundle([], 0) for _ in range(num_rows)]
+    for bundle in sorted(bundles, key=lambda bundle: (-bundle.area, -bundle.tokens, bundle.items)):
+        fitting = [row for row in rows if row.tokens + bundle.tokens <= length]
+        if not fitting:
+            return None
+        _add(min(fitting, key=lambda row: (row.area, row.tokens)), bundle)
+    return rows
+
+
+def _deal(rows: list[_Bundle], num_ranks: int) -> list[list[_Bundle]]:
+    """As many rows for every rank, those with most attention first, each to the rank with least of it. So rows that are
+    worked on at the same time are alike.
+    """
+    ranks: list[list[_Bundle]] = [[] for _ in range(num_ranks)]
+    for row in sorted(rows, key=lambda row: (-row.area, -row.tokens)):
+        waiting = [mine for mine in ranks if len(mine) < len(rows) // num_ranks]
+        min(waiting, key=lambda mine: sum(one.area for one in mine)).append(row)
+    return ranks
+
+
+def _add(row: _Bundle, bundle: _Bundle) -> None:
+    row.items += bundle.items
+    row.tokens += bundle.tokens
+    row.area += bundle.area

@@ -40,15 +40,39 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """What a rank that has a part of a row knows of the other parts (diffusion/context.py).
+
+    Attributes:
+        clean: layout of the clean text of all ranks, [ranks * width]: that of rank 0, that of rank 1, ..., each filled
+            up with padding.
+        width: most clean tokens that a rank has.
+        slot: int64 [n], where this rank's clean tokens, the first n of its part of `clean`, stand in its row.
+    """
+
+    clean: Layout
+    width: int
+    slot: Tensor
+
+    def to(self, device: torch.device) -> Context:
+        return Context(self.clean.to(device), self.width, self.slot.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One packed microbatch: tokens int64 [T], the layout of those T tokens, and its targets."""
+    """One packed microbatch: tokens int64 [T], the layout of those T tokens, and its targets. `context`: of a part of a
+    row, whose other parts are on other ranks.
+    """
 
     tokens: Tensor
     layout: Layout
     targets: Targets
+    context: Context | None = None
 
     def to(self, device: torch.device) -> Row:
-        return Row(self.tokens.to(device, non_blocking=True), self.layout.to(device), self.targets.to(device))
+        context = None if self.context is None else self.context.to(device)
+        tokens = self.tokens.to(device, non_blocking=True)
+        return Row(tokens, self.layout.to(device), self.targets.to(device), context)
 
 
 class _Columns:

@@ -25,11 +25,13 @@ from megatron_dlm import platform
 from megatron_dlm.config.errors import CheckpointError, DataError
 from megatron_dlm.data.records import content_key
 from megatron_dlm.data.traces import TraceLine
+from megatron_dlm.diffusion.balance import load_of
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, pack
+from megatron_dlm.diffusion.planner import ROW_MULTIPLE, pack
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.views import Item, largest_part, split_views, trace_views
-from megatron_dlm.model.policy import Vocabulary, label_logprobs, policy_scores
+from megatron_dlm.model.head import target_policy
+from megatron_dlm.model.policy import Vocabulary
 from megatron_dlm.parallel.exchange import exchange_objects
 from megatron_dlm.training.report import Report
 from megatron_dlm.training.setup import Session
@@ -121,7 +123,7 @@ def _score_part(
     full = bool(session.model.full_attention)
     whole = [item for line in lines for item in items_of(line, full)]
     parts = [(number, part) for number, item in enumerate(whole) for part in split_views(item, budget)]
-    loads = [Load(part.group, part.shared_length, part.own_length) for _, part in parts]
+    loads = [load_of(part) for _, part in parts]
     plan = pack(loads, budget, groups.dp_size, math.lcm(ROW_MULTIPLE, groups.tp_size))
     temperature = np.array([line.trace.sampling.policy_temperature for line in lines], dtype=np.float64)
     rows = []
@@ -129,23 +131,24 @@ def _score_part(
         row = build_row([parts[part] for part in members], plan.length, words.mask_id, words.pad_id)
         column = torch.from_numpy(temperature[row.targets.response.numpy() // 2])
         rows.append(ScoredRow(row.to(platform.device()), column.to(platform.device())))
-    for scored, values in zip(rows, forward_only(state, rows, _forward(session.vocabulary), plan.length)):
+    forward_step = _forward(session.vocabulary, session.parallel.loss_chunk_size)
+    for scored, values in zip(rows, forward_only(state, rows, forward_step, plan.length)):
         response, index = (column.cpu().numpy() for column in (scored.row.targets.response, scored.row.targets.index))
         for item in np.unique(response):
             mine = response == item
             yield int(item), index[mine], values[mine]
 
 
-def _forward(vocabulary: Vocabulary):
+def _forward(vocabulary: Vocabulary, chunk_size: int):
     """forward_step of training/step.py that returns each target's log-probability, float64 [N] on the host."""
 
     def forward_step(scored: ScoredRow, model):
-        def loss_fn(logits: Tensor) -> np.ndarray:
-            group = model.module.pg_collection.tp
-            scores = policy_scores(logits, scored.temperature, vocabulary, group)
-            return label_logprobs(scores, scored.row.targets.label, group).double().cpu().numpy()
+        def loss_fn(output: Tensor) -> np.ndarray:
+            labels = scored.row.targets.label
+            logprob, _ = target_policy(model.module, output, labels, scored.temperature, vocabulary, chunk_size)
+            return logprob.double().cpu().numpy()
 
-        return model.module.forward_row(scored.row), loss_fn
+        return model.module.forward_row(scored.row, headless=chunk_size > 0), loss_fn
 
     return forward_step
 

@@ -2,20 +2,25 @@
 
 `LayoutAttention` is the core attention that the layer specs name; it owns no rule of its own and asks the row's
 `Attention`. `DenseAttention` is that for a packed row: exact on every device, the oracle of every other backend.
+`ContextAttention` is that for a part of a row, under context parallelism.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dlm import platform
-from megatron_dlm.diffusion.layout import Layout, visible
+from megatron_dlm.diffusion.layout import CLEAN, Layout, visible
+from megatron_dlm.diffusion.rows import Context, Row
 from megatron_dlm.model.buckets import by_length
 from megatron_dlm.model.row_params import RowParams
 
@@ -51,49 +56,71 @@ class LayoutAttention(MegatronModule):
         return packed_seq_params.attention(self.layer, query, key, value, self.scale)
 
 
+def attention_of(row: Row, group: dist.ProcessGroup) -> DenseAttention | ContextAttention:
+    """The attention of a row, or of a part of one whose other parts are on the other ranks of `group`."""
+    if row.context is None:
+        return DenseAttention(row.layout)
+    return ContextAttention(row.layout, row.context, group)
+
+
 class DenseAttention:
     """Scaled dot-product attention under dense masks, one per group.
 
-    Groups never see each other, and `build_row` writes each in one run of slots; so the row is cut into its groups, and
-    groups of similar length are padded to one shape and attended to in one call. The work is about the sum of squares
-    of the groups' lengths, and a [T, T] mask is never made. Padding slots get zeros.
+    Groups never see each other; so a row is cut into its groups, and groups of similar length are padded to one shape
+    and attended to in one call. The work is about the sum of squares of the groups' lengths, and a [T, T] mask is never
+    made. Padding slots get zeros.
+
+    Args:
+        layout: of the queries [T].
+        keys: layout of the keys [K]; None where they are those of the same tokens.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        real = torch.nonzero(layout.group >= 0)[:, 0]
-        lengths = torch.unique_consecutive(layout.group[real], return_counts=True)[1]
-        first = lengths.cumsum(0) - lengths
-        self.masks: list[Tensor] = []  # of each bucket, bool [G, 1, L, L]
-        slots, inside = [], []
-        counts = lengths.tolist()
-        for members in by_length(counts, floor=_SHORT):
-            member = torch.tensor(members, device=real.device)
-            offset = torch.arange(counts[members[0]], device=real.device)
-            inside.append(offset < lengths[member, None])  # [G, L]
-            slots.append(real[(first[member, None] + offset).clamp(max=len(real) - 1)])
-            self.masks.append(_group_masks(layout, slots[-1], inside[-1]))
-        # The padded groups of all buckets, one after the other, are a table of `size` lines.
-        self.size = sum(table.numel() for table in inside)
-        is_real = torch.cat([table.flatten() for table in inside]) if inside else real
-        self.line = torch.nonzero(is_real)[:, 0]  # lines that hold a token,
-        self.slot = torch.cat([table.flatten() for table in slots])[self.line] if slots else real  # and its slot
+    def __init__(self, layout: Layout, keys: Layout | None = None) -> None:
+        asking = _Groups(layout)
+        seen = asking if keys is None else _Groups(keys, asking.names)
+        buckets = by_length(seen.counts, floor=_SHORT)
+        self.queries = _Table(asking, buckets)
+        self.keys = self.queries if keys is None else _Table(seen, buckets)
+        tables = zip(self.queries.slots, self.queries.inside, self.keys.slots, self.keys.inside)
+        self.masks = [_group_masks(layout, layout if keys is None else keys, *table) for table in tables]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         tokens, _, heads, dim = q.shape
         if not self.masks:  # a gradient of zeros for all: gradients that are reduced as they come are waited for
             return (q * 0 + (k * 0).sum() + (v * 0).sum()).reshape(tokens, 1, heads * dim)
-        buckets = zip(self.masks, *(self._per_bucket(x) for x in (q, k, v)))
+        buckets = zip(self.masks, self.queries.split(q), self.keys.split(k), self.keys.split(v))
         parts = [masked_attention(*qkv, mask, scale).flatten(0, 1) for mask, *qkv in buckets]
-        out = torch.cat(parts) if len(parts) > 1 else parts[0]  # [size, heads * d]
-        return _Move.apply(out, self.line, self.slot, tokens)[:, None]
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]  # [lines, heads * d]
+        return self.queries.back(out, tokens)[:, None]
 
-    def _per_bucket(self, x: Tensor) -> list[Tensor]:
-        """[T, 1, heads, d] -> a [G, heads, L, d] per bucket, zeros where a group is shorter than L."""
-        _, _, heads, dim = x.shape
-        table = _Move.apply(x.reshape(-1, heads * dim), self.slot, self.line, self.size)
-        shapes = [(len(mask), mask.shape[-1]) for mask in self.masks]
-        parts = table.split([groups * length for groups, length in shapes])
-        return [part.view(*shape, heads, dim).transpose(1, 2) for part, shape in zip(parts, shapes)]
+
+class ContextAttention:
+    """Attention of one part of a row, whose other parts are on the other ranks of a group.
+
+    Each rank sends the keys and values of its clean text, [C, 2 kv heads d] with C the most that a rank has, and
+    nothing else; the backward pass sums their gradients where they came from.
+    """
+
+    def __init__(self, layout: Layout, context: Context, group: dist.ProcessGroup) -> None:
+        self.context, self.group = context, group
+        noisy = (layout.view != CLEAN) & (layout.group >= 0)
+        self.own = torch.nonzero(noisy)[:, 0]
+        columns = (field.name for field in dataclasses.fields(Layout))
+        keys = (torch.cat([getattr(context.clean, name), getattr(layout, name)[self.own]]) for name in columns)
+        self.dense = DenseAttention(layout, Layout(*keys))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        both = torch.cat([k, v], dim=-1)  # [T, 1, kv heads, 2 d]
+        everything = torch.cat([self._clean_of_all(both), both.index_select(0, self.own)])
+        return self.dense(layer, q, *everything.chunk(2, dim=-1), scale)
+
+    def _clean_of_all(self, both: Tensor) -> Tensor:
+        """[T, ...] -> the clean tokens of all ranks, [ranks * C, ...]."""
+        if not self.context.width:  # of this row no rank has any
+            return both[:0]
+        mine = both.index_select(0, self.context.slot)
+        missing = both.new_zeros(self.context.width - len(mine), *both.shape[1:])
+        return gather_from_sequence_parallel_region(torch.cat([mine, missing]), group=self.group)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -115,21 +142,83 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     return out.transpose(1, 2).flatten(2)
 
 
-def _group_masks(layout: Layout, slots: Tensor, inside: Tensor) -> Tensor:
-    """Who sees whom in each of G groups, bool [G, 1, L, L].
+class _Groups:
+    """Where the groups of a row stand in it.
 
     Args:
-        slots: int64 [G, L], where the groups stand in the row.
-        inside: bool [G, L]; what stands outside its group sees itself, so that its softmax is finite.
+        names: of the groups that matter, ascending; None for all.
+
+    Attributes:
+        slots: int64 [n], of the tokens of these groups, group after group. first: int64 [G], where each begins in
+            `slots`. counts: how many each has.
     """
 
-    def seen(*columns: Tensor) -> Tensor:
-        group = Layout(*columns)
-        return visible(group, group)
+    def __init__(self, layout: Layout, names: Tensor | None = None) -> None:
+        real = torch.nonzero(layout.group >= 0)[:, 0]
+        group = layout.group[real]
+        self.names = group.unique() if names is None else names
+        kept = torch.isin(group, self.names)
+        group, order = group[kept].sort(stable=True)
+        self.slots = real[kept][order]
+        lengths = torch.bincount(torch.searchsorted(self.names, group), minlength=len(self.names))
+        self.first, self.counts = lengths.cumsum(0) - lengths, lengths.tolist()
 
-    columns = (layout.group, layout.response, layout.view, layout.block, layout.position)
-    masks = torch.vmap(seen)(*(column[slots] for column in columns))
-    return (masks & inside[:, None] | torch.diag_embed(~inside))[:, None]
+
+class _Table:
+    """Tokens of a row, padded group by group: the buckets' groups one after the other are a table of `size` lines.
+
+    Args:
+        buckets: of indices of groups.
+
+    Attributes:
+        slots, inside: of each bucket int64 and bool [G, L], where its tokens stand in the row, and where there is one.
+    """
+
+    def __init__(self, groups: _Groups, buckets: list[list[int]]) -> None:
+        device = groups.slots.device
+        self.slots: list[Tensor] = []
+        self.inside: list[Tensor] = []
+        for members in buckets:
+            counts = torch.tensor([groups.counts[member] for member in members], device=device)
+            offset = torch.arange(max(groups.counts[member] for member in members), device=device)
+            self.inside.append(offset < counts[:, None])
+            at = groups.first[torch.tensor(members, device=device)][:, None] + offset
+            self.slots.append(groups.slots[at.clamp(max=len(groups.slots) - 1)])
+        self.size = sum(table.numel() for table in self.inside)
+        is_real = torch.cat([table.flatten() for table in self.inside]) if buckets else groups.slots
+        self.line = torch.nonzero(is_real)[:, 0]  # lines that hold a token,
+        self.slot = (
+            torch.cat([table.flatten() for table in self.slots])[self.line] if buckets else self.line
+        )  # its slot
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """[T, 1, heads, d] -> a [G, heads, L, d] per bucket, zeros where a group is shorter than L."""
+        _, _, heads, dim = x.shape
+        table = _Move.apply(x.reshape(-1, heads * dim), self.slot, self.line, self.size)
+        parts = table.split([inside.numel() for inside in self.inside])
+        shapes = [inside.shape for inside in self.inside]
+        return [part.view(*shape, heads, dim).transpose(1, 2) for part, shape in zip(parts, shapes)]
+
+    def back(self, lines: Tensor, tokens: int) -> Tensor:
+        """[size, width] -> [T, width], zeros where no line is of a token."""
+        return _Move.apply(lines, self.line, self.slot, tokens)
+
+
+def _group_masks(queries: Layout, keys: Layout, asking: Tensor, asks: Tensor, seen: Tensor, exists: Tensor) -> Tensor:
+    """Who sees whom in each of G groups, bool [G, 1, Q, K].
+
+    Args:
+        asking, seen: int64 [G, Q] and [G, K], where the groups' queries and keys stand in their rows.
+        asks, exists: bool, where there is one. What is no query sees everything, so that its softmax is finite.
+    """
+
+    def rule(q: list[Tensor], k: list[Tensor]) -> Tensor:
+        return visible(Layout(*q), Layout(*k))
+
+    columns = ("group", "response", "view", "block", "position")
+    gathered = [[getattr(one, name)[slots] for name in columns] for one, slots in ((queries, asking), (keys, seen))]
+    masks = torch.vmap(rule)(*gathered)
+    return (masks & exists[:, None] | ~asks[:, :, None])[:, None]
 
 
 class _Move(torch.autograd.Function):

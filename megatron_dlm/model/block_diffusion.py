@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_dlm.diffusion.layout import predecessors
 from megatron_dlm.diffusion.rows import Row
-from megatron_dlm.model.attention import DenseAttention, LayoutAttention
+from megatron_dlm.model.attention import LayoutAttention, attention_of
 from megatron_dlm.model.norm import RMSNorm
 from megatron_dlm.model.rotary import RotaryByPosition
 from megatron_dlm.model.row_params import RowParams
@@ -114,11 +114,10 @@ class BlockDiffusionModel(GPTModel):
         A model with a logit shift is read where it predicts a target: at the token before it.
         """
         slots = row.targets.slot
-        if self.logit_shift and self.post_process:
+        if self.logit_shift and self.post_process and row.context is None:  # else its targets are where they are read
             slots = predecessors(row.layout, slots)
-        params = RowParams(
-            position=row.layout.position, slots=slots, attention=DenseAttention(row.layout), headless=headless
-        )
+        attention = attention_of(row, self.pg_collection.cp)
+        params = RowParams(position=row.layout.position, slots=slots, attention=attention, headless=headless)
         return self.forward_tokens(row.tokens, params)
 
     def forward_tokens(self, tokens: Tensor, params: RowParams) -> Tensor:
@@ -146,9 +145,18 @@ class BlockDiffusionModel(GPTModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """[N, h] -> logits [N, V / TP]."""
-        weight = (
+        return F.linear(copy_to_tensor_model_parallel_region(hidden, self.pg_collection.tp), self.head_weight())
+
+    def head_weight(self) -> Tensor:
+        """Weight of the head, [V / TP, h], up to date.
+
+        With `overlap_param_gather` new weights arrive while earlier layers run, and who needs one waits for it in a
+        hook before the forward pass of its module. The output layer's is never called, so its hooks are called here.
+        """
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
+        return (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        return F.linear(copy_to_tensor_model_parallel_region(hidden, self.pg_collection.tp), weight)

@@ -48,16 +48,32 @@ def policy_scores(
         logits: [N, V / TP] shard.
         temperature: a number, or [N].
     """
-    first, width = _first_id(logits, group), logits.shape[-1]
+    return scores_of_tokens(logits, temperature, vocabulary, _first_id(logits, group))
+
+
+def scores_of_tokens(
+    logits: Tensor, temperature: Tensor | float, vocabulary: Vocabulary, first: int, overwrite: bool = False
+) -> Tensor:
+    """`policy_scores` of any run of token ids: logits [N, W] of the tokens from `first` on.
+
+    Args:
+        overwrite: the logits are the caller's own and may be written over, which saves a table.
+    """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if isinstance(temperature, Tensor):
         temperature = temperature.to(scores.dtype)[:, None]
-    scores = scores / temperature
-    # In place and only where it is needed: the table is large, and a mask of its size would be one more.
-    scores[:, max(vocabulary.size - first, 0) :] = float("-inf")
-    if 0 <= vocabulary.mask_id - first < width:
-        scores[:, vocabulary.mask_id - first] = float("-inf")
-    return scores
+    scores = scores.div_(temperature) if overwrite or scores is not logits else scores / temperature
+    return exclude_(scores, vocabulary, first, float("-inf"))
+
+
+def exclude_(table: Tensor, vocabulary: Vocabulary, first: int, value: float) -> Tensor:
+    """The table [N, W] of the tokens from `first` on, with `value` for those outside the policy; in place and only
+    where it is needed: the table is large, and a mask of its size would be one more.
+    """
+    table[:, max(vocabulary.size - first, 0) :] = value
+    if 0 <= vocabulary.mask_id - first < table.shape[-1]:
+        table[:, vocabulary.mask_id - first] = value
+    return table
 
 
 def _sum_over(value: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -8,10 +8,12 @@ TransformerConfig has no field for.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megatron_dlm import platform
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
@@ -26,13 +28,15 @@ _NOT_FOLLOWED = frozenset(
         *("attention_dropout", "attention_backend", "attention_softmax_in_fp32", "apply_query_key_layer_scaling"),
         *("softmax_type", "window_size", "window_attn_skip_freq", "qk_clip", "log_max_attention_logit"),
         *("multi_latent_attention", "experimental_attention_variant", "linear_attention_freq"),
-        *("context_parallel_size", "hierarchical_context_parallel_sizes", "cp_comm_type"),
+        *("hierarchical_context_parallel_sizes", "cp_comm_type"),
         # positions are RotaryByPosition, norms are our RMSNorm
         *("rotary_interleaved", "mrope_section"),
         *("normalization", "layernorm_zero_centered_gamma", "qk_l2_norm"),
-        # layers are those of megatron-core's local spec, with or without experts, in one chunk per pipeline stage
+        # layers are those of megatron-core's local spec, with or without experts
         *("transformer_impl", "fp8", "fp4", "mtp_num_layers", "heterogeneous_block_specs", "is_hybrid_model"),
-        *("virtual_pipeline_model_parallel_size", "enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"),
+        *("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"),
+        # processes are the groups' to know
+        *("context_parallel_size", "virtual_pipeline_model_parallel_size"),
         # a target's weight is in the loss already; the rollout model draws no weights
         *("calculate_per_token_loss", "perform_initialization", "use_cpu_initialization"),
     }
@@ -184,9 +188,19 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         calculate_per_token_loss=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
     )
+    if parallel.recompute_granularity is not None:
+        values |= dict(
+            recompute_granularity=parallel.recompute_granularity,
+            recompute_method=parallel.recompute_method,
+            recompute_num_layers=parallel.recompute_num_layers,
+            recompute_modules=parallel.recompute_modules and list(parallel.recompute_modules),
+        )
+        _check_recomputed_norms(parallel.recompute_modules or ())
     if parallel.expert_tensor_parallel_size is not None:
         values["expert_tensor_parallel_size"] = parallel.expert_tensor_parallel_size
     if model.num_experts is not None:
@@ -227,6 +241,17 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         if not model.transformer_overrides:
             raise
         raise refused_overrides(model, error) from error
+
+
+def _check_recomputed_norms(modules: Sequence[str]) -> None:
+    """Refuse what megatron-core 0.16.1 needs Transformer Engine for, where that is not."""
+    from megatron.core.tensor_parallel import random
+
+    if "layernorm" in modules and platform.is_cuda() and not random.HAVE_TE:
+        raise ConfigError(
+            "--recompute-modules layernorm needs Transformer Engine on a GPU, and it is not installed. Leave layernorm "
+            "out, or install it."
+        )
 
 
 def refused_overrides(model: ModelConfig, error: BaseException) -> ConfigError:

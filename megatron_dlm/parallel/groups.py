@@ -4,14 +4,16 @@
 that everything above gets as an argument. Nothing outside this folder asks megatron-core's parallel_state.
 
 Ranks are laid out as in Megatron, fastest first: tensor, context, expert, data, pipeline. So the ranks of one pipeline
-group agree in their tensor, expert and data coordinates; together they hold one whole (tensor-sharded) model. The
+group agree in their tensor, context, expert and data coordinates; together they hold one whole (tensor-sharded) model,
+or several virtual stages of it each. The ranks of a context-parallel group hold the same parameters, like data-parallel
+ones, but share the rows of one data rank. The
 rollout layout has all layers on each rank, and its own tensor and expert sizes: ranks that follow each other are a
 model, and with the sizes of training a rank has the tensor and expert shards that it trains, so refit moves only what
 its pipeline stage lacks.
 
 Invariants (tests/parallel/test_groups.py):
-  - tp_size x pp_size x dp_size is the world size; `dp` counts context-parallel ranks, because each of them gets its own
-    rows;
+  - tp_size x pp_size x dp_size is the world size; `dp` counts context-parallel ranks, because each of them adds
+    gradients of its own; dp_size is cp_size x data_size;
   - the rollout layout has world_size / tp_size replicas; with the sizes of training, its tensor and expert groups.
 """
 
@@ -33,6 +35,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_dlm import platform
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.parallel import meeting
 
 _rollout_groups: list[dist.ProcessGroup] = []  # made here, so destroyed here
 
@@ -41,14 +44,15 @@ _rollout_groups: list[dist.ProcessGroup] = []  # made here, so destroyed here
 class Groups:
     """The groups of this process in one layout, with sizes and ranks as plain integers.
 
-    `dp` spans all ranks that hold the same parameters and get different rows (context-parallel ranks included).
-    `pg_collection` is the same for megatron-core: pass it to models, DDP, optimizer and schedule. `timeout`: how long
-    an operation of any group waits for the other ranks.
+    `dp` spans all ranks that hold the same parameters and see different tokens (context-parallel ranks included); `cp`
+    those of them that share rows. `pg_collection` is the same for megatron-core: pass it to models, DDP, optimizer and
+    schedule. `timeout`: how long an operation of any group waits for the other ranks.
     """
 
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     pg_collection: ProcessGroupCollection
     rank: int
     world_size: int
@@ -58,9 +62,19 @@ class Groups:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
     cp_size: int
     ep_size: int
     timeout: timedelta
+
+    @property
+    def data_rank(self) -> int:
+        """Which rows: of the ranks with the same number each holds a part of them."""
+        return self.dp_rank // self.cp_size
+
+    @property
+    def data_size(self) -> int:
+        return self.dp_size // self.cp_size
 
     @property
     def is_pipeline_first(self) -> bool:
@@ -84,23 +98,25 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
     process group is kept if there already is one. Collective: every rank calls it with the same configuration.
 
     Raises:
-        ConfigError: the world size is not a multiple of tensor x pipeline parallel size, or of the expert layout.
+        ConfigError: the world size is not a multiple of tensor x context x pipeline parallel size, or of the expert
+            layout.
     """
     platform.install()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
-        _join(timeout)
+        _join(timeout, parallel.host_timeout_seconds)
     tp, pp, ep = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.expert_model_parallel_size,
     )
+    cp = parallel.context_parallel_size
     world = dist.get_world_size()
-    if world % (tp * pp):
+    if world % (tp * cp * pp):
         raise ConfigError(
             f"{world} processes cannot be divided into models of --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp}. "
-            f"Start a multiple of {tp * pp} processes."
+            f"--context-parallel-size {cp} x --pipeline-model-parallel-size {pp}. "
+            f"Start a multiple of {tp * cp * pp} processes."
         )
     expert_tp = parallel.expert_tensor_parallel_size or tp
     if world % (ep * expert_tp * pp):
@@ -112,6 +128,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
@@ -202,6 +220,7 @@ def destroy(keep_world: bool = False) -> None:
     parallel_state.destroy_model_parallel()
     if not dist.is_initialized():
         return
+    meeting.stop_watching(leaving=True)
     for group in made.values():
         if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
@@ -209,12 +228,16 @@ def destroy(keep_world: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def _join(timeout: timedelta) -> None:
-    """Make the default process group: torchrun's, or one of a single process."""
+def _join(timeout: timedelta, silence: float) -> None:
+    """Make the default process group: torchrun's, or one of a single process. `silence`: see `meeting.meet`."""
     options = {"device_id": platform.device()} if platform.is_cuda() else {}
     if "RANK" in os.environ:
         _check_meeting_place(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        meeting.check_interface()
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         try:
+            if meeting.several_hosts():
+                options |= {"store": meeting.meet(timeout, silence), "rank": rank, "world_size": world}
             dist.init_process_group(platform.backend(), timeout=timeout, **options)
         except dist.DistError as error:
             reason = str(error).strip().splitlines()[0][:200].rstrip(".")
@@ -251,11 +274,12 @@ def _check_meeting_place(host: str, port: int) -> None:
 
 
 def _describe(collection: ProcessGroupCollection, timeout: timedelta) -> Groups:
-    tp, pp, dp = collection.tp, collection.pp, collection.dp_cp
+    tp, pp, dp, cp = collection.tp, collection.pp, collection.dp_cp, collection.cp
     return Groups(
         tp=tp,
         pp=pp,
         dp=dp,
+        cp=cp,
         pg_collection=collection,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -265,7 +289,8 @@ def _describe(collection: ProcessGroupCollection, timeout: timedelta) -> Groups:
         pp_size=pp.size(),
         dp_rank=dp.rank(),
         dp_size=dp.size(),
-        cp_size=collection.cp.size(),
+        cp_rank=cp.rank(),
+        cp_size=cp.size(),
         ep_size=collection.ep.size(),
         timeout=timeout,
     )

@@ -11,7 +11,7 @@ megatron-core asks CUDA for five things. Each gets the plainest answer that is t
     the same answer, which costs nothing elsewhere.
 
 What is done to `torch` holds for any megatron-core. What is done to megatron-core itself (`_patch_megatron`) names
-three of its modules and was written for releases 0.16: another one may need other places.
+some of its modules and was written for releases 0.16: another one may need other places.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import logging
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed
@@ -147,7 +148,10 @@ def _install_cuda_namespace() -> None:
 
 
 def _install_collectives() -> None:
-    """gloo wants split sizes as lists; megatron-core's expert dispatcher passes numpy arrays."""
+    """gloo wants split sizes as lists, and parts of one size. megatron-core's expert dispatcher passes numpy arrays; it
+    gathers as many tokens of each rank as came to it.
+    """
+    _install_uneven_parts()
     original = torch.distributed.all_to_all_single
 
     @functools.wraps(original)
@@ -160,6 +164,36 @@ def _install_collectives() -> None:
         )
 
     torch.distributed.all_to_all_single = all_to_all_single
+
+
+def _install_uneven_parts() -> None:
+    """Gather and scatter parts that differ in their first dimension, as NCCL does."""
+    gather, scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    @functools.wraps(gather)
+    def all_gather(tensor_list, tensor, group=None, async_op=False):
+        longest = max((len(part) if part.ndim else 0 for part in tensor_list), default=0)
+        if async_op or tensor.ndim == 0 or all(len(part) == longest for part in tensor_list):
+            return gather(tensor_list, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        everyone = [torch.empty_like(padded) for _ in tensor_list]
+        gather(everyone, padded, group=group)
+        for part, found in zip(tensor_list, everyone):
+            part.copy_(found[: len(part)])
+        return None
+
+    @functools.wraps(scatter)
+    def reduce_scatter(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+        sizes = [len(part) if part.ndim else 0 for part in input_list]
+        if async_op or len(set(sizes)) == 1:
+            return scatter(output, input_list, op=op, group=group, async_op=async_op)
+        everything = torch.cat(list(input_list))
+        torch.distributed.all_reduce(everything, op=op, group=group)
+        output.copy_(everything.split(sizes)[torch.distributed.get_rank(group)])
+        return None
+
+    torch.distributed.all_gather, torch.distributed.reduce_scatter = all_gather, reduce_scatter
 
 
 def _torch_on_cpu() -> types.ModuleType:
@@ -196,9 +230,40 @@ def _patch_megatron() -> None:
     )
     # Tensors made with device="cuda" amid forward and backward: the schedules' token counters, the router's losses.
     schedules.torch = moe_utils.torch = _torch_on_cpu()
+    _patch_hybrid_optimizer()
+    # Norms that are computed again ask Transformer Engine about FP8, unless they are told that there is none.
+    if not random_state.HAVE_TE:
+        random_state.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     # Imported only where Transformer Engine is, used everywhere.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+class _OnHost(torch.Tensor):
+    """A tensor in host memory, where all others pass for tensors on a device."""
+
+    is_cuda = False
+
+
+def _patch_hybrid_optimizer() -> None:
+    """Let the optimizer that keeps its state in host memory tell the device's parameters from its copies of them: all
+    are on the CPU here, and it asks which are not, once.
+    """
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    original = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    @functools.wraps(original)
+    def with_a_device(self: HybridDeviceOptimizer, fraction: float) -> tuple:
+        with mock.patch.multiple(
+            torch.Tensor,
+            create=True,
+            is_cuda=True,
+            pin_memory=lambda tensor, *_: tensor.as_subclass(_OnHost),
+        ):
+            return original(self, fraction)
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = with_a_device
 
 
 def install() -> None:

@@ -20,6 +20,7 @@ from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.prompts import Prompt
+from megatron_dlm.diffusion.balance import load_of
 from megatron_dlm.diffusion.planner import Load
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
 from megatron_dlm.diffusion.views import Item, split_views
@@ -218,7 +219,7 @@ class Collector:
         if method_of(self.rl).unit != TARGET:
             return ()
         found = split_views(item, self.rl.max_tokens_per_row)
-        return tuple(Load(part.group, part.shared_length, part.own_length) for part in found)
+        return tuple(load_of(part) for part in found)
 
     def _record(self, index: int, trace: Trace, verdict: Verdict, too_long: bool, form: float) -> Graded:
         item = self.item_of(trace)
@@ -236,7 +237,7 @@ class Collector:
             truncated=trace.finish_reason == "length",
             overlong=too_long,
             judge_failed=verdict.reason.partition(":")[0] in (CRASH, TIMEOUT),
-            load=Load(item.group, item.shared_length, item.own_length),
+            load=load_of(item),
             parts=self._parts(item),
             counts=counts_of(item, method_of(self.rl).unit),
             continued=(trace.prompt_key, trace.sample) in self.supply.continued,

@@ -82,28 +82,29 @@ class Learner:
             traces: that this rank holds.
             token_rewards: rewards of single tokens, which then make the advantages in the place of those given.
         """
-        groups, words = self.session.groups, self.session.tokenizer
+        groups, words, sharing = self.session.groups, self.session.tokenizer, self.session.sharing
         if self.models.value is not None or token_rewards is not None:  # computed from all tokens of a response
             settings = dataclasses.replace(settings, together=True)
         updates = plan_updates(learned, settings, groups, stream(self.seed, "partition", settings.step))
         prepared = []
         for number, ((records, plan), mine) in enumerate(zip(updates, fetch(updates, traces, groups))):
-            rows = build_rows(records, plan, mine, advantages, settings, groups.dp_rank, words.mask_id, words.pad_id)
+            rows = build_rows(records, plan, mine, advantages, settings, groups.data_rank, words.mask_id, words.pad_id)
+            rows, length = [row.part(sharing) for row in rows], sharing.length(plan.length)
             value_rows: list[ValueRow] = []
             if self.models.value is not None or token_rewards is not None:
                 rewarded = self._rewarded(records, mine, advantages, settings, token_rewards)
-                rows, value_rows = self._with_values(rows, plan.length, rewarded)
+                rows, value_rows = self._with_values(rows, length, rewarded)
             if self.policy_waits(settings.step):
-                prepared.append(Prepared(rows, plan.length, value_rows))
+                prepared.append(Prepared(rows, length, value_rows))
                 continue
             # The weights of the first update are still those of the old policy: it needs no pass of its own.
             if number or settings.old_logprobs != "recomputed":
-                rows = with_old_logprobs(self.models.policy, rows, plan.length, self.session.vocabulary, settings)
+                rows = with_old_logprobs(self.models.policy, rows, length, self.session.vocabulary, settings)
             if self.models.reference is not None:
-                rows = with_reference(self.models.reference, rows, plan.length, self.session.vocabulary, settings)
+                rows = with_reference(self.models.reference, rows, length, self.session.vocabulary, settings)
             if self.models.teacher is not None:
-                rows = self.models.teacher.with_hidden(rows, plan.length, mine, words.mask_id, words.pad_id)
-            prepared.append(Prepared(rows, plan.length, value_rows))
+                rows = self.models.teacher.with_hidden(rows, length, mine, words.mask_id, words.pad_id)
+            prepared.append(Prepared(rows, length, value_rows))
         return prepared
 
     def update(
@@ -175,7 +176,8 @@ class Learner:
             old = [torch.zeros(len(row.targets.slot), dtype=torch.float64) for row in plain]
         else:
             old = values_of(self.models.value, plain, length)
-        pairs = token_advantages(plain, old, rewarded, self.value_settings)
+        groups = self.session.groups
+        pairs = token_advantages(plain, old, rewarded, self.value_settings, groups.cp if groups.cp_size > 1 else None)
         device = platform.device()
         rows = [dataclasses.replace(row, advantage=pair[0].to(device)) for row, pair in zip(rows, pairs)]
         if self.models.value is None:

@@ -21,7 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
 MAX_LOG_RATIO = 10.0
 
@@ -55,6 +57,7 @@ class PolicyObjective:
         kl_weight: Tensor | None = None,
         reference_logprob: Tensor | None = None,
         sampling_logprob: Tensor | None = None,
+        context: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one row of N targets in U units, and sums of its metrics.
 
@@ -67,6 +70,8 @@ class PolicyObjective:
             reference_logprob: [N], of the frozen policy that KL holds on to; None for the old one.
             sampling_logprob: [N], under the distribution that the tokens were drawn from; for `tis`, where each target
                 is a unit.
+            context: ranks that share the row. With units of several targets each of them has all U units, with some of
+                their targets; then it returns its share of the loss and of what is summed over units.
 
         Returns:
             loss: 0-d. metrics: 0-d sums; `targets` and `units` count; `ratio_max` is the largest ratio (0 if there are
@@ -74,10 +79,14 @@ class PolicyObjective:
         """
         old = logprob.detach() if old_logprob is None else old_logprob
 
+        shared = context if unit is not None else None
+        ranks = 1 if shared is None else shared.size()
+
         def of_units(values: Tensor) -> Tensor:
             if unit is None:
                 return values
-            return values.new_zeros(len(advantage)).index_add(0, unit, coefficient * values)
+            sums = values.new_zeros(len(advantage)).index_add(0, unit, coefficient * values)
+            return sums if shared is None else all_reduce(sums, group=shared)
 
         delta = of_units(logprob - old)
         ratio = delta.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -110,8 +119,9 @@ class PolicyObjective:
         pg_loss = -(weight * surrogate).sum()
         kl_loss = ((weight if kl_weight is None else kl_weight) * kl(distance, self.kl_type)).sum()
         metrics |= {"pg_loss": pg_loss, "kl_loss": kl_loss}
-        loss = self.policy_coef * pg_loss + self.kl_coef * kl_loss
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        loss = (self.policy_coef * pg_loss + self.kl_coef * kl_loss) / ranks
+        whole = ("targets", "ratio_max")
+        return loss, {name: value.detach() / (1 if name in whole else ranks) for name, value in metrics.items()}
 
 
 def kl(delta: Tensor, estimator: str) -> Tensor:

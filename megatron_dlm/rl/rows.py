@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_dlm import platform
+from megatron_dlm.diffusion.context import Sharing
 from megatron_dlm.diffusion.planner import Plan
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.trace import Trace
@@ -48,6 +49,18 @@ class RLRow:
     old_logprob: Tensor | None = None
     reference_logprob: Tensor | None = None
     teacher_hidden: Tensor | None = None
+
+    def part(self, sharing: Sharing) -> RLRow:
+        """This rank's part of a row that was just built; of units with several targets all ranks keep the columns."""
+        if sharing.ranks == 1:
+            return self
+        row, kept = sharing.part(self.row.to(torch.device("cpu")))
+        kept = kept.to(platform.device())
+        own = ("unit", "coefficient", "share", "rollout_logprob", "sampling_logprob")
+        if self.unit is None:
+            own += ("advantage", "weight", "kl_weight")
+        columns = {name: column[kept] for name in own if (column := getattr(self, name)) is not None}
+        return replace(self, row=row.to(platform.device()), **columns)
 
 
 def build_rows(

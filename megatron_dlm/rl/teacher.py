@@ -24,8 +24,9 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.diffusion.balance import load_of
 from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Grid, Layout, predecessors
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, pack
+from megatron_dlm.diffusion.planner import ROW_MULTIPLE, pack
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.diffusion.views import Item, Views, largest_part, split_views, trace_views
@@ -101,13 +102,15 @@ class Teacher:
         budget = max([self.budget, *(largest_part(item) for _, item in items)])
         parts = [(index, part) for index, item in items for part in split_views(item, budget)]
         multiple = math.lcm(ROW_MULTIPLE, groups.tp_size)
-        loads = [Load(part.group, part.shared_length, part.own_length) for _, part in parts]
+        loads = [load_of(part) for _, part in parts]
         plan = pack(loads, budget, 1, multiple)
         built = [build_row([parts[n] for n in members], plan.length, mask_id, pad_id) for members in plan.ranks[0]]
         if self.is_autoregressive:
             built = [clean_row(row) for row in built]
         needed = -(-max([len(row.tokens) for row in built], default=1) // multiple) * multiple
         count, length = (max(column) for column in zip(*gather_objects((len(built), needed), groups.dp)))
+        if len(self.state.chunks) > 1:  # interleaved stages take turns in rounds
+            count = -(-count // groups.pp_size) * groups.pp_size
         nothing = build_row([], length, mask_id, pad_id)
         rows = [_padded(row, length, pad_id) for row in built] + [nothing] * (count - len(built))
         return [row.to(platform.device()) for row in rows], length

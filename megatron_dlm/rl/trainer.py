@@ -83,7 +83,9 @@ class TraceRLTrainer:
         check_budget(self._largest_item(max(len(prompt.token_ids) for prompt in prompts)), rl.max_tokens_per_row)
         self.settings = dataclasses.replace(
             update_settings(self.rl, self.states, self.sampling.policy_temperature),
+            loss_chunk_size=session.parallel.loss_chunk_size,
             sees_rollout_states=self._sees_rollout_states(),
+            rows_multiple=session.rows_multiple,
         )
         self.learner = Learner(session, models, value or ValueConfig(), seed)
         self.collector = Collector(

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Plan, pack_parts, partition
 from megatron_dlm.diffusion.trace import Trace
+from megatron_dlm.model.head import target_policy
 from megatron_dlm.model.policy import Vocabulary, by_chunks, divergence, entropy, label_logprobs, policy_scores
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.parallel.groups import Groups
@@ -48,8 +49,10 @@ class UpdateSettings:
         old_logprobs: 'recomputed', 'rollout' or 'current' (config/objective.py).
         entropy_coef: weight of the entropy. distill_coef, distill_kl: of the divergence from the teacher.
         bf16_logprobs: whether log-probabilities are computed in bfloat16.
+        loss_chunk_size: of model/head.py; 0 for a table of the logits of all targets.
         sees_rollout_states: whether tokens are learned in the very states in which the rollout decided them.
         step: of RL. oldest_version: of the weights whose tokens are learned.
+        together: a response stays on one data rank. rows_multiple: of the number of rows (Session.rows_multiple).
     """
 
     objective: PolicyObjective
@@ -66,10 +69,17 @@ class UpdateSettings:
     distill_coef: float = 0.0
     distill_kl: str = "reverse"
     bf16_logprobs: bool = False
+    loss_chunk_size: int = 0
     sees_rollout_states: bool = True
     step: int = 0
     oldest_version: int = 0
     together: bool = False
+    rows_multiple: int = 1
+
+    @property
+    def head_chunk(self) -> int:
+        """`loss_chunk_size`, or 0 where the table is needed: rounded log-probabilities, a divergence from a teacher."""
+        return 0 if self.bf16_logprobs or self.distill_coef else self.loss_chunk_size
 
 
 def update_settings(rl: RLConfig, states: States, temperature: float) -> UpdateSettings:
@@ -114,7 +124,9 @@ def plan_updates(
     for members in partition(len(records), settings.num_updates, stream if settings.shuffle else None):
         chosen = [records[index] for index in members]
         loads = [graded.parts or (graded.load,) for graded in chosen]
-        plan = pack_parts(loads, settings.max_tokens_per_row, groups.dp_size, multiple, settings.together)
+        plan = pack_parts(
+            loads, settings.max_tokens_per_row, groups.data_size, multiple, settings.together, settings.rows_multiple
+        )
         updates.append((chosen, plan))
     return updates
 
@@ -123,17 +135,17 @@ def fetch(updates: list[tuple[list[Graded], Plan]], traces: Sequence[Trace], gro
     """For each update, the traces that this rank's rows need, by index into the update's records. Collective."""
     needs = [
         list(dict.fromkeys(index for row in plan.ranks[rank] for index in row))
-        for rank in range(groups.dp_size)
+        for rank in range(groups.data_size)
         for _, plan in updates
     ]
     per_update = len(updates)
-    data_ranks = gather_objects(groups.dp_rank)
+    data_ranks = gather_objects(groups.data_rank)
     wanted = [
         [updates[u][0][index] for u in range(per_update) for index in needs[data_rank * per_update + u]]
         for data_rank in data_ranks
     ]
     received = iter(deliver(wanted, traces, groups.rank))
-    return [{index: next(received) for index in needs[groups.dp_rank * per_update + u]} for u in range(per_update)]
+    return [{index: next(received) for index in needs[groups.data_rank * per_update + u]} for u in range(per_update)]
 
 
 def _logprobs(logits: Tensor, labels: Tensor, vocabulary: Vocabulary, settings: UpdateSettings, group) -> tuple:
@@ -148,11 +160,16 @@ def logprob_forward(vocabulary: Vocabulary, settings: UpdateSettings):
     """forward_step that returns each target's log-probability under the policy, [N] on the CPU."""
 
     def forward_step(rl_row: RLRow, model):
-        def loss_fn(logits: Tensor) -> Tensor:
-            group = model.module.pg_collection.tp
-            return _logprobs(logits, rl_row.row.targets.label, vocabulary, settings, group)[1].cpu()
+        labels = rl_row.row.targets.label
 
-        return model.module.forward_row(rl_row.row), loss_fn
+        def loss_fn(output: Tensor) -> Tensor:
+            if settings.head_chunk:
+                return target_policy(
+                    model.module, output, labels, settings.temperature, vocabulary, settings.head_chunk
+                )[0].cpu()
+            return _logprobs(output, labels, vocabulary, settings, model.module.pg_collection.tp)[1].cpu()
+
+        return model.module.forward_row(rl_row.row, headless=settings.head_chunk > 0), loss_fn
 
     return forward_step
 
@@ -161,9 +178,18 @@ def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings, teacher: Te
     """forward_step of training/step.py for the policy. Args: teacher: whose hidden states the rows carry."""
 
     def forward_step(rl_row: RLRow, model):
-        def loss_fn(logits: Tensor):
+        labels = rl_row.row.targets.label
+
+        def loss_fn(output: Tensor):
             group = model.module.pg_collection.tp
-            scores, logprob = _logprobs(logits, rl_row.row.targets.label, vocabulary, settings, group)
+            if settings.head_chunk:
+                logprob, entropies = target_policy(
+                    model.module, output, labels, settings.temperature, vocabulary, settings.head_chunk, True
+                )
+            else:
+                scores, logprob = _logprobs(output, labels, vocabulary, settings, group)
+                with torch.set_grad_enabled(settings.entropy_coef != 0):
+                    entropies = by_chunks(partial(entropy, group=group), scores)
 
             def cast(column: Tensor | None) -> Tensor | None:
                 return None if column is None else column.to(logprob.device, logprob.dtype)
@@ -179,10 +205,9 @@ def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings, teacher: Te
                 cast(rl_row.kl_weight),
                 cast(rl_row.reference_logprob),
                 cast(rl_row.sampling_logprob) if tis else None,
+                model.module.pg_collection.cp if rl_row.row.context is not None else None,
             )
             share = cast(rl_row.share)
-            with torch.set_grad_enabled(settings.entropy_coef != 0):
-                entropies = by_chunks(partial(entropy, group=group), scores)
             metrics["entropy"] = entropies.detach().sum()
             if settings.entropy_coef:
                 entropy_loss = -(share * entropies).sum()
@@ -202,7 +227,7 @@ def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings, teacher: Te
                 metrics[MISMATCH] = (logprob.detach() - cast(rl_row.rollout_logprob)).abs().sum()
             return loss, metrics
 
-        return model.module.forward_row(rl_row.row), loss_fn
+        return model.module.forward_row(rl_row.row, headless=settings.head_chunk > 0), loss_fn
 
     return forward_step
 

@@ -5,8 +5,8 @@
     update_value(value_state, [([ValueRow(row, ...), ...], length), ...], settings)
 
 Rows are those of the policy: a token's value is read in the state in which the token was decided. Advantages run over
-the whole trajectory of a response (rl/gae.py), so all its targets must be in the rows of one data-parallel rank in one
-update; they may be spread over several rows of it.
+the whole trajectory of a response (rl/gae.py), so all its targets must be in the rows of one data rank in one update;
+they may be spread over several rows of it, and over the context-parallel ranks that share these.
 
 With value V, old value V_old, return R and weight w of each target, the loss is
 
@@ -24,9 +24,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm.diffusion.rows import Row
+from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.rl.gae import step_gae
 from megatron_dlm.training.state import TrainState
 from megatron_dlm.training.step import forward_only, train_step
@@ -84,7 +86,11 @@ def values_of(state: TrainState, rows: Sequence[Row], length: int) -> list[Tenso
 
 
 def token_advantages(
-    rows: Sequence[Row], values: Sequence[Tensor] | None, rewarded: Mapping[int, Rewarded], settings: ValueSettings
+    rows: Sequence[Row],
+    values: Sequence[Tensor] | None,
+    rewarded: Mapping[int, Rewarded],
+    settings: ValueSettings,
+    context: dist.ProcessGroup | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Advantage and return of each target, from the old values.
 
@@ -92,6 +98,7 @@ def token_advantages(
         rows: all rows of this rank in one update.
         values: [N] for each of them; None on pipeline stages that compute no loss.
         rewarded: by the id that `Targets.response` has.
+        context: ranks that share these rows, and so the targets of a response; collective over them.
 
     Returns:
         (advantages, returns) for each row, float64 [N] on the CPU; zeros where there are no values.
@@ -103,13 +110,16 @@ def token_advantages(
         return [(torch.zeros(len(row.targets.slot), dtype=torch.float64),) * 2 for row in rows]
     where = [(row.targets.response.cpu().numpy(), row.targets.index.cpu().numpy()) for row in rows]
     read: dict[int, np.ndarray] = {}
-    for (response, index), value in zip(where, values, strict=True):
+    known = [(*at, value.double().numpy()) for at, value in zip(where, values, strict=True)]
+    if context is not None:
+        known = [one for rank in gather_objects(known, context) for one in rank]
+    for response, index, value in known:
         for id_ in np.unique(response).tolist():
             mine = response == id_
             old = read.setdefault(id_, np.full(len(rewarded[id_].steps), np.nan))
             if not np.isnan(old[index[mine]]).all() or len(np.unique(index[mine])) < mine.sum():
                 raise ValueError(f"a token of response {id_} is a target twice in one update")
-            old[index[mine]] = value.double().numpy()[mine]
+            old[index[mine]] = value[mine]
     found = {id_: _of_response(id_, rewarded[id_], old, settings) for id_, old in read.items()}
     pairs = []
     for response, index in where:

@@ -22,7 +22,8 @@ from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.rows import Row
 from megatron_dlm.diffusion.views import Item, masked_views
-from megatron_dlm.model.policy import Vocabulary, label_logprobs, policy_scores
+from megatron_dlm.model.head import target_policy
+from megatron_dlm.model.policy import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +82,21 @@ def largest_item(sample: Sample, grid: Grid) -> int:
     return length if grid.block_size is None else length + (length - first)
 
 
-def sft_forward(vocabulary: Vocabulary, num_tokens: int):
-    """forward_step of training/step.py for block SFT; a row's target weights are w(t), divided here by D."""
+def sft_forward(vocabulary: Vocabulary, num_tokens: int, loss_chunk_size: int = 0):
+    """forward_step of training/step.py for block SFT; a row's target weights are w(t), divided here by D.
+
+    Args:
+        loss_chunk_size: of model/head.py; 0 for a table of the logits of all targets.
+    """
 
     def forward_step(row: Row, model):
-        logits = model.module.forward_row(row)
+        output = model.module.forward_row(row, headless=loss_chunk_size > 0)
 
-        def loss_fn(logits: Tensor):
-            group = model.module.pg_collection.tp
-            logprob = label_logprobs(policy_scores(logits, 1.0, vocabulary, group), row.targets.label, group)
+        def loss_fn(output: Tensor):
+            logprob, _ = target_policy(model.module, output, row.targets.label, 1.0, vocabulary, loss_chunk_size)
             loss = -(row.targets.weight.to(logprob.dtype) * logprob).sum() / num_tokens
             return loss, {"targets": logprob.new_tensor(float(len(logprob))), "nll": -logprob.sum()}
 
-        return logits, loss_fn
+        return output, loss_fn
 
     return forward_step

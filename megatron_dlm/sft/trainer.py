@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +11,9 @@ from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.data.sampler import EpochSampler, Position
 from megatron_dlm.data.sft_data import Sample
+from megatron_dlm.diffusion.balance import load_of
 from megatron_dlm.diffusion.masking import MaskSchedule
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, check_budget, pack
+from megatron_dlm.diffusion.planner import check_budget, pack
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.sft.objective import largest_item, sft_forward, sft_items
 from megatron_dlm.training.ledger import Ledger, hold_state
@@ -21,7 +21,7 @@ from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report
 from megatron_dlm.training.setup import Session
 from megatron_dlm.training.state import TrainState
-from megatron_dlm.training.step import StepResult, train_step
+from megatron_dlm.training.step import ForwardStep, StepResult, train_step
 
 STAGE = "sft"
 
@@ -55,31 +55,35 @@ class SFTTrainer:
         """What a resumed run needs besides the TrainState; JSON can hold it."""
         return {"consumed_samples": self.consumed, "position": self.sampler.position.as_dict()}
 
-    def step(self) -> tuple[StepResult, int]:
-        """One optimizer step. Returns its result and the number of tokens in its rows, over all ranks."""
+    def rows(self) -> tuple[list[Row], int, ForwardStep]:
+        """The rows of the next update on this rank, their length, and what is computed on them."""
         samples = self.sampler.take(self.sft.global_batch_size)
-        words, groups = self.session.tokenizer, self.session.groups
+        session, words, groups = self.session, self.session.tokenizer, self.session.groups
         drawn = sft_items(
             samples,
             self.state.iteration,
             self.seed,
-            self.session.grid,
+            session.grid,
             self.schedule,
             words.pad_id,
             self.sft.loss_on_pad,
             self.sft.redraw_masks,
         )
-        loads = [Load(item.group, item.shared_length, item.own_length) for item in drawn.items]
-        plan = pack(loads, self.sft.max_tokens_per_row, groups.dp_size, math.lcm(ROW_MULTIPLE, groups.tp_size))
-        rows: list[Row] = [
-            build_row([(index, drawn.items[index]) for index in members], plan.length, words.mask_id, words.pad_id).to(
-                platform.device()
-            )
-            for members in plan.ranks[groups.dp_rank]
-        ]
-        result = train_step(self.state, rows, sft_forward(self.session.vocabulary, drawn.num_tokens), plan.length)
+        loads, budget = [load_of(item) for item in drawn.items], self.sft.max_tokens_per_row
+        plan = pack(loads, budget, groups.data_size, session.row_multiple, session.rows_multiple)
+        rows = []
+        for members in plan.ranks[groups.data_rank]:
+            items = [(index, drawn.items[index]) for index in members]
+            row, _ = session.sharing.part(build_row(items, plan.length, words.mask_id, words.pad_id))
+            rows.append(row.to(platform.device()))
         self.consumed += len(samples)
-        return result, plan.num_rows * plan.length
+        forward_step = sft_forward(session.vocabulary, drawn.num_tokens, session.parallel.loss_chunk_size)
+        return rows, session.sharing.length(plan.length), forward_step
+
+    def step(self) -> tuple[StepResult, int]:
+        """One optimizer step. Returns its result and the number of tokens in its rows, over all ranks."""
+        rows, length, forward_step = self.rows()
+        return train_step(self.state, rows, forward_step, length), self.session.groups.dp_size * len(rows) * length
 
     def run(self, report: Report, logging: LoggingConfig, pace: Pace) -> None:
         """Train to --train-iters, or as long as `pace` lets it."""

@@ -5,6 +5,7 @@ A `Session` is built once per process from the sections of the configuration. It
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate import check_model, check_parallel
 from megatron_dlm.config.validate_training import check_trained
 from megatron_dlm.data.tokenizer import Tokenizer
+from megatron_dlm.diffusion.context import Sharing
 from megatron_dlm.diffusion.layout import Grid
+from megatron_dlm.diffusion.planner import ROW_MULTIPLE
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
 from megatron_dlm.model.policy import Vocabulary
 from megatron_dlm.model.shape import model_shape, refused_overrides, resolve, transformer_config
@@ -66,6 +69,29 @@ class Session:
         """The absolute grid of the model's attention blocks; one block under full attention."""
         return Grid(self.model.block_size)
 
+    @property
+    def row_multiple(self) -> int:
+        """Lengths of rows are multiples of this."""
+        return math.lcm(ROW_MULTIPLE, self.groups.tp_size)
+
+    @property
+    def rows_multiple(self) -> int:
+        """Numbers of rows of an update on a rank are multiples of this: interleaved stages take turns in rounds."""
+        return 1 if self.parallel.num_virtual_stages_per_pipeline_rank is None else self.groups.pp_size
+
+    @property
+    def sharing(self) -> Sharing:
+        """How rows are shared under context parallelism."""
+        groups, model = self.groups, self.model
+        return Sharing(
+            groups.cp_size,
+            groups.cp_rank,
+            model.block_size,
+            self.row_multiple,
+            self.tokenizer.pad_id,
+            model.logit_shift,
+        )
+
     def train_state(self, optimizer: OptimizerConfig | None, train_iters: int) -> TrainState:
         """Build the policy's TrainState. Without an optimizer its parameters are frozen and it has no gradients.
         Collective.
@@ -107,10 +133,11 @@ class Session:
         """One line about the model and its layout."""
         count = sum(parameter.numel() for chunk in state.unwrapped_chunks() for parameter in chunk.parameters())
         groups = self.groups
+        context = f", context parallel {groups.cp_size}" if groups.cp_size > 1 else ""
         attention = "full attention" if self.model.full_attention else f"block size {self.model.block_size}"
         return (
             f"{count:,} parameters on this rank; {attention}; tensor x pipeline x data parallel "
-            f"{groups.tp_size} x {groups.pp_size} x {groups.dp_size}; {platform.device()}"
+            f"{groups.tp_size} x {groups.pp_size} x {groups.data_size}{context}; {platform.device()}"
         )
 
 

@@ -33,6 +33,7 @@ from torch import Tensor, UntypedStorage
 
 from megatron_dlm import platform
 from megatron_dlm.platform import memory
+from megatron_dlm.training.host_optimizer import device_masters, is_on_host
 from megatron_dlm.training.state import TrainState
 
 # Pinned memory is handed out in powers of two: one large buffer could take nearly twice what it holds.
@@ -186,6 +187,8 @@ def optimizer_tensors(state: TrainState) -> Iterator[Tensor]:
     for part in _parts(state.optimizer):
         for values in part.optimizer.state.values():
             yield from (value for value in values.values() if isinstance(value, Tensor))
+        if is_on_host(part.optimizer):
+            yield from device_masters(part.optimizer)
 
 
 def state_to_come(state: TrainState) -> int:
@@ -196,6 +199,10 @@ def state_to_come(state: TrainState) -> int:
         return 0
     owed = 0
     for part in _parts(state.optimizer):
+        if is_on_host(part.optimizer):
+            new = (master for master in device_masters(part.optimizer) if not part.optimizer.state)
+            owed += 2 * sum(master.nbytes for master in new)
+            continue
         for group in part.optimizer.param_groups:
             moments = 2 if "betas" in group else 1 if group.get("momentum") else 0
             new = (tensor for tensor in group["params"] if not part.optimizer.state.get(tensor))

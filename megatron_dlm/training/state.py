@@ -32,6 +32,7 @@ from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.parallel.groups import Groups
+from megatron_dlm.training.host_optimizer import MASTER, keep_on_host
 
 if TYPE_CHECKING:
     from megatron_dlm.training.sleep import Sleep
@@ -131,8 +132,8 @@ def forget_optimizer(state: TrainState) -> None:
         if one.optimizer is None:  # a rank may have no parameter for one of them
             continue
         for kept in one.optimizer.state.values():
-            for value in kept.values():
-                if isinstance(value, torch.Tensor):
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor) and name != MASTER:
                     value.zero_()
         for group in one.optimizer.param_groups:
             if "step" in group:
@@ -170,6 +171,11 @@ def _prepare_config(config: TransformerConfig, groups: Groups) -> None:
     if groups.pp_size > 1:
         config.pipeline_dtype = config.pipeline_dtype or config.params_dtype
         config.deallocate_pipeline_outputs = True
+    if config.virtual_pipeline_model_parallel_size is not None:
+        # Otherwise two stages send each other an activation and a gradient in one batch, and cannot tell which is which.
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+        # What is still being sent is given back: NCCL keeps its memory until then, gloo sends what is there afterwards.
+        config.deallocate_pipeline_outputs = platform.is_cuda()
 
 
 def _build_modules(builder: ModelBuilder, config: TransformerConfig, groups: Groups) -> list[nn.Module]:
@@ -238,6 +244,8 @@ def _build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
+    if wanted.optimizer_cpu_offload:
+        keep_on_host(megatron)
     return get_megatron_optimizer(megatron, chunks, use_gloo_process_groups=False, pg_collection=groups.pg_collection)
 
 

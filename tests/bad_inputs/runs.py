@@ -9,6 +9,8 @@ from tests.bad_inputs.bench import Bad, folder_at, line, remove, text, truncate
 SAME = json.dumps({"question": "1+1=", "ground_truth_answer": "2"}) + "\n"
 TWO = "--tensor-model-parallel-size 2"
 
+PLAN = "plan --model-preset tiny --vocab-size 300 --global-batch-size 4 "
+
 ENTRIES = [
     Bad(
         "a loss that is no number",
@@ -37,6 +39,17 @@ ENTRIES = [
     ),
     Bad("no empty step", "tracerl", "--max-empty-steps 0", "--max-empty-steps is 0"),
     Bad("an end of every zeroth step", "sft", "--exit-interval 0", "--exit-interval is 0"),
+    Bad("a plan for unknown hardware", PLAN + "--plan-hardware z80", says="z80"),
+    Bad("a plan for a file that is not there", PLAN + "--plan-hardware z80.yaml", says="z80.yaml"),
+    Bad("a plan for no process", PLAN + "--plan-world-size 0", says="--plan-world-size is 0"),
+    Bad(
+        "a plan for processes that do not divide",
+        PLAN + "--plan-world-size 3 --tensor-model-parallel-size 2",
+        says=("3 processes", "--tensor-model-parallel-size 2"),
+    ),
+    Bad("a plan of steps without tokens", PLAN + "--plan-tokens-per-step 0", says="--plan-tokens-per-step is 0"),
+    Bad("a plan that leaves no memory", PLAN + "--plan-reserve-gib 1000", says="--plan-reserve-gib 1000"),
+    Bad("a plan written nowhere", PLAN + "--plan-json tokenizer", says="--plan-json tokenizer"),
     Bad("a dry run of no process", "sft", "--dry-run --dry-run-world-size 0", "--dry-run-world-size is 0"),
     Bad("processes of no dry run", "tracerl", "--dry-run-world-size 2", "--dry-run-world-size needs --dry-run"),
     Bad(

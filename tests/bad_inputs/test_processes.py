@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pytest
 
 from tests.bad_inputs import bench
 from tests.bad_inputs.bench import BASES
-from tests.command_server import OF_A_JOB, ROOT
+from tests.command_server import OF_A_JOB, ROOT, Server
 
+LIMIT = 300  # seconds until a process is given up, on a machine that has much else to do
 PYTHON = [sys.executable, "-m", "megatron_dlm"]
 LAUNCHER = [
     sys.executable,
@@ -59,38 +61,29 @@ def start(words: list[str], folder: Path, limit: Callable[[], None] = lambda: No
 )
 def test_from_a_shell(words: str, kind: str, world: Path) -> None:
     process = start([*PYTHON, *shlex.split(words)], world)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == 2 and not stdout
     assert len(stderr.splitlines()) == 1 and stderr.startswith(f"{kind}: ")
 
 
-@pytest.mark.parametrize(
-    "words, says",
-    [
-        (
-            "--tensor-model-parallel-size 4",
-            "ConfigError: 2 processes cannot be split into --tensor-model-parallel-size 4",
-        ),
-        ("--save sft.jsonl", "ConfigError: --save sft.jsonl cannot be written to"),
-    ],
-)
-def test_under_torchrun_a_mistake_is_told_once(words: str, says: str, world: Path) -> None:
-    process = start([*LAUNCHER, *shlex.split(BASES["sft"] + " " + words)], world)
-    _, stderr = process.communicate(timeout=60)
+def test_under_torchrun_a_mistake_is_told_once(world: Path) -> None:
+    process = start([*LAUNCHER, *shlex.split(BASES["sft"] + " --save sft.jsonl")], world)
+    _, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode != 0
-    assert stderr.startswith(says) and stderr.count("ConfigError") == 1, stderr  # then the launcher speaks
+    assert stderr.startswith("ConfigError: --save sft.jsonl cannot be written to")
+    assert stderr.count("ConfigError") == 1, stderr  # then the launcher speaks
 
 
-def test_ctrl_c_is_one_line_and_loses_nothing(world: Path) -> None:
+def test_ctrl_c_is_one_line_and_loses_nothing(world: Path, server: Server, tmp_path: Path) -> None:
     before = bench.tree(world)
-    process = start([*PYTHON, *shlex.split(BASES["sft"] + " --train-iters 100000 --log-interval 1")], world)
-    for line in process.stdout:
-        if "iteration        3/" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.strip() == "Interrupted. What was saved can be resumed with --load."
+    words = shlex.split(BASES["sft"] + " --train-iters 100000 --log-interval 1")
+    process = server.start(words, world, tmp_path / "said")
+    while "iteration        3/" not in process.said()[0] and process.wait() is None:
+        time.sleep(0.01)
+    assert process.code is None, process.said()
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(LIMIT) == 130
+    assert process.said()[1].strip() == "Interrupted. What was saved can be resumed with --load."
     assert bench.lost(before, bench.tree(world), late=True) == []
 
 
@@ -100,7 +93,7 @@ def test_a_reader_that_has_gone(world: Path) -> None:
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.wait(timeout=LIMIT) == 128 + signal.SIGPIPE
 
 
 def test_a_disk_that_is_full_when_a_checkpoint_is_written(world: Path) -> None:
@@ -108,7 +101,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(world: Path) -> None:
     before = bench.tree(world)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     process = start([*PYTHON, *shlex.split(BASES["resume"])], world, limit)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == 2, stderr
     assert (
         stderr.startswith("ResourceError: The checkpoint ckpt/iter_0000003 could not be written")

@@ -18,6 +18,7 @@ from megatron_dlm import platform
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.rows import build_row
 from tests.diffusion.oracles import MASK_ID, PAD_ID, expected_fingerprints, random_group, row_fingerprints, trace_item
+from tests.harness import pool
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2"]
@@ -106,7 +107,24 @@ def test_without_a_gpu_it_says_what_it_needs() -> None:
     assert done.stderr.count("\n") == 1 and "needs a GPU" in done.stderr
 
 
-def test_the_cpu_passes_alone_and_in_two_processes(capsys) -> None:
+def forked(run: gpu_check.Run, order: Path) -> None:
+    """As gpu_check.start, in processes that need not import everything."""
+    platform.install()
+    from benchmarks import device_cases
+
+    pool(run.processes).run(device_cases.main, [str(order)])
+    pool(run.processes).close()  # it has left its job
+
+
+def as_started(run: gpu_check.Run) -> bool:
+    """The runs that the next test starts as a person does: one alone, and one by torchrun."""
+    return (run.precision == "fp32" and run.layout != "TP 2") or platform.is_cuda()
+
+
+def test_the_cpu_passes_alone_and_in_two_processes(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(
+        gpu_check, "start", lambda run, order, start=gpu_check.start: (start if as_started(run) else forked)(run, order)
+    )
     assert gpu_check.main(["--device", "cpu", "--precision", "fp32", "--processes", "2", *SMALL]) == 0
     table = capsys.readouterr().out
     assert table.count("PASS") == 72 and "FAIL" not in table
@@ -122,7 +140,9 @@ def test_the_cpu_passes_alone_and_in_two_processes(capsys) -> None:
     assert "fp32 TP 2" in table and "fp32 DP 2" in table
 
 
-def test_a_disturbed_candidate_fails(capsys) -> None:
+def test_a_disturbed_candidate_fails(capsys, monkeypatch) -> None:
+    if not platform.is_cuda():
+        monkeypatch.setattr(gpu_check, "start", forked)
     assert gpu_check.main(["--device", "cpu", "--precision", "fp32", "--disturb", "1e-3", *SMALL]) == 1
     table = capsys.readouterr().out
     for what in ("logits, sft", "gradients, sft", "log-probabilities", "steps: losses", "rollout, log-probabilities"):

@@ -30,9 +30,11 @@ TINY += ["--prompts", 3, "--samples", 4, "--response-length", 10, "--plain-every
 TINY += ["--budgets", 512, 16, "--page-sizes", 16, 3, "--repeats", 2]
 
 
-def test_every_contestant_makes_the_same_and_is_counted_for_what_it_did(tmp_path) -> None:
-    done = run("rollout.py", *TINY, "--json", tmp_path / "figures.json")
-    assert done.returncode == 0, done.stderr
+def test_every_contestant_makes_the_same_and_is_counted_for_what_it_did(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code = rollout.main([*map(str, TINY), "--json", str(tmp_path / "figures.json")])
+    said = capsys.readouterr()
+    assert code == 0, said.err
     figures = json.loads((tmp_path / "figures.json").read_text())
     prompts = [5 + int(n * math.sqrt(2) % 1 * 16) for n in range(3)]
     assert len(set(prompts)) == 3 and all(5 <= length <= 20 for length in prompts)
@@ -64,7 +66,7 @@ def test_every_contestant_makes_the_same_and_is_counted_for_what_it_did(tmp_path
         assert found["1 running"]["passes"] > found["engine"]["passes"] >= max(steps) // 4
     static, dynamic = ({one["name"]: one["steps"] for one in result["contestants"]} for result in figures["results"])
     assert dynamic["engine"] < static["engine"]
-    assert done.stdout.count("times as fast as the plain loop") == 2 and "limit" not in done.stdout
+    assert said.out.count("times as fast as the plain loop") == 2 and "limit" not in said.out
 
 
 BAD = {

@@ -39,7 +39,23 @@ def told(model: dict, parallel: dict, *rest) -> str | None:
         (GROUPS, TP2_SP, None),
         (dict(DENSE, full_attention=True, block_size=None), {}, None),
         (dict(DENSE, logit_shift=1), {}, None),
-        (MOE, dict(expert_model_parallel_size=2), ["--expert-model-parallel-size 2", "generation", "Use 1"]),
+        (MOE, dict(expert_model_parallel_size=2), None),
+        (MOE, dict(expert_model_parallel_size=4, expert_tensor_parallel_size=1, **TP2_SP), None),
+        (
+            dict(MOE, num_experts=6),
+            dict(expert_model_parallel_size=3, expert_tensor_parallel_size=1, **TP2_SP),
+            [
+                "--tensor-model-parallel-size 2",
+                "3 x 1",
+                "in two groups",
+                "Make one of 2 and 3 a multiple of the other.",
+            ],
+        ),
+        (
+            dict(MOE, moe_ffn_hidden_size=33),
+            dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1, **TP2_SP),
+            None,  # whole experts of an odd width
+        ),
     ],
 )
 def test_an_engine_in_the_layout_of_training(model, parallel, words) -> None:
@@ -67,8 +83,14 @@ def test_an_engine_in_the_layout_of_training(model, parallel, words) -> None:
         (DENSE, {}, {EP: 2}, 2, [f"{FLAG_EP} 2", "needs a model with experts"]),
         (MOE, dict(expert_model_parallel_size=2), {EP: 1}, 2, None),
         (MOE, dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1, **TP2_SP), {TP: 1, EP: 1}, 2, None),
-        (MOE, dict(expert_model_parallel_size=2), {}, 2, ["--expert-model-parallel-size 2", f"Add {FLAG_EP} 1"]),
-        (MOE, {}, {EP: 2}, 2, [f"{FLAG_EP} 2", "yet", "Use 1"]),
+        (MOE, dict(expert_model_parallel_size=2), {}, 2, None),
+        (MOE, {}, {EP: 2}, 2, None),
+        (MOE, dict(expert_model_parallel_size=2), {EP: 4, TP: 2}, 4, None),
+        (MOE, {}, {EP: 3}, 3, [f"{FLAG_EP} 3", "8 experts", "Use 1, 2, 4 or 8."]),
+        (MOE, {}, {EP: 4}, 2, ["2 processes", f"{FLAG_EP} 4", "multiple of 4", f"{FLAG_EP} 1"]),
+        (MOE, TP2_SP | dict(expert_model_parallel_size=2), {}, 4, None),
+        (dict(MOE, num_experts=6), {}, {EP: 3, TP: 2}, 6, [f"{FLAG_TP} 2", "3 x 1", f"or use {FLAG_EP} 1."]),
+        (MOE, dict(expert_model_parallel_size=2), {"rollout_backend": "sglang"}, 2, None),
         (dict(MOE, moe_ffn_hidden_size=33), {}, {TP: 2}, 2, ["width 33", "2 tensor-parallel", FLAG_TP]),
     ],
 )  # fmt: skip

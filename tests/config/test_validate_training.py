@@ -95,6 +95,11 @@ def expect(message, words):
         (dict(lr_warmup_iters=99), None),
         (dict(lr_warmup_iters=5, lr_decay_iters=5), ["--lr-warmup-iters 5", "--lr-decay-iters"]),
         (dict(lr_decay_iters=0), ["--lr-decay-iters is 0"]),
+        (dict(optimizer_offload_fraction=0.5), ["--optimizer-offload-fraction 0.5", "--optimizer-cpu-offload"]),
+        (dict(overlap_cpu_optimizer_d2h_h2d=True), ["--overlap-cpu-optimizer-d2h-h2d", "--optimizer-cpu-offload"]),
+        (dict(optimizer_cpu_offload=True, optimizer_offload_fraction=0.5, overlap_cpu_optimizer_d2h_h2d=True), None),
+        (dict(optimizer_cpu_offload=True, optimizer_offload_fraction=0.0), ["--optimizer-offload-fraction is 0.0"]),
+        (dict(optimizer_cpu_offload=True, optimizer_offload_fraction=1.1), ["--optimizer-offload-fraction is 1.1"]),
     ],
 )
 def test_optimizer(values, words):
@@ -133,6 +138,9 @@ def test_checkpoint(values, words):
         (dict(), dict(optimizer="sgd"), dict(), None),
         (dict(), dict(), dict(use_distributed_optimizer=True), None),
         (dict(), dict(optimizer="sgd"), dict(use_distributed_optimizer=True), ["--optimizer adam only, not sgd"]),
+        (dict(bf16=True), dict(optimizer_cpu_offload=True), dict(use_distributed_optimizer=True), None),
+        (dict(bf16=True), dict(optimizer_cpu_offload=True), dict(), ["needs --bf16 and --use-distributed-optimizer"]),
+        (dict(), dict(optimizer_cpu_offload=True), dict(use_distributed_optimizer=True), ["needs --bf16"]),
     ],
 )
 def test_what_is_trained(model, optimizer, parallel, words):

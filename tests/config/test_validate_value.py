@@ -54,17 +54,22 @@ def test_a_warm_up_needs_a_schedule_that_is_longer() -> None:
         check_value_schedule(dataclasses.replace(warm, value_lr_decay_iters=3), 5)
 
 
-def test_every_field_of_the_optimizer_is_the_value_models_own_but_its_rule() -> None:
+def test_every_field_of_the_optimizer_is_the_value_models_own_but_its_rule_and_its_place() -> None:
     names = [field.name for field in dataclasses.fields(OptimizerConfig)]
     of_value = {field.name for field in dataclasses.fields(ValueConfig)}
     own = {name: n + 0.5 for n, name in enumerate(names) if f"value_{name}" in of_value}
-    made = optimizer_config(
-        ValueConfig(**{f"value_{name}": number for name, number in own.items()}),
-        OptimizerConfig(optimizer="sgd", sgd_momentum=0.9),
+    policys = dict(
+        optimizer="sgd",
+        sgd_momentum=0.9,
+        optimizer_cpu_offload=True,
+        optimizer_offload_fraction=0.5,
+        overlap_cpu_optimizer_d2h_h2d=True,
     )
-    assert set(names) - set(own) == {"optimizer", "sgd_momentum"}
-    assert {name: getattr(made, name) for name in own} == own
-    assert (made.optimizer, made.sgd_momentum) == ("sgd", 0.9)
+    made = optimizer_config(
+        ValueConfig(**{f"value_{name}": number for name, number in own.items()}), OptimizerConfig(**policys)
+    )
+    assert set(names) - set(own) == set(policys)
+    assert {name: getattr(made, name) for name in names} == own | policys
 
 
 @pytest.mark.parametrize(("use", "warmup", "updates"), [(True, 3, 28), (True, 0, 40), (False, 3, 40)])

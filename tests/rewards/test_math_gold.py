@@ -86,9 +86,9 @@ def test_bases_and_powers_of_units(truth, answer, correct):
 
 
 def many() -> list[tuple[str, str]]:
-    """4,096 pairs of an answer and a ground truth, right and wrong ones: many whole numbers, and some of all kinds."""
-    pairs = [(f"{n:,}" if n % 5 else f"x = {n}.", f"{n - n % 2}") for n in range(3328)]
-    for n in range(1, 257):
+    """1,024 pairs of an answer and a ground truth, right and wrong ones: many whole numbers, and some of all kinds."""
+    pairs = [(f"{n:,}" if n % 5 else f"x = {n}.", f"{n - n % 2}") for n in range(832)]
+    for n in range(1, 65):
         pairs += [
             (f"\\frac{{{n}}}{{{n % 7 + 2}}}", f"{n}/{n % 7 + 2 + n % 3 // 2}"),
             (f"{n / 4}", f"\\frac{{{n}}}{{{4 + n % 2}}}"),
@@ -99,10 +99,10 @@ def many() -> list[tuple[str, str]]:
 
 def test_many_at_once_get_the_verdicts_that_they_get_one_by_one():
     pairs = many()
-    assert len(pairs) == 4096
+    assert len(pairs) == 1024
     alone = [judge(boxed(answer), truth, {}) for answer, truth in pairs]
     with make_scorer("math", workers=2, timeout=20.0) as scorer:
         together = scorer.score([(_ask(truth), boxed(answer)) for answer, truth in pairs])
     assert together == alone
-    assert 1000 < sum(verdict.correct for verdict in alone) < 3500
+    assert 250 < sum(verdict.correct for verdict in alone) < 875
     assert {verdict.reason for verdict in alone} == {"match", "mismatch"}

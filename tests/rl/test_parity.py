@@ -36,7 +36,7 @@ SETTINGS = UpdateSettings(
 def logprobs(logits: torch.Tensor, labels: torch.Tensor, bf16: bool) -> torch.Tensor:
     """Of a model that says nothing but `logits`."""
     tp = SimpleNamespace(tp=None)
-    model = SimpleNamespace(module=SimpleNamespace(forward_row=lambda row: logits, pg_collection=tp))
+    model = SimpleNamespace(module=SimpleNamespace(forward_row=lambda row, headless: logits, pg_collection=tp))
     row = SimpleNamespace(row=SimpleNamespace(targets=SimpleNamespace(label=labels)))
     settings = dataclasses.replace(SETTINGS, bf16_logprobs=bf16)
     output, loss = logprob_forward(vocabulary(), settings)(row, model)

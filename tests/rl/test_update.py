@@ -104,6 +104,19 @@ def run(settings: UpdateSettings, traces: list[Trace]) -> tuple[dict[str, float]
     return metrics, {name: parameter.main_grad.clone() for name, parameter in state().named_parameters()}, len(rows)
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.2])
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_chunks_of_the_head_do_not_change_an_update(chunk: int, entropy_coef: float) -> None:
+    found = [
+        run(dataclasses.replace(SETTINGS, entropy_coef=entropy_coef, loss_chunk_size=size), responses())
+        for size in (0, chunk)
+    ]
+    (table, by_table, _), (chunked, by_chunks, _) = found
+    assert table["entropy"] > 1 and ("entropy_loss" in table) == bool(entropy_coef)
+    assert chunked == pytest.approx(table, rel=1e-10, abs=1e-12)
+    assert furthest(by_chunks, by_table) < 1e-10
+
+
 def in_two_versions(traces: list[Trace]) -> list[Trace]:
     """The same, begun by weights of version 1 and ended by version 2: of one response all, of another nothing."""
     ages = [0, 3, 2, 5, 100, 1, 4, 6, 3, 2, 1, 2]

@@ -99,6 +99,23 @@ def test_is_the_loss_of_single_blocks(block: int, per: str, loss_on_pad: bool) -
     assert furthest(grads, gradients(model, loss)) < 1e-10
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_chunks_of_the_head_do_not_change_an_update(chunk: int, tied: bool) -> None:
+    one = make_state(torch.float64, untie_embeddings_and_output_weights=not tied)
+    drawn = sft_items(samples(), STEP, SEED, Grid(4), MaskSchedule(), PAD_ID, True)
+    rows = [build_row([(0, item)], 64, MASK_ID, PAD_ID).to(platform.device()) for item in drawn.items[:3]] + [
+        build_row([], 64, MASK_ID, PAD_ID).to(platform.device())
+    ]  # and one without targets
+    found = []
+    for size in (0, chunk):
+        metrics = accumulate_gradients(one, rows, sft_forward(vocabulary(), drawn.num_tokens, size), 64)
+        found.append((metrics, {name: parameter.main_grad.clone() for name, parameter in one.named_parameters()}))
+    (table, by_table), (chunked, by_chunks) = found
+    assert table["targets"] > 7 and chunked == pytest.approx(table, rel=1e-12)
+    assert furthest(by_chunks, by_table) < 1e-11
+
+
 @pytest.mark.parametrize("budget", [40, 64, 96])
 def test_rows_do_not_change_an_update(budget: int) -> None:
     metrics, grads, _, one = packed(samples(), 4, MaskSchedule(), True)

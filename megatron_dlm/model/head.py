@@ -1,0 +1,200 @@
+"""The output layer and the policy's softmax as one operation: log-probabilities of labels without a table of logits.
+
+With a vocabulary of 150,000 the logits of a row's targets are larger than anything else in training, and its loss needs
+several tables of that size. Here only a tile of them is there at a time, as large as the logits of `chunk_size`
+targets:
+
+  forward   goes through the targets, `chunk_size` at a time, over the rank's whole shard of the vocabulary. Of each
+            target it keeps the largest score, the sum of exponentials, the label's score and, for the entropy, the
+            mean score; over tensor-parallel ranks these meet at the end, in one MAX and one SUM for all targets.
+  backward  goes through the shard, a run of tokens at a time, over all targets, and computes their logits again. The
+            log-normaliser is known, so no tile needs another: the weight's gradient of a run of tokens is a single
+            product, written once into its place, and the gradient of the hidden states is the sum over the runs, in
+            fp32. It needs no collective; who copied the hidden states to the ranks sums their gradients.
+
+Between the two there are the hidden states, the weight, and a few numbers for each target. The price is that the logits
+are computed twice. (megatron-core's fused linear cross entropy is for some GPUs only, and has neither temperature,
+nor entropy, nor tokens that are left out.)
+
+Invariants (tests/model/test_head.py): values and gradients are those of model/policy.py on the whole table, whatever
+the chunk size and the number of shards; nothing of N x V elements is made.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron_dlm.model.policy import (
+    Vocabulary,
+    by_chunks,
+    entropy,
+    exclude_,
+    label_logprobs,
+    policy_scores,
+    scores_of_tokens,
+)
+
+RUN = 64  # the runs of tokens of the backward pass are multiples of this, which matrix products like
+
+
+def target_policy(
+    model: nn.Module,
+    output: Tensor,
+    labels: Tensor,
+    temperature: Tensor | float,
+    vocabulary: Vocabulary,
+    chunk_size: int,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`label_policy` under the head of a model, or the same from its logits.
+
+    Args:
+        model: the last pipeline stage of a `BlockDiffusionModel`.
+        output: of its `forward_row`: headless, [N, h], or with chunk_size 0 the logits [N, V / TP], whose table is then
+            kept.
+    """
+    group = model.pg_collection.tp
+    if not chunk_size:
+        scores = policy_scores(output, temperature, vocabulary, group)
+        logprob = label_logprobs(scores, labels, group)
+        return logprob, by_chunks(partial(entropy, group=group), scores) if with_entropy else None
+    hidden = copy_to_tensor_model_parallel_region(output, group)
+    return label_policy(hidden, model.head_weight(), labels, temperature, vocabulary, group, chunk_size, with_entropy)
+
+
+def label_policy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: Tensor | float,
+    vocabulary: Vocabulary,
+    group: dist.ProcessGroup | None,
+    chunk_size: int,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each label under the policy (model/policy.py) that a linear head makes of hidden states.
+
+    Args:
+        hidden: [N, h], through `copy_to_tensor_model_parallel_region` where the head is sharded. weight: [V / TP, h].
+        labels: int64 [N].
+        temperature: a positive number, or [N] of them; not differentiated.
+        group: of the shards; None means unsharded.
+        chunk_size: targets whose logits may be there at the same time, at least 1.
+
+    Returns:
+        The log-probabilities [N] and, if asked for, the entropies of the policy in nats [N], in fp32 or better; the
+        same on all ranks, differentiable once in hidden states and weight.
+    """
+    return _LabelPolicy.apply(hidden, weight, labels, temperature, vocabulary, group, chunk_size, with_entropy)
+
+
+class _LabelPolicy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, vocabulary, group, chunk_size, with_entropy):
+        first = 0 if group is None else dist.get_rank(group) * len(weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(wide)
+        highest, total, moment, picked = hidden.new_zeros((4, len(hidden)), dtype=wide)
+        # Finite, so that a shard of nothing but padding adds zeros, and not the difference of two infinities.
+        lowest = torch.finfo(wide).min / 4
+        for start in range(0, len(hidden), chunk_size):
+            part = slice(start, start + chunk_size)
+            scores = _scores(hidden[part], weight, _part(temperature, part), vocabulary, first)
+            place, here = _places(labels[part], first, len(weight))
+            label_scores = scores.gather(1, place[:, None])[:, 0]
+            picked[part] = torch.where(here, label_scores, torch.zeros_like(label_scores))
+            highest[part] = scores.amax(-1).clamp_(min=lowest)
+            scores.sub_(highest[part, None])
+            weights = scores.exp() if with_entropy else scores.exp_()
+            total[part] = weights.sum(-1)
+            if with_entropy:
+                moment[part] = weights.mul_(exclude_(scores, vocabulary, first, 0.0)).sum(-1)
+            del scores, weights  # before the next tile is made
+        if group is not None and dist.get_world_size(group) > 1:
+            own = highest.clone()
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+            below = own - highest
+            share = below.exp()
+            sums = torch.stack([picked, share * total, share * (moment + below * total)][: 3 if with_entropy else 2])
+            dist.all_reduce(sums, group=group)
+            picked, total, moment = (*sums, moment)[:3]
+        log_normaliser = total.log() + highest
+        entropies = total.log() - moment / total if with_entropy else None
+        scale = temperature if isinstance(temperature, Tensor) else None
+        ctx.save_for_backward(hidden, weight, labels, log_normaliser, entropies, scale)
+        ctx.rest = (None if scale is not None else temperature, vocabulary, first, chunk_size)
+        ctx.set_materialize_grads(False)
+        return picked - log_normaliser, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_logprob, by_entropy):
+        hidden, weight, labels, log_normaliser, entropies, scale = ctx.saved_tensors
+        number, vocabulary, first, chunk_size = ctx.rest
+        temperature = number if scale is None else scale
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden, dtype=log_normaliser.dtype) if for_hidden else None
+        grad_weight = torch.empty_like(weight) if for_weight else None
+        # The gradient of a score s_j of a target with probabilities p, label l and entropy H is
+        # g (1[j = l] - p_j) - e p_j (log p_j + H), g and e being those of log p_l and H; of a logit that over T.
+        by_label = torch.zeros_like(log_normaliser) if by_logprob is None else by_logprob / temperature
+        by_mean = None if by_entropy is None else by_entropy / temperature
+        run = _run_length(len(hidden), len(weight), chunk_size)
+        for start in range(0, len(weight), run):
+            rows = weight[start : start + run]
+            logprob = _scores(hidden, rows, temperature, vocabulary, first + start).sub_(log_normaliser[:, None])
+            if by_mean is None:
+                grad = logprob.exp_().mul_(-by_label[:, None])
+            else:
+                grad = logprob.exp()
+                grad.mul_(logprob.add_(entropies[:, None]).mul_(-by_mean[:, None]).sub_(by_label[:, None]))
+            del logprob
+            place, here = _places(labels, first + start, len(rows))
+            grad.scatter_add_(1, place[:, None], torch.where(here, by_label, torch.zeros_like(by_label))[:, None])
+            grad = exclude_(grad, vocabulary, first + start, 0.0).to(weight.dtype)
+            if for_weight:
+                torch.mm(grad.t(), hidden, out=grad_weight[start : start + run])
+            if for_hidden:
+                _add_product_(grad_hidden, grad, rows)
+            del grad
+        return (None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, *[None] * 6)
+
+
+def _scores(hidden: Tensor, rows: Tensor, temperature: Tensor | float, vocabulary: Vocabulary, first: int) -> Tensor:
+    """Policy scores [N, W] of the tokens from `first` on, whose rows of the weight are given."""
+    return scores_of_tokens(F.linear(hidden, rows), temperature, vocabulary, first, overwrite=True)
+
+
+def _part(temperature: Tensor | float, part: slice) -> Tensor | float:
+    return temperature[part] if isinstance(temperature, Tensor) else temperature
+
+
+def _places(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """Column of each label among `width` tokens from `first` on, and whether it is there at all (else some column)."""
+    local = labels - first
+    return local.clamp(0, width - 1), (local >= 0) & (local < width)
+
+
+def _run_length(targets: int, width: int, chunk_size: int) -> int:
+    """Tokens of the vocabulary whose logits for all targets take no more than those of `chunk_size` targets for all
+    tokens."""
+    if targets <= chunk_size:
+        return width
+    run = max(1, chunk_size * width // targets)
+    return run if run < RUN else run // RUN * RUN
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the precision of `total`, which may be higher than that of the factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

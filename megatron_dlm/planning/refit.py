@@ -1,0 +1,173 @@
+"""The traffic of a refit: which bytes each rank sends and receives when the engine gets new weights.
+
+What a rank trains and what its engine needs is read off the built models, as rollout/refit.py does it in a run; who
+sends what to whom is the real plan (rollout/reshard_plan.py). Ranks that are alike have the same shards, so the shards
+of one are those of all; of a large job, a smaller one with the same model-parallel sizes is planned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import nn
+
+from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.config.rollout import EngineConfig
+from megatron_dlm.planning.world import Place, engine_sizes, place_of
+from megatron_dlm.rollout.refit import _first_expert, _is_buffer, _shard, _slots
+from megatron_dlm.rollout.reshard_plan import Shard, bytes_of, canonical, is_expert, plan_refit
+from megatron_dlm.training.state import TrainState, global_names
+
+MOST_RANKS = 128  # that a plan is made for
+MOST_SHARDS = 100_000  # of all their engines
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A tensor of the rollout model, whose cut is known from the trained one of that name. `tensor`, `expert_tensor`:
+    (index, parts) of this rank in the groups that share tensors.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_buffer: bool
+    tensor: tuple[int, int]
+    expert_tensor: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What one rank trains, and what its engine needs."""
+
+    trained: tuple[Shard, ...]
+    wanted: tuple[Wanted, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Of one rank in one refit, in bytes.
+
+    Attributes:
+        shared: of the engine's weights that are training storage. own: of those that have storage of their own.
+        received, sent, copied: from and to other ranks, and within the rank. `sent` is a mean over alike ranks.
+    """
+
+    shared: int
+    own: int
+    received: int
+    sent: int
+    copied: int
+
+
+def weights_of(state: TrainState, model: nn.Module) -> Weights:
+    """Args: model: of the engine of this rank, on the meta device."""
+    groups = state.groups.pg_collection
+    found = {}
+    for chunk in state.unwrapped_chunks():
+        rename, first = global_names(chunk), _first_expert(chunk)
+        for name, tensor in chain(chunk.named_parameters(), chunk.named_buffers()):
+            found[canonical(rename(name), first)] = tensor
+    if getattr(model, "share_embeddings_and_output_weights", False):
+        found.pop("output_layer.weight", None)
+    here = model.pg_collection
+    place = lambda group: (group.rank(), group.size())
+    return Weights(
+        tuple(_shard(name, tensor, groups) for name, tensor in found.items()),
+        tuple(
+            Wanted(
+                slot.name,
+                tuple(slot.owner[slot.key].shape),
+                slot.owner[slot.key].dtype,
+                _is_buffer(slot),
+                place(here.tp),
+                place(here.expt_tp),
+            )
+            for slot in _slots(model)
+        ),
+    )
+
+
+def own_bytes(weights: Weights) -> int:
+    """Of the engine's weights that are not training storage of the rank: without knowing the other ranks."""
+    trained = {shard.name: shard for shard in weights.trained}
+    needs = _needed(weights, trained)
+    shared = sum(bytes_of(shard) for shard in needs if shard.name in trained and shard.part == trained[shard.name].part)
+    return sum(map(bytes_of, needs)) - shared
+
+
+def refit_traffic(
+    weights: Mapping[tuple[int, ...], tuple[Place, Weights]],
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    world_size: int,
+    ranks_per_host: int,
+) -> dict[tuple[int, ...], Traffic]:
+    """Traffic of each place.
+
+    Args:
+        weights: by `Place.key`, of all distinct places.
+    """
+    most = max(len(one.wanted) for _, one in weights.values())
+    ranks = _ranks(parallel, engine, world_size, min(MOST_RANKS, MOST_SHARDS // max(1, most)))
+    keys = [place_of(rank, ranks, parallel, engine).key for rank in range(ranks)]
+    if any(key not in weights for key in keys):
+        ranks, keys = world_size, [place_of(rank, world_size, parallel, engine).key for rank in range(world_size)]
+    known = {shard.name: shard for _, one in weights.values() for shard in one.trained}
+    needs = {key: _needed(one, known) for key, (_, one) in weights.items()}
+    plan = plan_refit(
+        [weights[key][1].trained for key in keys],
+        [needs[key] for key in keys],
+        engine.refit_bucket_mib * 2**20,
+        ranks_per_host,
+    )
+    received, sent, copied = [0] * ranks, [0] * ranks, [0] * ranks
+    for copy in chain.from_iterable(plan.batches):
+        received[copy.target] += copy.nbytes
+        sent[copy.source] += copy.nbytes
+    for copy in plan.local:
+        copied[copy.target] += copy.nbytes
+    found = {}
+    for key in weights:
+        alike = [rank for rank in range(ranks) if keys[rank] == key]
+        if not alike:
+            continue
+        first = alike[0]
+        shared = sum(bytes_of(shard) for shard in needs[key] if shard.name in plan.shared[first])
+        whole = sum(bytes_of(shard) for shard in needs[key])
+        mean_sent = round(sum(sent[rank] for rank in alike) / len(alike))
+        found[key] = Traffic(shared, whole - shared, received[first], mean_sent, copied[first])
+    return found
+
+
+def _ranks(parallel: ParallelConfig, engine: EngineConfig, world_size: int, most: int) -> int:
+    """The largest job of the same model-parallel sizes with at most so many ranks, at least one of each."""
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    shard = tensor if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
+    rollout, rollout_experts = engine_sizes(parallel, engine)
+    unit = math.lcm(
+        tensor * parallel.context_parallel_size * stages,
+        parallel.expert_model_parallel_size * shard * stages,
+        rollout * stages,
+        rollout_experts,
+    )
+    return min(world_size, max(unit, most // unit * unit))
+
+
+def _needed(weights: Weights, known: Mapping[str, Shard]) -> list[Shard]:
+    """As rollout/refit.py describes an engine's tensors. Buffers that only the engine has are its own affair."""
+    shards = []
+    for one in weights.wanted:
+        trained = known.get(one.name)
+        if trained is None and one.is_buffer:
+            continue
+        if trained is None or trained.dim is None:
+            shards.append(Shard(one.name, one.shape, one.dtype))
+            continue
+        index, parts = one.expert_tensor if is_expert(one.name) else one.tensor
+        shards.append(replace(trained, shape=one.shape, dtype=one.dtype, index=index, parts=parts))
+    return shards
