@@ -97,6 +97,11 @@ def open_teacher(session, rl: RLConfig):
     state = _frozen(session, folder, model, "--teacher-load")
     grid = Grid(session.grid.block_size, rl.grid_anchor)
     teacher = Teacher(state, model, grid, rl.shrinkage, rl.max_tokens_per_row)
+    if session.groups.cp_size > 1 and teacher.shares_rows and model.logit_shift != session.model.logit_shift:
+        raise ConfigError(
+            f"--teacher-load {folder} and this model read their logits at different tokens, which are not on the same "
+            "process with --context-parallel-size. Use 1, or a teacher of the same kind."
+        )
     if rl.rl_method in DRAWN and not teacher.knows_any_state:
         blocks = "full attention" if model.full_attention else f"blocks of {model.block_size}"
         raise ConfigError(

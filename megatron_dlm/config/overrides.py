@@ -62,8 +62,7 @@ _REFUSED = {
         "apply_rope_fusion",
         "fused_single_qkv_rope",
     ),
-    "context parallelism has a flag of its own, --context-parallel-size": (
-        "context_parallel_size",
+    "the layers of this package have a context parallelism of their own": (
         "cp_comm_type",
         "hierarchical_context_parallel_sizes",
         "hybrid_context_parallel",

@@ -49,8 +49,8 @@ class ParallelConfig(LayoutConfig):
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass already runs."""
     loss_chunk_size: int = 512
-    """Number of targets whose logits are in memory at the same time in the loss, whose backward pass computes them again.
-    0 computes them once and keeps those of all targets of a row."""
+    """Number of targets whose logits are in memory at the same time in the loss, whose backward pass computes them
+    again. 0 computes them once and keeps those of all targets of a row."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Save activation memory by computing again in the backward pass: parts of each layer (selective), or whole layers
     (full). The value model does as the policy."""

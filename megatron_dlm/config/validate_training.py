@@ -71,8 +71,8 @@ def check_trained(model: ModelConfig, optimizer: OptimizerConfig, parallel: Para
         )
     if optimizer.optimizer_cpu_offload and not (model.bf16 and parallel.use_distributed_optimizer):
         raise ConfigError(
-            "--optimizer-cpu-offload needs --bf16 and --use-distributed-optimizer, because what it moves are the master "
-            "weights of bf16 models and their moments. Add both, or leave it out."
+            "--optimizer-cpu-offload needs --bf16 and --use-distributed-optimizer, because it moves the master weights "
+            "of bf16 models and their moments. Add both, or leave it out."
         )
 
 
@@ -224,7 +224,7 @@ def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig
     blocks = evaluation.eval_block_size
     if blocks is not None and (not blocks or len(set(blocks)) != len(blocks) or min(blocks) < 1):
         raise ConfigError(
-            f"--eval-block-size {' '.join(map(str, blocks)) or '(empty)'} must name each block once, of at least 1 token."
+            f"--eval-block-size {' '.join(map(str, blocks)) or '(empty)'} must name each block once, each 1 or more."
         )
     if blocks is not None and rollout.rollout_backend == "sglang":
         raise ConfigError(

@@ -94,7 +94,7 @@ class TrainState:
 
     @property
     def module(self) -> nn.Module:
-        """The first chunk, without its data-parallel wrapper: the whole model unless there are virtual pipeline stages."""
+        """The first chunk, without its data-parallel wrapper: the whole stage but for virtual ones."""
         return self.chunks[0].module
 
     def unwrapped_chunks(self) -> list[nn.Module]:
@@ -172,7 +172,7 @@ def _prepare_config(config: TransformerConfig, groups: Groups) -> None:
         config.pipeline_dtype = config.pipeline_dtype or config.params_dtype
         config.deallocate_pipeline_outputs = True
     if config.virtual_pipeline_model_parallel_size is not None:
-        # Otherwise two stages send each other an activation and a gradient in one batch, and cannot tell which is which.
+        # Otherwise two stages send each other an activation and a gradient in one batch, and take one for the other.
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
         # What is still being sent is given back: NCCL keeps its memory until then, gloo sends what is there afterwards.
         config.deallocate_pipeline_outputs = platform.is_cuda()

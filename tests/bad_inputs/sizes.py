@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.bad_inputs.bench import Bad
 
 TP, PP, EP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size"
+CP, VPP = "--context-parallel-size", "--num-virtual-stages-per-pipeline-rank"
 ROLLOUT_TP, ROLLOUT_EP = "--rollout-tensor-model-parallel-size", "--rollout-expert-model-parallel-size"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 "
 
@@ -33,6 +34,8 @@ ENTRIES = [
     Bad("no tensor parallel", "sft", f"{TP} 0", f"{TP} is 0"),
     Bad("stages that do not divide the layers", "sft", f"{PP} 3", (f"{PP} 3", "1 or 2")),
     Bad("sequence parallel on one process", "sft", "--sequence-parallel", "--sequence-parallel"),
+    Bad("virtual stages of one stage", "sft", f"{VPP} 2", (f"{VPP} 2", f"{PP} 2 or more")),
+    Bad("context parallel over one process", "tracerl", f"{CP} 2", (f"{CP} 2", "multiple of 2")),
     Bad("expert parallel without experts", "sft", f"{EP} 2", f"{EP} 2"),
     Bad("expert parallel that does not divide", "sft", f"{EXPERTS}{EP} 3", f"{EP} 3"),
     Bad("expert parallel in rollouts", "tracerl", f"{EXPERTS}{ROLLOUT_EP} 2", (f"{ROLLOUT_EP} 2", "1 processes")),
