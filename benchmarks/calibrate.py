@@ -45,17 +45,17 @@ def measure(where: torch.device, seconds: float = 1.0) -> Hardware:
     a, b = draw(large, large), draw(large, large)
     best = 2 * large**3 / _fastest(lambda: a @ b, where, seconds)
     x, w = draw(rows, width), draw(wide, width)
-    typical = 2 * rows * width * wide / _usual(lambda: F.linear(x, w), where, seconds)
+    typical = 2 * rows * width * wide / _fastest(lambda: F.linear(x, w), where, seconds)
     source = torch.ones((2**30 if gpu else 2**27) // 4, device=where)
     target = torch.empty_like(source)
     copied = 2 * source.numel() * 4 / _fastest(lambda: target.copy_(source), where, seconds)
     hidden = draw(rows, width)
-    summed = 3 * hidden.numel() * hidden.element_size() / _usual(lambda: hidden + x, where, seconds)
+    summed = 3 * hidden.numel() * hidden.element_size() / _fastest(lambda: hidden + x, where, seconds)
     heads, dim, tokens = 8, 64 if not gpu else 128, 512 * scale
     q, k, v = (draw(1, heads, tokens, dim) for _ in range(3))
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=where).tril()
     attention = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    attended = 4 * heads * dim * tokens**2 / _usual(attention, where, seconds)
+    attended = 4 * heads * dim * tokens**2 / _fastest(attention, where, seconds)
     bandwidth = max(copied, summed)
     one = draw(8, width)
     weight = draw(width, width)
@@ -67,7 +67,7 @@ def measure(where: torch.device, seconds: float = 1.0) -> Hardware:
         for _ in range(20):
             y = y + one
 
-    start = _usual(small_layer, where, seconds)
+    start = _fastest(small_layer, where, seconds)
     memory = torch.cuda.get_device_properties(where).total_memory if gpu else _host_memory()
     return Hardware(
         name=torch.cuda.get_device_name(where) if gpu else f"this CPU, {torch.get_num_threads()} threads",
@@ -86,11 +86,8 @@ def measure(where: torch.device, seconds: float = 1.0) -> Hardware:
 
 
 def _fastest(work: Callable[[], object], where: torch.device, seconds: float) -> float:
+    """The least of many calls: what other programs take of the machine is not its own."""
     return min(_times(work, where, seconds))
-
-
-def _usual(work: Callable[[], object], where: torch.device, seconds: float) -> float:
-    return statistics.median(_times(work, where, seconds))
 
 
 def _times(work: Callable[[], object], where: torch.device, seconds: float) -> list[float]:
@@ -139,7 +136,7 @@ PROMPTS, SAMPLES, PROMPT, RESPONSE, BUDGET = 2, 4, 64, 64, 2048
 
 
 def comparison(hardware: Hardware, where: torch.device, repeats: int = 2) -> str:
-    """A table: seconds predicted and measured (the median), and their ratio. One process, one device."""
+    """A table: seconds predicted and measured (the fastest of a few), and their ratio. One process, one device."""
     from benchmarks.common import PACKED
     from benchmarks.rl_report import markdown
     from benchmarks.update_worker import Bench, Job
@@ -180,7 +177,7 @@ def comparison(hardware: Hardware, where: torch.device, repeats: int = 2) -> str
     }
     lines = [("phase", "predicted, s", "measured, s", "predicted / measured", "most of it is")]
     for name, times in measured.items():
-        seconds = statistics.median(times)
+        seconds = min(times)
         bound = (second if name == "old_logprobs" else cost).phases[name].bound
         lines.append((name, f"{predicted[name]:.2f}", f"{seconds:.2f}", f"{predicted[name] / seconds:.2f}", bound))
     rows = cost.phases["train"].facts
