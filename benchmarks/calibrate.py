@@ -24,6 +24,7 @@ def main(compare: bool, device: str = "auto") -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a GPU that torch can use, and there is none.", file=sys.stderr)
         return 2
+    torch.set_num_threads(1)
     where = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
     hardware = measure(where)
     print(as_yaml(hardware, where))
@@ -43,19 +44,19 @@ def measure(where: torch.device, seconds: float = 1.0) -> Hardware:
     draw = lambda *shape: torch.randn(*shape, device=where, dtype=dtype)
     large = 8192 if gpu else 1536
     a, b = draw(large, large), draw(large, large)
-    best = 2 * large**3 / _fastest(lambda: a @ b, where, seconds)
+    best = 2 * large**3 / _seconds(lambda: a @ b, where, seconds)
     x, w = draw(rows, width), draw(wide, width)
-    typical = 2 * rows * width * wide / _fastest(lambda: F.linear(x, w), where, seconds)
+    typical = 2 * rows * width * wide / _seconds(lambda: F.linear(x, w), where, seconds)
     source = torch.ones((2**30 if gpu else 2**27) // 4, device=where)
     target = torch.empty_like(source)
-    copied = 2 * source.numel() * 4 / _fastest(lambda: target.copy_(source), where, seconds)
+    copied = 2 * source.numel() * 4 / _seconds(lambda: target.copy_(source), where, seconds)
     hidden = draw(rows, width)
-    summed = 3 * hidden.numel() * hidden.element_size() / _fastest(lambda: hidden + x, where, seconds)
+    summed = 3 * hidden.numel() * hidden.element_size() / _seconds(lambda: hidden + x, where, seconds)
     heads, dim, tokens = 8, 64 if not gpu else 128, 512 * scale
     q, k, v = (draw(1, heads, tokens, dim) for _ in range(3))
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=where).tril()
     attention = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    attended = 4 * heads * dim * tokens**2 / _fastest(attention, where, seconds)
+    attended = 4 * heads * dim * tokens**2 / _seconds(attention, where, seconds)
     bandwidth = max(copied, summed)
     one = draw(8, width)
     weight = draw(width, width)
@@ -67,10 +68,10 @@ def measure(where: torch.device, seconds: float = 1.0) -> Hardware:
         for _ in range(20):
             y = y + one
 
-    start = _fastest(small_layer, where, seconds)
+    start = _seconds(small_layer, where, seconds)
     memory = torch.cuda.get_device_properties(where).total_memory if gpu else _host_memory()
     return Hardware(
-        name=torch.cuda.get_device_name(where) if gpu else f"this CPU, {torch.get_num_threads()} threads",
+        name=torch.cuda.get_device_name(where) if gpu else "this CPU, one thread",
         memory_bytes=float(memory),
         bf16_flops=best,
         memory_bandwidth=bandwidth,
@@ -85,22 +86,23 @@ def measure(where: torch.device, seconds: float = 1.0) -> Hardware:
     )
 
 
-def _fastest(work: Callable[[], object], where: torch.device, seconds: float) -> float:
-    """The least of many calls: what other programs take of the machine is not its own."""
-    return min(_times(work, where, seconds))
+def _seconds(work: Callable[[], object], where: torch.device, seconds: float) -> float:
+    """Of a call, the median. On a CPU it is the time of this process alone, whatever else runs there."""
+    return statistics.median(_times(work, where, seconds))
 
 
 def _times(work: Callable[[], object], where: torch.device, seconds: float) -> list[float]:
     """Of single calls, for so long; at least three."""
     work()
+    clock = time.perf_counter if where.type == "cuda" else time.process_time
     found: list[float] = []
     end = time.perf_counter() + seconds
     while len(found) < 3 or (time.perf_counter() < end and len(found) < 1000):
         _wait(where)
-        began = time.perf_counter()
+        began = clock()
         work()
         _wait(where)
-        found.append(time.perf_counter() - began)
+        found.append(clock() - began)
     return found
 
 
@@ -135,8 +137,10 @@ MODEL = dict(
 PROMPTS, SAMPLES, PROMPT, RESPONSE, BUDGET = 2, 4, 64, 64, 2048
 
 
-def comparison(hardware: Hardware, where: torch.device, repeats: int = 2) -> str:
-    """A table: seconds predicted and measured (the fastest of a few), and their ratio. One process, one device."""
+def comparison(hardware: Hardware, where: torch.device, repeats: int = 3) -> str:
+    """A table: seconds predicted and measured (the median), and their ratio. One process, one device; on a CPU
+    one thread, and the time of the process alone.
+    """
     from benchmarks.common import PACKED
     from benchmarks.rl_report import markdown
     from benchmarks.update_worker import Bench, Job
@@ -155,12 +159,17 @@ def comparison(hardware: Hardware, where: torch.device, repeats: int = 2) -> str
     bench = Bench(job)
     measured: dict[str, list[float]] = {"rollout": [], "old_logprobs": [], "train": []}
     bench.generate("static", 8)
+    own = lambda wall, cpu: 1.0 if gpu else cpu / wall  # the share of the time that this process had
     for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
         generated = bench.generate("static")
+        share = own(time.perf_counter() - wall, time.process_time() - cpu)
+        measured["rollout"].append(generated.seconds * share)
+        wall, cpu = time.perf_counter(), time.process_time()
         updated = bench.update(PACKED, generated.traces, None)
-        measured["rollout"].append(generated.seconds)
-        measured["old_logprobs"].append(updated.seconds["old log-probs"])
-        measured["train"].append(updated.seconds["forward+backward"] + updated.seconds["optimizer"])
+        share = own(time.perf_counter() - wall, time.process_time() - cpu)
+        measured["old_logprobs"].append(updated.seconds["old log-probs"] * share)
+        measured["train"].append((updated.seconds["forward+backward"] + updated.seconds["optimizer"]) * share)
     copies = statistics.mean(_copies(trace, 4) for trace in generated.traces)
     work = Workload(
         prompts=PROMPTS, samples=SAMPLES, prompt_length=PROMPT, responses=(RESPONSE * scale,), block_size=4,
@@ -177,7 +186,7 @@ def comparison(hardware: Hardware, where: torch.device, repeats: int = 2) -> str
     }
     lines = [("phase", "predicted, s", "measured, s", "predicted / measured", "most of it is")]
     for name, times in measured.items():
-        seconds = min(times)
+        seconds = statistics.median(times)
         bound = (second if name == "old_logprobs" else cost).phases[name].bound
         lines.append((name, f"{predicted[name]:.2f}", f"{seconds:.2f}", f"{predicted[name] / seconds:.2f}", bound))
     rows = cost.phases["train"].facts
