@@ -96,7 +96,8 @@ def open_teacher(session, rl: RLConfig):
         raise ConfigError(f"--teacher-load {folder} does not fit this run. {error}") from None
     state = _frozen(session, folder, model, "--teacher-load")
     grid = Grid(session.grid.block_size, rl.grid_anchor)
-    teacher = Teacher(state, model, grid, rl.shrinkage, rl.max_tokens_per_row)
+    budget = rl.max_tokens_per_row // session.groups.cp_size  # its own rows are not shared
+    teacher = Teacher(state, model, grid, rl.shrinkage, budget)
     if session.groups.cp_size > 1 and teacher.shares_rows and model.logit_shift != session.model.logit_shift:
         raise ConfigError(
             f"--teacher-load {folder} and this model read their logits at different tokens, which are not on the same "

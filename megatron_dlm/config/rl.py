@@ -20,7 +20,8 @@ class RLConfig(ObjectiveConfig):
     num_steps_per_rollout: int | None = None
     """Updates per RL step; give this or --global-batch-size."""
     max_tokens_per_row: int = 4096
-    """Token budget of a packed row, noisy copies included."""
+    """Token budget of a packed row, noisy copies included; under context parallelism of the whole row, of which
+    each process holds a part."""
     min_group_accuracy: float = 0.2
     """Leave out groups whose share of right responses is lower."""
     max_group_accuracy: float = 0.8

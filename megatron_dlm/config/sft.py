@@ -17,7 +17,8 @@ class SFTConfig:
     global_batch_size: int = 128
     """Samples per optimizer step, over all processes."""
     max_tokens_per_row: int = 4096
-    """Token budget of a packed row, noisy copies included."""
+    """Token budget of a packed row, noisy copies included; under context parallelism of the whole row, of which
+    each process holds a part."""
     seq_length: int | None = None
     """Longest sample in tokens, prompt and response together; longer ones are left out and counted. The model's
     positions when it is not given."""

@@ -21,6 +21,7 @@ Invariants (tests/diffusion/test_context.py):
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -28,10 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Layout, predecessors
+from megatron_dlm.diffusion.layout import CLEAN, PADDING, Layout, predecessors
 from megatron_dlm.diffusion.rows import Context, Row, Targets
-
-_PADDING = {"group": PADDING, "response": PROMPT, "view": CLEAN, "block": 0, "position": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +95,20 @@ def deal(layout: Layout, ranks: int, capacity: int) -> list[np.ndarray]:
     start = np.full(len(size), np.iinfo(np.int64).max)
     np.minimum.at(start, unit, columns["position"][slots])  # the finished text before a block is all there
     area = size * (start + size)
-    tokens, work = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
     rank_of = np.empty(len(size), np.int64)
-    for one in np.lexsort((np.arange(len(size)), -area)):
-        fits = np.flatnonzero(tokens + size[one] <= capacity)
-        if not len(fits):
-            raise ValueError(f"a block of {size[one]} tokens has no room on {ranks} ranks of {capacity} tokens")
-        rank = fits[np.lexsort((tokens[fits], work[fits]))[0]]
+    least = [(0, 0, rank) for rank in range(ranks)]  # a heap: area, tokens, rank
+    sizes, areas = size.tolist(), area.tolist()
+    for one in np.argsort(-area, kind="stable").tolist():
+        full = []
+        while least and least[0][1] + sizes[one] > capacity:
+            full.append(heapq.heappop(least))
+        if not least:
+            raise ValueError(f"a block of {sizes[one]} tokens has no room on {ranks} ranks of {capacity} tokens")
+        work, tokens, rank = least[0]
         rank_of[one] = rank
-        tokens[rank] += size[one]
-        work[rank] += area[one]
+        heapq.heapreplace(least, (work + areas[one], tokens + sizes[one], rank))
+        for other in full:
+            heapq.heappush(least, other)
     return [slots[rank_of[unit] == rank] for rank in range(ranks)]
 
 
@@ -129,13 +132,13 @@ def share_row(row: Row, ranks: int, rank: int, length: int, pad_id: int, logit_s
     kept = torch.nonzero(place[read] >= 0)[:, 0]
     targets = Targets(*(getattr(row.targets, field.name)[kept] for field in fields(Targets)))
     context = Context(
-        _joined([_padded(_taken(row.layout, torch.from_numpy(slots)), width) for slots in clean]),
+        _joined([_taken(row.layout, torch.from_numpy(slots)).padded(width) for slots in clean]),
         width,
         place[torch.from_numpy(clean[rank])],
     )
     part = Row(
         F.pad(row.tokens[mine], (0, length - len(mine)), value=pad_id),
-        _padded(_taken(row.layout, mine), length),
+        _taken(row.layout, mine).padded(length),
         dataclasses.replace(targets, slot=place[read[kept]]),
         context,
     )
@@ -144,11 +147,6 @@ def share_row(row: Row, ranks: int, rank: int, length: int, pad_id: int, logit_s
 
 def _taken(layout: Layout, slots: Tensor) -> Layout:
     return Layout(*(getattr(layout, field.name)[slots] for field in fields(Layout)))
-
-
-def _padded(layout: Layout, length: int) -> Layout:
-    missing = length - len(layout.group)
-    return Layout(**{name: F.pad(getattr(layout, name), (0, missing), value=value) for name, value in _PADDING.items()})
 
 
 def _joined(layouts: list[Layout]) -> Layout:

@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PROMPT = -1  # `response` of the prompt's full blocks, which the whole group shares
 CLEAN = 0  # `view` of finished text
 PADDING = -1  # `group` of a padding token
+_PADDING_TOKEN = {"group": PADDING, "response": PROMPT, "view": CLEAN, "block": 0, "position": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,18 @@ class Layout:
     position: Tensor
 
     def to(self, device: torch.device) -> Layout:
-        return Layout(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Layout(*(moved(getattr(self, field.name), device) for field in fields(self)))
+
+    def padded(self, length: int) -> Layout:
+        """The same with padding behind it, `length` tokens in all."""
+        missing = length - len(self.group)
+        filled = (F.pad(getattr(self, name), (0, missing), value=value) for name, value in _PADDING_TOKEN.items())
+        return Layout(*filled)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; on the host only when it is all there, which torch leaves open otherwise."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,11 +46,13 @@ class Plan:
             rank (empty rows fill up).
         length: T, tokens of every row.
         parts: shaped like `ranks`, which part of the item each entry is; None where items are whole.
+        tokens: those of all rows together, padding left out.
     """
 
     ranks: tuple[tuple[tuple[int, ...], ...], ...]
     length: int
     parts: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    tokens: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -98,24 +100,28 @@ def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 
         num_ranks: data-parallel size.
         multiple_of: T is rounded up to a multiple of this (sequence parallelism, kernels), but never above the budget's
             own multiple.
-        rows_multiple: every rank gets a multiple of so many rows (interleaved pipeline stages).
+        rows_multiple: every rank gets a multiple of so many rows (interleaved pipeline stages). Groups are then cut
+            where that leaves fewer tokens to compute, for rows that nobody fills are computed like others.
 
     Raises:
         ConfigError: an item does not fit a row.
     """
     largest = max((load.shared + load.own for load in loads), default=0)
     check_budget(largest, budget)
-    bundles = sorted(
-        _bundles(loads, min(budget, _fair_share(loads, largest, num_ranks))),
-        key=lambda bundle: (-bundle.tokens, bundle.items),
-    )
     unit = num_ranks * rows_multiple
-    num_rows = max(unit, _round_up(math.ceil(sum(b.tokens for b in bundles) / budget), unit))
-    while (rows := _fill(bundles, num_rows, budget)) is None:
-        num_rows += unit
-    length = _round_up(max(row.tokens for row in rows), multiple_of) or multiple_of
-    rows = _balanced(bundles, num_rows, min(length, budget)) or rows
-    return Plan(tuple(tuple(tuple(row.items) for row in mine) for mine in _deal(rows, num_ranks)), length)
+    found = []
+    for share in _shares(rows_multiple):
+        most = max(largest, -(-_tokens(loads) // (num_ranks * share)))  # so that every rank has something to do
+        bundles = _sorted(_bundles(loads, min(budget, most)))
+        num_rows = max(unit, _round_up(math.ceil(sum(bundle.tokens for bundle in bundles) / budget), unit))
+        while (rows := _fill(bundles, num_rows, budget)) is None:
+            num_rows += unit
+        length = _round_up(max(row.tokens for row in rows), multiple_of) or multiple_of
+        found.append((num_rows * length, share, length, bundles, rows))
+    _, _, length, bundles, rows = min(found, key=lambda one: one[:2])
+    rows = _balanced(bundles, len(rows), min(length, budget)) or rows
+    dealt = tuple(tuple(tuple(row.items) for row in mine) for mine in _deal(rows, num_ranks))
+    return Plan(dealt, length, tokens=sum(bundle.tokens for bundle in bundles))
 
 
 def pack_parts(
@@ -141,13 +147,13 @@ def pack_parts(
     named = lambda which: tuple(
         tuple(tuple(places[index][which] for index in row) for row in rows) for rows in plan.ranks
     )
-    return Plan(named(0), plan.length, named(1))
+    return Plan(named(0), plan.length, named(1), plan.tokens)
 
 
 def _pack_together(
     loads: list[Load], owners: Sequence[int], budget: int, num_ranks: int, multiple_of: int, rows_multiple: int
 ) -> Plan:
-    """Owners are dealt out, the largest first, to the rank that has least to do; then each rank fills its rows. An
+    """Owners are dealt out, the largest first, to the rank that has fewest tokens; then each rank fills its rows. An
     owner that is larger than a fair share makes the other ranks wait for it.
 
     Args:
@@ -164,30 +170,47 @@ def _pack_together(
         rank = min(range(num_ranks), key=tokens.__getitem__)
         dealt[rank] += mine[owner]
         tokens[rank] += size[owner]
-    bundles = []
-    for indices in dealt:
-        found = _bundles([loads[index] for index in indices], budget)
-        named = [_Bundle([indices[item] for item in bundle.items], bundle.tokens, bundle.area) for bundle in found]
-        bundles.append(sorted(named, key=lambda bundle: (-bundle.tokens, bundle.items)))
-    num_rows = _round_up(max(1, math.ceil(max(tokens) / budget)), rows_multiple)
-    while None in (rows := [_fill(one, num_rows, budget) for one in bundles]):
-        num_rows += rows_multiple
-    longest = max(row.tokens for filled in rows for row in filled)
-    length = _round_up(longest, multiple_of) or multiple_of
-    even = [_balanced(one, num_rows, min(length, budget)) or filled for one, filled in zip(bundles, rows)]
-    return Plan(tuple(tuple(tuple(row.items) for row in _deal(filled, 1)[0]) for filled in even), length)
+    found = []
+    for share in _shares(rows_multiple):
+        bundles = []
+        for indices in dealt:
+            mine_loads = [loads[index] for index in indices]
+            largest = max((load.shared + load.own for load in mine_loads), default=0)
+            most = budget if rows_multiple == 1 else min(budget, max(largest, -(-_tokens(mine_loads) // share)))
+            named = [
+                _Bundle([indices[item] for item in bundle.items], bundle.tokens, bundle.area)
+                for bundle in _bundles(mine_loads, most)
+            ]
+            bundles.append(_sorted(named))
+        fullest = max(sum(bundle.tokens for bundle in one) for one in bundles)
+        num_rows = _round_up(max(1, math.ceil(fullest / budget)), rows_multiple)
+        while None in (rows := [_fill(one, num_rows, budget) for one in bundles]):
+            num_rows += rows_multiple
+        length = _round_up(max(row.tokens for filled in rows for row in filled), multiple_of) or multiple_of
+        found.append((num_rows * length, share, length, bundles, rows))
+    _, _, length, bundles, rows = min(found, key=lambda one: one[:2])
+    even = [_balanced(one, len(filled), min(length, budget)) or filled for one, filled in zip(bundles, rows)]
+    ranks = tuple(tuple(tuple(row.items) for row in _deal(filled, 1)[0]) for filled in even)
+    return Plan(ranks, length, tokens=sum(bundle.tokens for one in bundles for bundle in one))
+
+
+def _shares(rows_multiple: int) -> list[int]:
+    """Into how many shares of its tokens a rank's groups may be cut."""
+    return [1] if rows_multiple == 1 else [rows_multiple * 2**power for power in range(4)]
+
+
+def _sorted(bundles: list[_Bundle]) -> list[_Bundle]:
+    """The longest first."""
+    return sorted(bundles, key=lambda bundle: (-bundle.tokens, bundle.items))
+
+
+def _tokens(loads: Sequence[Load]) -> int:
+    """Of all items, the prompt of a group once."""
+    return sum(load.own for load in loads) + sum({load.group: load.shared for load in loads}.values())
 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _fair_share(loads: list[Load], largest: int, num_ranks: int) -> int:
-    """Tokens that no bundle should exceed, so that every rank has something to do although a cut group stores its
-    prompt again.
-    """
-    total = sum(load.own for load in loads) + sum({load.group: load.shared for load in loads}.values())
-    return max(largest, -(-total // num_ranks))
 
 
 def _bundles(loads: list[Load], budget: int) -> list[_Bundle]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Layout
+from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Layout, moved
 from megatron_dlm.diffusion.views import Item
 
 
@@ -24,8 +24,9 @@ from megatron_dlm.diffusion.views import Item
 class Targets:
     """The N tokens of a row that are predicted; each a tensor [N].
 
-    slot: int64, where in the row the token is read. label: int64, the token. weight: float64, its share of the update's
-        loss.
+    slot: int64, where in the row the token is hidden, and read by a model without a logit shift; in a part of a
+        row (diffusion/context.py) where the model reads it. label: int64, the token. weight: float64, its share of the
+        update's loss.
     response: int64, which item (an id that the caller gave). index: int64, offset of the token in that item's response.
     """
 
@@ -36,7 +37,7 @@ class Targets:
     index: Tensor
 
     def to(self, device: torch.device) -> Targets:
-        return Targets(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Targets(*(moved(getattr(self, field.name), device) for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Context:
     slot: Tensor
 
     def to(self, device: torch.device) -> Context:
-        return Context(self.clean.to(device), self.width, self.slot.to(device, non_blocking=True))
+        return Context(self.clean.to(device), self.width, moved(self.slot, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Row:
 
     def to(self, device: torch.device) -> Row:
         context = None if self.context is None else self.context.to(device)
-        tokens = self.tokens.to(device, non_blocking=True)
+        tokens = moved(self.tokens, device)
         return Row(tokens, self.layout.to(device), self.targets.to(device), context)
 
 

@@ -110,17 +110,18 @@ class ContextAttention:
         self.dense = DenseAttention(layout, Layout(*keys))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        both = torch.cat([k, v], dim=-1)  # [T, 1, kv heads, 2 d]
-        everything = torch.cat([self._clean_of_all(both), both.index_select(0, self.own)])
-        return self.dense(layer, q, *everything.chunk(2, dim=-1), scale)
+        if self.context.width:  # of this row some rank has clean text
+            clean = self._clean_of_all(*(x.index_select(0, self.context.slot) for x in (k, v)))
+        else:
+            clean = k[:0], v[:0]
+        k, v = (torch.cat([text, x.index_select(0, self.own)]) for text, x in zip(clean, (k, v)))
+        return self.dense(layer, q, k, v, scale)
 
-    def _clean_of_all(self, both: Tensor) -> Tensor:
-        """[T, ...] -> the clean tokens of all ranks, [ranks * C, ...]."""
-        if not self.context.width:  # of this row no rank has any
-            return both[:0]
-        mine = both.index_select(0, self.context.slot)
-        missing = both.new_zeros(self.context.width - len(mine), *both.shape[1:])
-        return gather_from_sequence_parallel_region(torch.cat([mine, missing]), group=self.group)
+    def _clean_of_all(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """This rank's clean keys and values, [n, 1, kv heads, d] -> those of all ranks, [ranks * C, ...]."""
+        mine = torch.cat([k, v], dim=-1)
+        missing = mine.new_zeros(self.context.width - len(mine), *mine.shape[1:])
+        return gather_from_sequence_parallel_region(torch.cat([mine, missing]), group=self.group).chunk(2, dim=-1)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -193,7 +193,7 @@ def _run_length(targets: int, width: int, chunk_size: int) -> int:
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the precision of `total`, which may be higher than that of the factors."""
+    """total += left @ right, summed in the precision of `total`; the product has that of its factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

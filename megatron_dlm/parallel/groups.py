@@ -6,8 +6,9 @@ that everything above gets as an argument. Nothing outside this folder asks mega
 Ranks are laid out as in Megatron, fastest first: tensor, context, expert, data, pipeline. So the ranks of one pipeline
 group agree in their tensor, context, expert and data coordinates; together they hold one whole (tensor-sharded) model,
 or several virtual stages of it each. The ranks of a context-parallel group hold the same parameters, like data-parallel
-ones, but share the rows of one data rank. The
-rollout layout has all layers on each rank, and its own tensor and expert sizes: ranks that follow each other are a
+ones, but share the rows of one data rank.
+
+The rollout layout has all layers on each rank, and its own tensor and expert sizes: ranks that follow each other are a
 model, and with the sizes of training a rank has the tensor and expert shards that it trains, so refit moves only what
 its pipeline stage lacks.
 

@@ -83,13 +83,14 @@ class Learner:
             token_rewards: rewards of single tokens, which then make the advantages in the place of those given.
         """
         groups, words, sharing = self.session.groups, self.session.tokenizer, self.session.sharing
+        settings = dataclasses.replace(settings, rows_multiple=self.session.rows_multiple)
         if self.models.value is not None or token_rewards is not None:  # computed from all tokens of a response
             settings = dataclasses.replace(settings, together=True)
         updates = plan_updates(learned, settings, groups, stream(self.seed, "partition", settings.step))
         prepared = []
         for number, ((records, plan), mine) in enumerate(zip(updates, fetch(updates, traces, groups))):
-            rows = build_rows(records, plan, mine, advantages, settings, groups.data_rank, words.mask_id, words.pad_id)
-            rows, length = [row.part(sharing) for row in rows], sharing.length(plan.length)
+            place = (groups.data_rank, words.mask_id, words.pad_id, sharing)
+            rows, length = build_rows(records, plan, mine, advantages, settings, *place), sharing.length(plan.length)
             value_rows: list[ValueRow] = []
             if self.models.value is not None or token_rewards is not None:
                 rewarded = self._rewarded(records, mine, advantages, settings, token_rewards)

@@ -57,7 +57,7 @@ class PolicyObjective:
         kl_weight: Tensor | None = None,
         reference_logprob: Tensor | None = None,
         sampling_logprob: Tensor | None = None,
-        context: dist.ProcessGroup | None = None,
+        cp_group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one row of N targets in U units, and sums of its metrics.
 
@@ -70,7 +70,7 @@ class PolicyObjective:
             reference_logprob: [N], of the frozen policy that KL holds on to; None for the old one.
             sampling_logprob: [N], under the distribution that the tokens were drawn from; for `tis`, where each target
                 is a unit.
-            context: ranks that share the row. With units of several targets each of them has all U units, with some of
+            cp_group: ranks that share the row. With units of several targets each of them has all U units, with some of
                 their targets; then it returns its share of the loss and of what is summed over units.
 
         Returns:
@@ -79,7 +79,7 @@ class PolicyObjective:
         """
         old = logprob.detach() if old_logprob is None else old_logprob
 
-        shared = context if unit is not None else None
+        shared = cp_group if unit is not None else None
         ranks = 1 if shared is None else shared.size()
 
         def of_units(values: Tensor) -> Tensor:
@@ -93,12 +93,10 @@ class PolicyObjective:
         clipped = ratio.clamp(1 - self.eps_clip, 1 + self.eps_clip_high)
         surrogate = torch.minimum(ratio * advantage, clipped * advantage)
         metrics = {
-            "targets": torch.full_like(ratio.sum(), float(logprob.numel())),
             "units": torch.full_like(ratio.sum(), float(advantage.numel())),
             "advantage": advantage.sum(),
             "advantage_squared": advantage.square().sum(),
             "ratio": ratio.sum(),
-            "ratio_max": torch.cat([ratio.new_zeros(1), ratio]).max(),
             "pg_clipfrac": (clipped * advantage < ratio * advantage).to(ratio.dtype).sum(),
             "ppo_kl": (-delta).sum(),
             "k3": kl(delta, "k3").sum(),
@@ -120,8 +118,12 @@ class PolicyObjective:
         kl_loss = ((weight if kl_weight is None else kl_weight) * kl(distance, self.kl_type)).sum()
         metrics |= {"pg_loss": pg_loss, "kl_loss": kl_loss}
         loss = (self.policy_coef * pg_loss + self.kl_coef * kl_loss) / ranks
-        whole = ("targets", "ratio_max")
-        return loss, {name: value.detach() / (1 if name in whole else ranks) for name, value in metrics.items()}
+        own = {
+            "targets": torch.full_like(loss, float(logprob.numel())),
+            "ratio_max": torch.cat([ratio.new_zeros(1), ratio]).max(),
+        }
+        shares = {name: value / ranks for name, value in metrics.items()}
+        return loss, {name: value.detach() for name, value in (own | shares).items()}
 
 
 def kl(delta: Tensor, estimator: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -50,18 +50,6 @@ class RLRow:
     reference_logprob: Tensor | None = None
     teacher_hidden: Tensor | None = None
 
-    def part(self, sharing: Sharing) -> RLRow:
-        """This rank's part of a row that was just built; of units with several targets all ranks keep the columns."""
-        if sharing.ranks == 1:
-            return self
-        row, kept = sharing.part(self.row.to(torch.device("cpu")))
-        kept = kept.to(platform.device())
-        own = ("unit", "coefficient", "share", "rollout_logprob", "sampling_logprob")
-        if self.unit is None:
-            own += ("advantage", "weight", "kl_weight")
-        columns = {name: column[kept] for name in own if (column := getattr(self, name)) is not None}
-        return replace(self, row=row.to(platform.device()), **columns)
-
 
 def build_rows(
     records: Sequence[Graded],
@@ -69,9 +57,10 @@ def build_rows(
     traces: Mapping[int, Trace],
     advantages: Mapping[tuple[str, int], float],
     settings,
-    dp_rank: int,
+    data_rank: int,
     mask_id: int,
     pad_id: int,
+    sharing: Sharing | None = None,
 ) -> list[RLRow]:
     """This rank's rows of one update.
 
@@ -79,15 +68,16 @@ def build_rows(
         records: of all responses of the update. traces: of those in this rank's rows, by index into `records`.
         advantages: by (group, sample).
         settings: `UpdateSettings`.
+        sharing: under context parallelism: of each row this rank gets its part.
     """
     scores = np.array([advantages[record.group, record.sample] for record in records])
     told = Told([record.counts for record in records], scores, traces, settings)
     rows = []
     item = lambda trace: settings.states.item(trace, settings.step, settings.oldest_version)
     parts = {index: split_views(item(trace), settings.max_tokens_per_row) for index, trace in traces.items()}
-    for members, numbers in zip(plan.ranks[dp_rank], plan.parts[dp_rank], strict=True):
+    for members, numbers in zip(plan.ranks[data_rank], plan.parts[data_rank], strict=True):
         items = [(index, parts[index][number]) for index, number in zip(members, numbers, strict=True)]
-        rows.append(told.complete(build_row(items, plan.length, mask_id, pad_id)))
+        rows.append(told.complete(build_row(items, plan.length, mask_id, pad_id), sharing))
     return rows
 
 
@@ -107,8 +97,10 @@ class Told:
         draws = settings.states.draws.draws if self.method.unit == TARGET else 1
         self.weights = unit_weights(counts, settings.aggregation, settings.longest, draws, whole)
 
-    def complete(self, row: Row) -> RLRow:
-        """The row with what the objective needs."""
+    def complete(self, row: Row, sharing: Sharing | None = None) -> RLRow:
+        """The row, or this rank's part of it, with what the objective needs, on the device. Of units with several
+        targets all ranks that share the row have the columns.
+        """
         response, index = row.targets.response.numpy(), row.targets.index.numpy()
         unit, of_unit = _units(self.method.unit, response, index)
         weight, kl_weight = self.weights[of_unit], None
@@ -122,17 +114,22 @@ class Told:
         if unit is not None:
             total = np.bincount(unit, coefficient, minlength=len(of_unit))
             share = weight[unit] * coefficient / np.where(total > 0, total, 1.0)[unit]
-        return RLRow(
-            row.to(platform.device()),
-            _here(self.advantage[of_unit]),
-            _here(weight),
-            _here(kl_weight),
-            _here(unit),
-            None if unit is None else _here(coefficient),
-            _here(share),
-            _here(self._of_rollout("logprobs", response, index)),
-            _here(self._of_rollout("sampling_logprobs", response, index)),
+        of_units = dict(advantage=self.advantage[of_unit], weight=weight, kl_weight=kl_weight)
+        of_targets = dict(
+            unit=unit,
+            coefficient=None if unit is None else coefficient,
+            share=share,
+            rollout_logprob=self._of_rollout("logprobs", response, index),
+            sampling_logprob=self._of_rollout("sampling_logprobs", response, index),
         )
+        if sharing is not None and sharing.ranks > 1:
+            row, kept = sharing.part(row)
+            kept = kept.numpy()
+            of_targets = {name: None if column is None else column[kept] for name, column in of_targets.items()}
+            if unit is None:
+                of_units = {name: None if column is None else column[kept] for name, column in of_units.items()}
+        columns = {name: _here(column) for name, column in (of_units | of_targets).items()}
+        return RLRow(row.to(platform.device()), **columns)
 
     def _of_rollout(self, name: str, response: np.ndarray, index: np.ndarray) -> np.ndarray:
         """A column of the traces at a row's targets, float64 [N]."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.diffusion.balance import load_of
-from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Grid, Layout, predecessors
+from megatron_dlm.diffusion.layout import CLEAN, PADDING, Grid, Layout, predecessors
 from megatron_dlm.diffusion.planner import ROW_MULTIPLE, pack
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.trace import Trace
@@ -154,10 +154,8 @@ def _token_by_token(trace: Trace) -> Item:
 
 
 def _padded(row: Row, length: int, pad_id: int) -> Row:
-    missing = length - len(row.tokens)
-    values = {"group": PADDING, "response": PROMPT, "view": CLEAN, "block": 0, "position": 0}
-    columns = {name: F.pad(getattr(row.layout, name), (0, missing), value=value) for name, value in values.items()}
-    return Row(F.pad(row.tokens, (0, missing), value=pad_id), Layout(**columns), row.targets)
+    tokens = F.pad(row.tokens, (0, length - len(row.tokens)), value=pad_id)
+    return Row(tokens, row.layout.padded(length), row.targets)
 
 
 def _keys(row: Row) -> Tensor:

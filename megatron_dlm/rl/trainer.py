@@ -85,7 +85,6 @@ class TraceRLTrainer:
             update_settings(self.rl, self.states, self.sampling.policy_temperature),
             loss_chunk_size=session.parallel.loss_chunk_size,
             sees_rollout_states=self._sees_rollout_states(),
-            rows_multiple=session.rows_multiple,
         )
         self.learner = Learner(session, models, value or ValueConfig(), seed)
         self.collector = Collector(
@@ -175,10 +174,9 @@ class TraceRLTrainer:
             metrics |= {"perf/refit_bytes": float(refit.moved), "perf/refit_shared_bytes": float(refit.shared)}
         seconds = sum(watch.seconds.get(name, 0.0) for name in ("train_time", "train_value_time"))
         groups = self.session.groups
-        trained = groups.dp_size * sum(len(one.rows) * one.length for one in prepared)
         real = sum(int((row.row.layout.group >= 0).sum()) for one in prepared for row in one.rows)
         real = sum(gather_objects(real, groups.dp))
-        return metrics | {"perf/train_tokens_per_sec": trained / seconds, "train/tokens": float(real)}
+        return metrics | {"perf/train_tokens_per_sec": real / seconds, "train/tokens": float(real)}
 
     def _settings_of(self, rollout: Rollout, learned: Sequence[Graded]) -> UpdateSettings:
         """The settings of this step's updates."""

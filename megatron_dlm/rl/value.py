@@ -90,7 +90,7 @@ def token_advantages(
     values: Sequence[Tensor] | None,
     rewarded: Mapping[int, Rewarded],
     settings: ValueSettings,
-    context: dist.ProcessGroup | None = None,
+    cp_group: dist.ProcessGroup | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Advantage and return of each target, from the old values.
 
@@ -98,7 +98,7 @@ def token_advantages(
         rows: all rows of this rank in one update.
         values: [N] for each of them; None on pipeline stages that compute no loss.
         rewarded: by the id that `Targets.response` has.
-        context: ranks that share these rows, and so the targets of a response; collective over them.
+        cp_group: ranks that share these rows, and so the targets of a response; collective over them.
 
     Returns:
         (advantages, returns) for each row, float64 [N] on the CPU; zeros where there are no values.
@@ -111,8 +111,8 @@ def token_advantages(
     where = [(row.targets.response.cpu().numpy(), row.targets.index.cpu().numpy()) for row in rows]
     read: dict[int, np.ndarray] = {}
     known = [(*at, value.double().numpy()) for at, value in zip(where, values, strict=True)]
-    if context is not None:
-        known = [one for rank in gather_objects(known, context) for one in rank]
+    if cp_group is not None:
+        known = [one for rank in gather_objects(known, cp_group) for one in rank]
     for response, index, value in known:
         for id_ in np.unique(response).tolist():
             mine = response == id_

@@ -55,8 +55,10 @@ class SFTTrainer:
         """What a resumed run needs besides the TrainState; JSON can hold it."""
         return {"consumed_samples": self.consumed, "position": self.sampler.position.as_dict()}
 
-    def rows(self) -> tuple[list[Row], int, ForwardStep]:
-        """The rows of the next update on this rank, their length, and what is computed on them."""
+    def take_rows(self) -> tuple[list[Row], int, ForwardStep, int]:
+        """Of the next update, whose samples are then consumed: this rank's rows, their length, what is computed on
+        them, and the tokens of all ranks, padding left out.
+        """
         samples = self.sampler.take(self.sft.global_batch_size)
         session, words, groups = self.session, self.session.tokenizer, self.session.groups
         drawn = sft_items(
@@ -78,12 +80,12 @@ class SFTTrainer:
             rows.append(row.to(platform.device()))
         self.consumed += len(samples)
         forward_step = sft_forward(session.vocabulary, drawn.num_tokens, session.parallel.loss_chunk_size)
-        return rows, session.sharing.length(plan.length), forward_step
+        return rows, session.sharing.length(plan.length), forward_step, plan.tokens
 
     def step(self) -> tuple[StepResult, int]:
         """One optimizer step. Returns its result and the number of tokens in its rows, over all ranks."""
-        rows, length, forward_step = self.rows()
-        return train_step(self.state, rows, forward_step, length), self.session.groups.dp_size * len(rows) * length
+        rows, length, forward_step, tokens = self.take_rows()
+        return train_step(self.state, rows, forward_step, length), tokens
 
     def run(self, report: Report, logging: LoggingConfig, pace: Pace) -> None:
         """Train to --train-iters, or as long as `pace` lets it."""

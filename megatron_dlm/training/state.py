@@ -94,7 +94,7 @@ class TrainState:
 
     @property
     def module(self) -> nn.Module:
-        """The first chunk, without its data-parallel wrapper: the whole stage but for virtual ones."""
+        """The first chunk, without its data-parallel wrapper: its only one without virtual pipeline stages."""
         return self.chunks[0].module
 
     def unwrapped_chunks(self) -> list[nn.Module]:

@@ -108,7 +108,7 @@ def accumulate_gradients(
         output, loss_fn = forward_step(next(rows_left), model)
         return output, partial(_loss_for_schedule, loss_fn)
 
-    with _router_losses_averaged(len(rows) * state.groups.dp_size):
+    with _router_losses_averaged(len(rows) * state.groups.data_size):
         collected = _run_schedule(state, rows, step, seq_length, forward_only=False)
     return _sum_metrics(state, collected)
 

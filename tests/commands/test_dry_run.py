@@ -128,7 +128,11 @@ def test_a_checkpoint_elsewhere_may_hold_the_sizes(capsys) -> None:
         ([*RL, "--lr-warmup-iters", 1100], "leaves nothing of the run, 1100 steps"),
         ([*RL, "--use-value-model", "--value-lr-warmup-iters", 1100], "leaves nothing of the updates of the value"),
         ([*RL, "--rollout-max-response-len", 4000], "this model has 2048"),
-        ([*RL, "--transformer-override", "recompute_granularity=full"], "megatron-core refuses this model"),
+        ([*RL, "--transformer-override", "recompute_granularity=full"], "needs --recompute-method"),
+        (
+            [*RL, "--transformer-override", "fine_grained_activation_offloading=true"],
+            "megatron-core refuses this model",
+        ),
         ([*RL, "--fp64"], "--fp64 does not work in training"),
         ([*RL, "--use-distributed-optimizer", "--optimizer", "sgd"], "works with --optimizer adam only"),
         ([*RL, "--load", "a", "--hf-checkpoint", "b", "--finetune"], "both name weights"),

@@ -77,5 +77,16 @@ def test_interleaved_stages_get_rounds_of_rows(together: bool) -> None:
     for count in (1, 5, 23):
         items = [[Load(f"g{n}", 3, 20)] for n in range(count)]
         plan = pack_parts(items, 50, 2, 8, together, rows_multiple=4)
+        assert plan.tokens == 23 * count
         assert all(len(rows) % 4 == 0 for rows in plan.ranks) and len({len(rows) for rows in plan.ranks}) == 1
         assert sorted(n for rows in plan.ranks for row in rows for n in row) == list(range(count))
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("groups, samples", [(2, 16), (10, 8), (3, 5)])
+def test_rounds_of_rows_are_filled_and_not_made_of_padding(groups: int, samples: int, together: bool) -> None:
+    """Two ranks, rounds of four rows: whole groups would leave most of the rows empty."""
+    items = [[Load(f"g{group}", 200, 1000, 0, 1)] for group in range(groups) for _ in range(samples)]
+    alone = pack_parts(items, 16384, 2, 64, together)
+    rounds = pack_parts(items, 16384, 2, 64, together, rows_multiple=4)
+    assert rounds.num_rows * rounds.length < 1.6 * alone.num_rows * alone.length

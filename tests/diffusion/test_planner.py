@@ -24,7 +24,7 @@ def rows_of(plan: Plan) -> list[tuple[int, ...]]:
 
 
 def test_one_item_one_row() -> None:
-    assert pack([Load("a", 4, 6)], budget=16) == Plan(ranks=(((0,),),), length=10)
+    assert pack([Load("a", 4, 6)], budget=16) == Plan(ranks=(((0,),),), length=10, tokens=10)
 
 
 def test_a_group_pays_its_prompt_once() -> None:

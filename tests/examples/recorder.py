@@ -8,6 +8,7 @@ recorder.calls[0].flags["--seed"]
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,7 @@ class Recorder:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )
 
     def start(self, script: str | Path, *flags: str, expect: int = 0, **more: str) -> str:

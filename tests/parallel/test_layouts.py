@@ -52,6 +52,8 @@ DENSE = {
 }
 SPARSE = {
     "ep2": Layout(2, {EP: 2} | DISTRIBUTED),
+    "tp2 sp": Layout(2, {TP: 2} | SP),
+    "ep2 of tp2 sp": Layout(2, {EP: 2, TP: 2, ETP: 1} | SP),
     "ep2 pp2 vpp2": Layout(4, {EP: 2, PP: 2, VPP: 2}),
     "ep2 tp2 sp, experts whole": Layout(4, {EP: 2, TP: 2, ETP: 1} | SP),
     "ep2 tp2 sp, experts split": Layout(4, {EP: 2, TP: 2, ETP: 2} | SP | DISTRIBUTED),
@@ -126,7 +128,7 @@ def sft_update(session, policy):
         for n in range(12)
     ]
     trainer = SFTTrainer(session, policy, samples, SFTConfig(global_batch_size=12, max_tokens_per_row=64), 5)
-    return trainer.rows()
+    return trainer.take_rows()[:3]
 
 
 def rl_update(session, policy, value):
@@ -139,7 +141,7 @@ def rl_update(session, policy, value):
     from tests.rl.learning import SEED, advantages_of, records_of, responses, settings_of
 
     config = RLConfig(kl_loss_coef=0.1, entropy_coef=0.01)
-    settings = dataclasses.replace(settings_of(config, 4, 96), rows_multiple=session.rows_multiple)
+    settings = dataclasses.replace(settings_of(config, 4, 96), loss_chunk_size=session.parallel.loss_chunk_size)
     learner = Learner(session, Models(policy, value), ValueConfig(gamma=0.9, gae_lambda=0.7), SEED)
     traces, groups = responses(4), session.groups
     mine = traces[groups.rank :: groups.world_size]

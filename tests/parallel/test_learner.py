@@ -53,6 +53,7 @@ LAYOUTS = {
     "tp2 sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp2": (2, dict(pipeline_model_parallel_size=2)),
     "dp2": (2, dict()),
+    "pp2 vpp2": (2, dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)),
     "cp2": (2, dict(context_parallel_size=2)),
     "cp2 tp2 sp": (4, dict(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True)),
 }
@@ -73,7 +74,7 @@ class Maker:
     def session(self, **changes: object):
         from megatron_dlm.training.setup import Session
 
-        model = model_config(init_method_std=0.3, **changes)
+        model = model_config(**dict(num_layers=4, init_method_std=0.3) | changes)
         return Session(model, self.parallel, Words(), self.groups, vocabulary())
 
     def state(self, weights: str, value: bool = False, **changes: object):

@@ -14,6 +14,15 @@ LAYOUTS = {
     "1": (1, dict()),
     "dp2": (2, dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)),
     "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "cp2 pp2 vpp2": (
+        4,
+        dict(
+            context_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            num_virtual_stages_per_pipeline_rank=2,
+            use_distributed_optimizer=True,
+        ),
+    ),
 }
 LAST, MIDDLE = 4, 2
 
@@ -35,7 +44,8 @@ def open_trainer(stage: str, parallel: dict, load: Path | None):
     from tests.tiny import Words, model_config, vocabulary
 
     settings = ParallelConfig(**parallel)
-    session = Session(model_config(init_method_std=0.3), settings, Words(), initialize(settings, seed=1), vocabulary())
+    model = model_config(num_layers=4, init_method_std=0.3)
+    session = Session(model, settings, Words(), initialize(settings, seed=1), vocabulary())
     optimizer = OptimizerConfig(lr=1e-2, adam_eps=1e-3, lr_warmup_iters=2, lr_decay_style="cosine", clip_grad=0.5)
     state = session.train_state(optimizer, 2 * LAST)
     checkpoint = CheckpointConfig(load=None if load is None else str(load))
@@ -89,7 +99,9 @@ def test_stopped_and_resumed_is_the_same_to_the_last_bit(tmp_path, layout: str, 
 
 
 @pytest.mark.parametrize("stage", ["sft", "tracerl"])
-@pytest.mark.parametrize("before, after", [("1", "tp2 pp2"), ("tp2 pp2", "1")])
+@pytest.mark.parametrize(
+    "before, after", [("1", "tp2 pp2"), ("tp2 pp2", "1"), ("dp2", "cp2 pp2 vpp2"), ("cp2 pp2 vpp2", "dp2")]
+)
 def test_resumed_in_another_layout_the_losses_go_on(tmp_path, before: str, after: str, stage: str) -> None:
     _, losses = run(before, stage, None, LAST)
     run(before, stage, None, MIDDLE, tmp_path)

@@ -15,6 +15,8 @@ LAYOUTS = {
     "tp2 sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp2": (2, dict(pipeline_model_parallel_size=2)),
     "dp2": (2, dict()),
+    "cp2": (2, dict(context_parallel_size=2)),
+    "pp2 vpp2": (2, dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)),
     "dp2 overlap": (2, dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)),
     "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "tp2, rollout tp1": (2, dict(tensor_model_parallel_size=2), 1),
@@ -35,7 +37,8 @@ def make_state(parallel: dict):
     from tests.tiny import Words, model_config, vocabulary
 
     settings = ParallelConfig(**parallel)
-    session = Session(model_config(init_method_std=0.3), settings, Words(), initialize(settings, seed=1), vocabulary())
+    model = model_config(num_layers=4, init_method_std=0.3)
+    session = Session(model, settings, Words(), initialize(settings, seed=1), vocabulary())
     return session, session.train_state(OptimizerConfig(lr=1e-2, adam_eps=1e-3), 10)
 
 

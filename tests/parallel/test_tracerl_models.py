@@ -30,6 +30,8 @@ LAYOUTS = {
     "pp2": (2, dict(pipeline_model_parallel_size=2)),
     "dp2": (2, dict(use_distributed_optimizer=True)),
     "dp2 overlap": (2, OVERLAP),
+    "cp2": (2, dict(context_parallel_size=2)),
+    "pp2 vpp2": (2, dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)),
 }
 CASES = [("blocks", layout) for layout in LAYOUTS] + [("full attention", "dp2")]
 
@@ -43,7 +45,7 @@ def make(kind: str, parallel: dict):
     from tests.tiny import Words, model_config, vocabulary
 
     settings = ParallelConfig(**parallel)
-    model = model_config(init_method_std=0.3, **KINDS[kind][0])
+    model = model_config(num_layers=4, init_method_std=0.3, **KINDS[kind][0])
     session = Session(model, settings, Words(), initialize(settings, seed=1), vocabulary())
     adam = OptimizerConfig(lr=1e-2, adam_eps=1e-3)
     states = {"policy": session.train_state(adam, 10), "value": session.value_state(adam, 10)}

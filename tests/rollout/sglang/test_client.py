@@ -186,7 +186,7 @@ def test_the_child_sees_its_own_path_and_no_job(engine) -> None:
 
 
 def gone(pid: int) -> bool:
-    for _ in range(200):
+    for _ in range(1200):  # a child that still imports what it needs looks up only then
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
