@@ -39,9 +39,10 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 _pools: dict[int, Pool] = {}
 
-# Workers are replaced now and then, so that nothing that cases leave behind piles up. They are forked with all imports
-# made; what a worker must do for the first time only (page faults, the writer processes of checkpoints) costs more.
-CASES_PER_POOL = 20
+# Workers are replaced now and then: gloo keeps polling threads of groups that are gone, a dozen for each case, and
+# hundreds of them in some twenty processes take a third of the machine. They are forked with all imports made; what a
+# worker must do for the first time only (page faults, the writer processes of checkpoints) is what a new one costs.
+CASES_PER_POOL = 6
 
 
 class WorkerError(AssertionError):

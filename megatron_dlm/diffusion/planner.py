@@ -24,6 +24,11 @@ from megatron_dlm.diffusion.keys import permutation
 ROW_MULTIPLE = 64  # rows are rounded up to this many tokens, so that few shapes occur
 
 
+def row_multiple(tensor_size: int) -> int:
+    """Lengths of rows are multiples of this: few shapes, and as many tokens for every rank of sequence parallelism."""
+    return math.lcm(ROW_MULTIPLE, tensor_size)
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What one item asks of a row: `shared` prompt tokens once per group and row, and `own` tokens; and in how many

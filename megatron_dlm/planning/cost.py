@@ -13,13 +13,12 @@ Invariants (tests/planning/test_cost.py): FLOPs are those that torch counts, byt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.diffusion.context import shared_length
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE
+from megatron_dlm.diffusion.planner import row_multiple
 from megatron_dlm.planning.decode import rollout_cost
 from megatron_dlm.planning.hardware import Hardware
 from megatron_dlm.planning.layout import Layout, Workload, lengths, supervised
@@ -182,7 +181,7 @@ def _held(layout: Layout, workload: Workload, rows: Rows) -> int:
     """
     if layout.cp == 1:
         return rows.tokens
-    return shared_length(rows.tokens, layout.cp, workload.block_size, math.lcm(ROW_MULTIPLE, layout.tp))
+    return shared_length(rows.tokens, layout.cp, workload.block_size, row_multiple(layout.tp))
 
 
 def _layer_collectives(

@@ -18,7 +18,8 @@ from megatron_dlm.config.plan import PlanConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.value import optimizer_config
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE
+from megatron_dlm.diffusion.context import shared_length
+from megatron_dlm.diffusion.planner import row_multiple
 from megatron_dlm.planning.attention import Kept, group_lengths
 from megatron_dlm.planning.measure import RowShape
 
@@ -91,9 +92,10 @@ class Job:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a full row, over all context-parallel ranks, rounded as rows are."""
-        multiple = math.lcm(ROW_MULTIPLE, self.parallel.tensor_model_parallel_size) * self.context
-        return -(-self.row_budget // multiple) * multiple
+        """Tokens of a full row, or under context parallelism of a rank's part of it, rounded as the trainers round."""
+        multiple = row_multiple(self.parallel.tensor_model_parallel_size)
+        whole = -(-self.row_budget // multiple) * multiple
+        return whole if self.context == 1 else shared_length(whole, self.context, self.model.block_size, multiple)
 
     @property
     def tokens_per_group(self) -> int:
@@ -108,8 +110,8 @@ class Job:
         texts = self.texts
         share = (self.tokens_per_group - texts.prompt) * texts.response / texts.own / self.tokens_per_group
         targets = share if self.rl is not None else share / 2  # SFT hides half of a block on average
-        length = self.row_length // self.context
-        return RowShape(length, max(1, round(length * targets)))
+        held = self.row_budget / self.context  # the rest of a part is padding
+        return RowShape(self.row_length, max(1, round(held * targets)))
 
     @property
     def kept(self) -> Kept:

@@ -13,7 +13,6 @@ Source: on-policy distillation, arXiv 2306.13649; into block diffusion models, a
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from megatron_dlm import platform
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.diffusion.balance import load_of
 from megatron_dlm.diffusion.layout import CLEAN, PADDING, Grid, Layout, predecessors
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE, pack
+from megatron_dlm.diffusion.planner import pack, row_multiple
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.diffusion.views import Item, Views, largest_part, split_views, trace_views
@@ -101,7 +100,7 @@ class Teacher:
         items = [(index, self._item(trace)) for index, trace in sorted(traces.items())]
         budget = max([self.budget, *(largest_part(item) for _, item in items)])
         parts = [(index, part) for index, item in items for part in split_views(item, budget)]
-        multiple = math.lcm(ROW_MULTIPLE, groups.tp_size)
+        multiple = row_multiple(groups.tp_size)
         loads = [load_of(part) for _, part in parts]
         plan = pack(loads, budget, 1, multiple)
         built = [build_row([parts[n] for n in members], plan.length, mask_id, pad_id) for members in plan.ranks[0]]

@@ -7,7 +7,6 @@ one exchange.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config.rl import RLConfig
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Plan, pack_parts, partition
+from megatron_dlm.diffusion.planner import Plan, pack_parts, partition, row_multiple
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.model.head import target_policy
 from megatron_dlm.model.policy import Vocabulary, by_chunks, divergence, entropy, label_logprobs, policy_scores
@@ -119,7 +118,7 @@ def plan_updates(
     records: Sequence[Graded], settings: UpdateSettings, groups: Groups, stream: int
 ) -> list[tuple[list[Graded], Plan]]:
     """The updates of this RL step: for each its records and its rows. The same on every rank."""
-    multiple = math.lcm(ROW_MULTIPLE, groups.tp_size)
+    multiple = row_multiple(groups.tp_size)
     updates = []
     for members in partition(len(records), settings.num_updates, stream if settings.shuffle else None):
         chosen = [records[index] for index in members]

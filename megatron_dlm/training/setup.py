@@ -5,7 +5,6 @@ A `Session` is built once per process from the sections of the configuration. It
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from megatron_dlm.config.validate_training import check_trained
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.context import Sharing
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE
+from megatron_dlm.diffusion.planner import row_multiple
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
 from megatron_dlm.model.policy import Vocabulary
 from megatron_dlm.model.shape import model_shape, refused_overrides, resolve, transformer_config
@@ -72,7 +71,7 @@ class Session:
     @property
     def row_multiple(self) -> int:
         """Lengths of rows are multiples of this."""
-        return math.lcm(ROW_MULTIPLE, self.groups.tp_size)
+        return row_multiple(self.groups.tp_size)
 
     @property
     def rows_multiple(self) -> int:
