@@ -93,9 +93,13 @@ class Job:
     @property
     def row_length(self) -> int:
         """Tokens of a full row, or under context parallelism of a rank's part of it, rounded as the trainers round."""
-        multiple = row_multiple(self.parallel.tensor_model_parallel_size)
-        whole = -(-self.row_budget // multiple) * multiple
+        whole, multiple = self._whole_row, row_multiple(self.parallel.tensor_model_parallel_size)
         return whole if self.context == 1 else shared_length(whole, self.context, self.model.block_size, multiple)
+
+    @property
+    def _whole_row(self) -> int:
+        multiple = row_multiple(self.parallel.tensor_model_parallel_size)
+        return -(-self.row_budget // multiple) * multiple
 
     @property
     def tokens_per_group(self) -> int:
@@ -110,7 +114,7 @@ class Job:
         texts = self.texts
         share = (self.tokens_per_group - texts.prompt) * texts.response / texts.own / self.tokens_per_group
         targets = share if self.rl is not None else share / 2  # SFT hides half of a block on average
-        held = self.row_budget / self.context  # the rest of a part is padding
+        held = self._whole_row / self.context  # the rest of a part is padding
         return RowShape(self.row_length, max(1, round(held * targets)))
 
     @property

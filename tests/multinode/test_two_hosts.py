@@ -152,7 +152,9 @@ def test_a_cable_that_is_pulled(hosts) -> None:
     left, right = (sentences(said) for said in finish(jobs, code=75))
     assert len(left) == len(right) == 1
     assert left[0].startswith("PeerError: The host host-b (10.77.0.2) has not been heard of for 10 seconds")
-    assert right[0].startswith("PeerError: The host host-a:") and "which keeps the job's store," in right[0]
+    # Which is noticed first there is a matter of luck: no word of the host, or no word of the store that it keeps.
+    assert right[0].startswith("PeerError: The host host-a")
+    assert "which keeps the job's store," in right[0] or "has not been heard of for 10 seconds" in right[0]
     assert latest(folder / "cut") in saved_iterations(folder / "cut")
 
 

@@ -38,7 +38,7 @@ def test_a_memorisable_set_is_memorised() -> None:
     for _ in range(60):
         result, tokens = trainer.step()
         losses.append(result.metrics["nll"] / result.metrics["targets"])
-        assert tokens % 64 == 0 and np.isfinite(result.grad_norm)
+        assert tokens > 0 and np.isfinite(result.grad_norm)
     assert np.mean(losses[:5]) > np.log(51) * 0.8
     assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5]), losses
     assert trainer.consumed == 60 * 8 and trainer.state.iteration == 60
