@@ -27,6 +27,7 @@ EP, ETP, VPP = (
     "num_virtual_stages_per_pipeline_rank",
 )
 SP, DISTRIBUTED = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
+RECOMPUTED = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 OVERLAP = dict(DISTRIBUTED, overlap_grad_reduce=True, overlap_param_gather=True)
 
 
@@ -41,6 +42,8 @@ class Layout:
 DENSE = {
     "cp2": Layout(2, {CP: 2} | DISTRIBUTED),
     "cp4": Layout(4, {CP: 4}),
+    "cp2 recomputed": Layout(2, {CP: 2} | RECOMPUTED),
+    "pp2 vpp2 recomputed": Layout(2, {PP: 2, VPP: 2} | RECOMPUTED),
     "cp2 dp2 overlapped": Layout(4, {CP: 2} | OVERLAP),
     "cp2 tp2 sp": Layout(4, {CP: 2, TP: 2} | SP),
     "cp2 pp2": Layout(4, {CP: 2, PP: 2}),
