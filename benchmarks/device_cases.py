@@ -47,7 +47,6 @@ from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.data.sft_data import Sample
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.planner import Load, pack
 from megatron_dlm.diffusion.rows import build_row
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
@@ -137,10 +136,12 @@ class Cases:
 
     def sft_rows(self, state, step: int):
         """This rank's rows of an SFT update, the function that runs them, their length, and the plain rows."""
-        from megatron_dlm.sft.objective import sft_forward, sft_items
+        from megatron_dlm.config.sft import SFTConfig
+        from megatron_dlm.sft.objective import sft_forward
+        from megatron_dlm.sft.updates import sft_items
 
         words, groups = self.session.tokenizer, state.groups
-        drawn = sft_items(self.samples, step, 5, self.grid, MaskSchedule(max_weight=4.0), words.pad_id, True)
+        drawn = sft_items(self.samples, step, 5, self.grid, SFTConfig(max_loss_weight=4.0), words.pad_id)
         loads = [Load(item.group, item.shared_length, item.own_length) for item in drawn.items]
         plan = pack(loads, ROW, groups.dp_size, 64)
         rows = [
@@ -148,7 +149,7 @@ class Cases:
             for members in plan.ranks[groups.dp_rank]
         ]
         rows = [row.to(platform.device()) for row in rows]
-        return rows, sft_forward(self.session.vocabulary, drawn.num_tokens), plan.length, rows
+        return rows, sft_forward(self.session.vocabulary, drawn.num_predicted), plan.length, rows
 
     def rl_rows(self, state, step: int, traces: Sequence[Trace] | None = None, temperature: float = TEMPERATURE):
         """The same for a TraceRL update on made-up traces, or on those given; old log-probabilities included."""

@@ -19,6 +19,9 @@ COMMANDS = {
     "evaluate": "accuracy, length and speed on held-out prompts",
     "generate": "responses to the prompts of a file, with token ids, step maps and log-probabilities",
     "score": "log-probabilities of given responses under the training model",
+    "trace": "step maps of given responses: the order in which the model prefers to unmask them",
+    "curriculum": "stages of these one after the other, from one description",
+    "preprocess": "token ids of training data, indexed on the disk for runs that read much of it",
     "plan": "memory and time of a run on devices that are not here, rank by rank",
     "convert": "HuggingFace checkpoints in and out, and their comparison",
 }

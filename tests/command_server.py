@@ -154,6 +154,8 @@ def serve() -> None:
     import megatron_dlm.commands.evaluate
     import megatron_dlm.commands.generate
     import megatron_dlm.commands.score
+    import megatron_dlm.commands.trace
+    import megatron_dlm.evaluation.collect
     import megatron_dlm.evaluation.evaluate
     import megatron_dlm.rl.trainer
     import megatron_dlm.sft.trainer  # noqa: F401

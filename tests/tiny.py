@@ -90,6 +90,13 @@ def make_state(
     return TrainState.build(build, megatron, optimizer, ParallelConfig(), groups, train_iters)
 
 
+def sampler_of(samples: list, seed: int, progress: dict | None = None):
+    """Samples of fine-tuning in the order of a run, from the place that `progress` of its trainer names."""
+    from megatron_dlm.data.sampler import EpochSampler, Position
+
+    return EpochSampler(samples, seed, Position.read("sft", (progress or {}).get("position")))
+
+
 def disturb(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Redraw all weights from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)

@@ -35,10 +35,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm import platform
 from megatron_dlm.checkpoint import optimizer_state
+from megatron_dlm.checkpoint.adapters import LORA, adapters_of, check_adapters, is_new, merged_afterwards
 from megatron_dlm.checkpoint.places import find, iteration_folder, name_as_latest, put_in_place, reading, reason_of
 from megatron_dlm.config.errors import CheckpointError, ResourceError
 from megatron_dlm.parallel.exchange import broadcast_object
 from megatron_dlm.parallel.meeting import speaks
+from megatron_dlm.training.optimizer import forget_stored_rates
 from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
 
@@ -63,6 +65,8 @@ def save(
         ResourceError: it cannot be written. Earlier checkpoints are as they were.
     """
     state.gather_parameters()
+    if (adapters := adapters_of(state)) is not None:
+        extra = {**extra, LORA: adapters}
     optimizer_kind = optimizer_state.kind(state.optimizer) if with_optimizer and state.optimizer is not None else None
     content = _model_content(state)
     if optimizer_kind is not None:
@@ -136,17 +140,34 @@ def load(
         The `extra` that was saved.
 
     Raises:
-        CheckpointError: no such checkpoint, it is damaged, it does not fit the model, or the optimizer state that is
-            asked for is not in it.
+        CheckpointError: no such checkpoint, it is damaged, it does not fit the model or its adapters, or the optimizer
+            state that is asked for is not in it.
     """
     folder = _find(state, directory, iteration, flag)
     run = _read_run(folder, flag)
     if check is not None:
         check(run["extra"])
+    there, with_optimizer = run["extra"].get(LORA), with_optimizer and state.optimizer is not None
+    check_adapters(there, adapters_of(state), str(folder), with_optimizer)
     wake(state)
-    content = _model_content(state)
+    with merged_afterwards(state, there):
+        _fill(state, folder, run, there, with_optimizer)
+    if state.optimizer is not None and not with_optimizer:
+        state.optimizer.reload_model_params()  # the fp32 master copies follow the new weights
+    state.iteration = run["updates"]
+    return run["extra"]
+
+
+def _fill(
+    state: TrainState, folder: Path, run: dict[str, Any], there: dict[str, Any] | None, with_optimizer: bool
+) -> None:
+    """Read the tensors. `there`: what the checkpoint says of its adapters."""
+    content = {
+        chunk: {name: value for name, value in tensors.items() if not is_new(name, there)}
+        for chunk, tensors in _model_content(state).items()
+    }
     _check_fit(content, folder)
-    if with_optimizer and state.optimizer is not None:
+    if with_optimizer:
         _check_optimizer(run["optimizer"], optimizer_state.kind(state.optimizer), folder)
         with platform.cuda_calls_on_cpu():
             content["optimizer"] = optimizer_state.to_load(state.optimizer, _model_content(state), _metadata(state))
@@ -155,16 +176,13 @@ def load(
             loaded = dist_checkpointing.load(content, str(folder))
         for index, chunk in enumerate(state.unwrapped_chunks()):
             missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-            if unexpected or not all(name.endswith(_EXTRA) for name in missing):
+            if unexpected or not all(name.endswith(_EXTRA) or is_new(name, there) for name in missing):
                 raise RuntimeError(f"the model and what was read for it differ: {missing}, {unexpected}")
         if "optimizer" in content:
             optimizer_state.put(state.optimizer, loaded["optimizer"])
+            forget_stored_rates(state.optimizer, state.scheduler)
             state.scheduler.num_steps = 0  # megatron-core adds the stored steps to those already taken
             state.scheduler.load_state_dict(loaded["scheduler"])
-        elif state.optimizer is not None:
-            state.optimizer.reload_model_params()  # the fp32 master copies follow the new weights
-    state.iteration = run["updates"]
-    return run["extra"]
 
 
 def _metadata(state: TrainState) -> dict[str, Any]:

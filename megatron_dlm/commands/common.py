@@ -9,7 +9,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from megatron_dlm.config.errors import ConfigError, Interrupted, UserError
 from megatron_dlm.config.eval import EvalConfig
 from megatron_dlm.config.log import ReportConfig
 from megatron_dlm.config.rollout import EngineConfig
+from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate import check_files, check_launch
 from megatron_dlm.data.jsonl import write_jsonl
@@ -109,7 +110,8 @@ def _open_outputs(config: dict[str, Any]) -> None:
     check_files(config)
     folders = [("checkpoint", "save"), ("rl", "save_debug_rollout_data")]
     folders += [("logging", "wandb_save_dir"), ("logging", "tensorboard_dir")]
-    written_whole = [("generate", "output"), ("score", "output")]  # appear at the end: what is there stays until then
+    # These appear at the end: what is there stays until then
+    written_whole = [(name, "output") for name in ("generate", "score", "trace")]
     for section, name in [*folders, ("logging", "metrics_jsonl"), ("eval", "save_eval_samples"), *written_whole]:
         given = getattr(config.get(section), name, None)
         if given is None:
@@ -201,6 +203,21 @@ def nothing_left(report, done: int, wanted: int) -> bool:
     if done < wanted:
         return False
     report.say(f"Nothing left to do: iteration {done} of {wanted}.")
+    return True
+
+
+def ended_before(report, run: TrainingRunConfig, restored: Mapping[str, Any]) -> bool:
+    """Whether a resumed run has ended already because --exit-metric was reached; says so. `restored`: what its
+    checkpoint holds beside the weights."""
+    reached = restored.get("exit_metric") or {}
+    if run.exit_metric is None or reached.get("metric") != run.exit_metric:
+        return False
+    if reached["value"] < run.exit_metric_at_least:
+        return False  # more is asked for now
+    report.say(
+        f"Nothing left to do: {run.exit_metric} reached {reached['value']:.6g} at step {reached['step']} "
+        f"(--exit-metric-at-least {run.exit_metric_at_least:g})."
+    )
     return True
 
 

@@ -1,4 +1,5 @@
-"""`megatron-dlm convert hf-to-megatron | megatron-to-hf | verify`: HuggingFace checkpoints in and out.
+"""`megatron-dlm convert hf-to-megatron | megatron-to-hf | verify | merge-lora`: HuggingFace checkpoints in and out, and
+adapters into the weights that they stand beside.
 
 Alone or under torchrun; more processes share the work. No process layout is chosen: what is written can be loaded in
 any.
@@ -18,7 +19,7 @@ from typing import Any
 from megatron_dlm.commands.common import prepare_process, running, together
 from megatron_dlm.commands.shared_folder import check_shared
 from megatron_dlm.commands.weights import TOKENIZER, add_files
-from megatron_dlm.config.convert import ExportConfig, ImportConfig, VerifyConfig
+from megatron_dlm.config.convert import ExportConfig, ImportConfig, MergeConfig, VerifyConfig
 from megatron_dlm.config.errors import CheckpointError, ConfigError, DataError
 from megatron_dlm.config.fields import suggest
 from megatron_dlm.config.flags import parse
@@ -26,7 +27,7 @@ from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.validate import check_model
 
-USAGE = "usage: megatron-dlm convert {hf-to-megatron,megatron-to-hf,verify} [flags]; each has a --help"
+USAGE = "usage: megatron-dlm convert {hf-to-megatron,megatron-to-hf,verify,merge-lora} [flags]; each has a --help"
 
 
 def main(argv: list[str]) -> None:
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> None:
         "hf-to-megatron": (ImportConfig, import_hf),
         "megatron-to-hf": (ExportConfig, export_hf),
         "verify": (VerifyConfig, verify),
+        "merge-lora": (MergeConfig, merge_lora),
     }
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -98,11 +100,11 @@ def _tokenizer(source, kind):
 
 def export_hf(settings: ExportConfig) -> None:
     from megatron_dlm.checkpoint import distributed, fit, places
+    from megatron_dlm.checkpoint.adapters import reader_of
     from megatron_dlm.checkpoint.hf import exporter
     from megatron_dlm.checkpoint.hf.origin import FOLDER, Origin
     from megatron_dlm.checkpoint.hf.safetensors_folder import DTYPES
     from megatron_dlm.checkpoint.hf.source import CONFIG, read_companions
-    from megatron_dlm.checkpoint.hf.stored import StoredReader
     from megatron_dlm.data.tokenizer import Tokenizer
 
     began = time.perf_counter()
@@ -134,7 +136,7 @@ def export_hf(settings: ExportConfig) -> None:
     target = Path(os.path.abspath(settings.save))
     together(lambda: _free(target, settings.save) if _is_main() else None)
     odd = info.get("odd_dtypes", {}) if same and settings.export_dtype is None else {}
-    reader = StoredReader(folder, model)
+    reader = reader_of(folder, model, extra)
     nbytes = exporter.export(reader, model, family, target, files, config, dtype, odd, int(settings.max_shard_gb * 1e9))
     _say(f"Exported {folder} to {settings.save} as {family.name}: {_speed(nbytes, began)}")
 
@@ -162,22 +164,61 @@ def _of_a_tokenizer(name: str) -> bool:
 
 def verify(settings: VerifyConfig) -> None:
     from megatron_dlm.checkpoint import distributed, fit, places
+    from megatron_dlm.checkpoint.adapters import reader_of
     from megatron_dlm.checkpoint.hf.exporter import compare
     from megatron_dlm.checkpoint.hf.source import HFSource
-    from megatron_dlm.checkpoint.hf.stored import StoredReader
 
     source = HFSource.open(settings.hf_checkpoint)
     folder = places.find(settings.load, settings.ckpt_step)
     extra = distributed.read_extra(folder)
     fit.check_kind(extra, False, f"--load {settings.load}")
     model = _model_of(extra, settings.load)
-    found = compare(source, StoredReader(folder, model), model)
+    found = compare(source, reader_of(folder, model, extra), model)
     if found.different:
         raise CheckpointError(
             f"{found.different} of {found.tensors} tensors in {settings.hf_checkpoint} differ from {folder}, most of "
             f"all {found.name}, by {found.largest:.3e}. One of the two was trained further; convert it again."
         )
     _say(f"All {found.tensors} tensors of {settings.hf_checkpoint} and {folder} are equal, bit by bit.")
+
+
+def merge_lora(settings: MergeConfig) -> None:
+    from megatron_dlm.checkpoint import distributed, fit, places
+    from megatron_dlm.checkpoint.adapters import LORA, reader_of
+    from megatron_dlm.checkpoint.hf.importer import share_of_rank
+    from megatron_dlm.checkpoint.hf.origin import Origin
+    from megatron_dlm.checkpoint.hf.stored import shard_of, whole_model
+    from megatron_dlm.data.tokenizer import Tokenizer
+
+    began = time.perf_counter()
+    folder = places.find(settings.load, settings.ckpt_step)
+    extra = distributed.read_extra(folder)
+    fit.check_kind(extra, False, f"--load {settings.load}")
+    if LORA not in extra:
+        raise CheckpointError(f"--load {settings.load} has no adapters to merge. Use it as it is.")
+    model = _model_of(extra, settings.load)
+    if os.path.realpath(settings.save) == os.path.realpath(settings.load):
+        raise ConfigError(
+            f"--save {settings.save} is the folder of --load, whose adapters would be lost. Give another."
+        )
+    together(lambda: _writable(Path(settings.save)) if _is_main() else None)
+    check_shared("--save", settings.save, _is_main())
+    reader, content = reader_of(folder, model, extra), {}
+    for index, stored in enumerate(share_of_rank(whole_model(model))):
+        content[str(index)] = shard_of(stored, reader.read(stored, 0, stored.shape[0]), model)
+    origin, words = Origin.of_checkpoint(folder, extra), folder / TOKENIZER
+    tokenizer = together(lambda: Tokenizer(words)) if words.is_dir() else None
+    kept = {"stage": None, "model": extra["model"], **({} if origin is None else {"hf": origin.info})}
+
+    def add(target: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save(target / TOKENIZER)
+        if origin is not None:
+            origin.write(target)
+
+    distributed.write(content, settings.save, 0, kept, add)
+    nbytes = sum(shard.data.nbytes for shard in content.values())
+    _say(f"Merged the adapters of {folder} into weights in {settings.save}: {_speed(nbytes, began)}")
 
 
 def _model_of(extra: dict[str, Any], load: str) -> ModelConfig:

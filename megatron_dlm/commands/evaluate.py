@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from megatron_dlm.commands.common import (
     isolation_of,
@@ -18,6 +19,7 @@ from megatron_dlm.commands.common import (
 from megatron_dlm.commands.weights import check_given, complete, restore
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
+from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sections import pick_parts
@@ -37,16 +39,8 @@ SECTIONS = ("model", "parallel", "tokenizer", "eval", "rollout", "reward", "chec
 def main(argv: list[str]) -> None:
     config = parse("evaluate", pick_parts(*SECTIONS), argv)
     evaluation, reward, words = (config[name] for name in ("eval", "reward", "tokenizer"))
-    # What training would need besides stays at its default, which nothing reads here
-    parallel = ParallelConfig(**dataclasses.asdict(config["parallel"]))
-    rollout = RolloutConfig(**dataclasses.asdict(config["rollout"]))
-    check_given(config["checkpoint"])
-    if evaluation.eval_prompt_data is None:
-        raise ConfigError("--eval-prompt-data is not set. Give the prompts to evaluate on.")
-    check_logging(config["logging"])
-    check_tokenizer(words)
-    check_reward(reward)
-    check_judge(reward)
+    check_settings(config)
+    parallel, rollout = _whole(config)
     prepare_process()
     complete(config)
     from megatron_dlm.evaluation.evaluate import Evaluator, ways_of
@@ -61,11 +55,10 @@ def main(argv: list[str]) -> None:
 
     with running():
         session = Session.open(config["model"], parallel, words, config["run"].seed)
-        check_rollout_layout(parallel, session.model, rollout, session.groups.world_size)
+        check_with_model(config, session.model, session.groups.world_size)
         tensor_size = rollout.rollout_tensor_model_parallel_size or parallel.tensor_model_parallel_size
         together(lambda: check_backend(rollout, session.model, tensor_size))
         together(lambda: check_attention(rollout, session.model))
-        check_eval(evaluation, rollout, session.model)
         check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
         prompts, found = read_prompts(evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len)
         check_verifiers(reward.reward, prompts, reward.judge_url)
@@ -88,3 +81,27 @@ def main(argv: list[str]) -> None:
             report.record(state.iteration, metrics)
             name = (config["checkpoint"].load or config["checkpoint"].hf_checkpoint).rstrip("/").split("/")[-1]
             report.say(table([(name, metrics)], list(ways_of(evaluation))))
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """Refuse what cannot work with any model."""
+    check_given(config["checkpoint"])
+    if config["eval"].eval_prompt_data is None:
+        raise ConfigError("--eval-prompt-data is not set. Give the prompts to evaluate on.")
+    check_logging(config["logging"])
+    check_tokenizer(config["tokenizer"])
+    check_reward(config["reward"])
+    check_judge(config["reward"])
+
+
+def check_with_model(config: dict[str, Any], model: ModelConfig, world_size: int) -> None:
+    """Refuse what does not fit the resolved model, or this number of processes."""
+    parallel, rollout = _whole(config)
+    check_rollout_layout(parallel, model, rollout, world_size)
+    check_eval(config["eval"], rollout, model)
+
+
+def _whole(config: dict[str, Any]) -> tuple[ParallelConfig, RolloutConfig]:
+    """What training would need besides stays at its default, which nothing reads here."""
+    parallel, rollout = (dataclasses.asdict(config[name]) for name in ("parallel", "rollout"))
+    return ParallelConfig(**parallel), RolloutConfig(**rollout)

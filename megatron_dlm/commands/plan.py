@@ -21,7 +21,8 @@ from megatron_dlm.config.flags import parse
 from megatron_dlm.config.plan import PlanConfig
 from megatron_dlm.config.sections import pick
 from megatron_dlm.config.validate import above, at_least, check_parallel
-from megatron_dlm.config.validate_training import check_optimizer, check_sft, check_trained
+from megatron_dlm.config.validate_lora import check_lora
+from megatron_dlm.config.validate_training import check_optimizer, check_trained
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int | None:
     plan = config["plan"]
     check_plan(plan)
     check_optimizer(config["optimizer"])
+    check_lora(config["lora"])
     quiet_libraries()
     from megatron_dlm import platform
     from megatron_dlm.planning.hardware import hardware_named
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> int | None:
     if "rl" in config:
         tracerl.check_with_model(config, model, world_size)
     else:
-        check_sft(config["sft"], model)
+        sft.check_with_model(config, model, world_size)
     from megatron_dlm.planning import report
     from megatron_dlm.planning.job import job_of
     from megatron_dlm.planning.memory import GIB, plan_memory

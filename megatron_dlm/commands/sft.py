@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_dlm.commands.common import (
+    ended_before,
     keep_settings,
     nothing_left,
     open_outputs,
@@ -13,31 +16,36 @@ from megatron_dlm.commands.common import (
 from megatron_dlm.commands.dry_run import dry_run, sft_plan
 from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.flags import parse
+from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.sections import pick
+from megatron_dlm.config.validate_lora import check_lora, check_lora_of_model, check_lora_weights
+from megatron_dlm.config.validate_sft import check_sft
 from megatron_dlm.config.validate_training import (
     check_checkpoint,
     check_logging,
     check_optimizer,
     check_run,
-    check_sft,
     check_tokenizer,
 )
 
-SECTIONS = ("model", "parallel", "tokenizer", "sft", "optimizer", "checkpoint", "logging", "run")
+SECTIONS = ("model", "parallel", "tokenizer", "sft", "optimizer", "lora", "checkpoint", "logging", "run")
 
 
 def main(argv: list[str]) -> None:
     config = parse("sft", pick(*SECTIONS), argv)
     sft, run, words = config["sft"], config["run"], config["tokenizer"]
     check_optimizer(config["optimizer"], sft.train_iters)
+    check_lora(config["lora"])
     check_checkpoint(config["checkpoint"])
+    check_lora_weights(config["lora"], config["checkpoint"])
     check_logging(config["logging"])
     check_run(run)
     check_tokenizer(words)
     if run.dry_run:
-        return dry_run(config, lambda config, model, _: check_sft(config["sft"], model), sft_plan)
+        return dry_run(config, check_with_model, sft_plan)
     prepare_process()
     complete(config)
+    from megatron_dlm.data.sampler import EpochSampler, Position
     from megatron_dlm.data.sft_data import load_sft
     from megatron_dlm.sft.trainer import STAGE, SFTTrainer
     from megatron_dlm.training.pace import Pace
@@ -45,21 +53,30 @@ def main(argv: list[str]) -> None:
 
     with running():
         session = Session.open(config["model"], config["parallel"], words, run.seed)
-        check_sft(sft, session.model)
+        check_with_model(config, session.model, session.groups.world_size)
         longest = sft.seq_length or session.model.max_position_embeddings
         samples, dropped = load_sft(
             sft.data_path, session.tokenizer, words.prompt_template, words.apply_chat_template, longest
         )
         open_outputs(config, session.groups.is_main)
         with open_report(config["logging"], session.groups.is_main, config) as report:
-            state = session.train_state(config["optimizer"], sft.train_iters)
+            state = session.train_state(config["optimizer"], sft.train_iters, config["lora"], run.seed)
             report.say(
                 f"{len(samples)} samples (left out: {dropped} longer than {longest} tokens); {session.describe(state)}"
             )
             restored = restore(state, config["checkpoint"], session.model, STAGE)
-            if nothing_left(report, state.iteration, sft.train_iters):
+            if nothing_left(report, state.iteration, sft.train_iters) or ended_before(report, run, restored):
                 return
-            trainer = SFTTrainer(session, state, samples, sft, run.seed, restored)
+            sampler = EpochSampler(samples, run.seed, Position.read(STAGE, restored.get("position")))
+            trainer = SFTTrainer(session, state, sampler, sft, run.seed, restored)
             keep_settings(config, session.groups.is_main)
-            save = checkpointer(session, state, config["checkpoint"], STAGE, trainer.progress, report.say)
-            trainer.run(report, config["logging"], Pace(run, save, report.say))
+            progress = lambda: {**trainer.progress(), **pace.progress()}
+            save = checkpointer(session, state, config["checkpoint"], STAGE, progress, report.say)
+            pace = Pace(run, save, report.say)
+            trainer.run(report, config["logging"], pace)
+
+
+def check_with_model(config: dict[str, Any], model: ModelConfig, world_size: int) -> None:
+    """Refuse what does not fit the resolved model."""
+    check_sft(config["sft"], model)
+    check_lora_of_model(config["lora"], model)

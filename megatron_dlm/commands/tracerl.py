@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_dlm.commands.common import (
+    ended_before,
     isolation_of,
     keep_settings,
     longest_prompt,
@@ -32,6 +33,7 @@ from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sections import pick
 from megatron_dlm.config.validate_curriculum import check_curriculum
+from megatron_dlm.config.validate_lora import check_lora, check_lora_of_model, check_lora_weights
 from megatron_dlm.config.validate_reward import check_judge, check_shaping
 from megatron_dlm.config.validate_rl import check_rl, check_sections
 from megatron_dlm.config.validate_rollout import check_rollout_layout
@@ -60,6 +62,7 @@ SECTIONS = (
     "reward",
     "eval",
     "optimizer",
+    "lora",
     "checkpoint",
     "logging",
     "run",
@@ -71,7 +74,9 @@ def main(argv: list[str]) -> None:
     rl, rollout, evaluation, words, run = (config[name] for name in ("rl", "rollout", "eval", "tokenizer", "run"))
     reward, value, curriculum = (config[name] for name in ("reward", "value", "curriculum"))
     check_optimizer(config["optimizer"])
+    check_lora(config["lora"])
     check_checkpoint(config["checkpoint"])
+    check_lora_weights(config["lora"], config["checkpoint"])
     check_logging(config["logging"])
     check_run(run)
     check_tokenizer(words)
@@ -82,6 +87,7 @@ def main(argv: list[str]) -> None:
         return dry_run(config, check_with_model, rl_plan)
     prepare_process()
     complete(config)
+    from megatron_dlm.checkpoint import places
     from megatron_dlm.evaluation.evaluate import Evaluator
     from megatron_dlm.rewards.code_options import CodeOptions
     from megatron_dlm.rewards.endpoint import open_endpoint
@@ -117,12 +123,13 @@ def main(argv: list[str]) -> None:
         per_step = updates_of(rl, rollout)
         open_outputs(config, session.groups.is_main)
         with open_report(config["logging"], session.groups.is_main, config) as report:
-            state = session.train_state(config["optimizer"], policy_updates(value, rl.num_rollout, per_step))
+            updates = policy_updates(value, rl.num_rollout, per_step)
+            state = session.train_state(config["optimizer"], updates, config["lora"], run.seed)
             report.say(f"{found}; {session.describe(state)}")
             if isolation:
                 report.say(isolation)
             restored = restore(state, config["checkpoint"], session.model, STAGE)
-            if nothing_left(report, restored.get("rl_step", 0), rl.num_rollout):
+            if nothing_left(report, restored.get("rl_step", 0), rl.num_rollout) or ended_before(report, run, restored):
                 return
             models = open_models(config, session, state, per_step, restored, report.say)
             rig = RolloutRig.open(
@@ -152,6 +159,11 @@ def main(argv: list[str]) -> None:
                     earnings=earnings,
                 )
                 resume_rollouts(trainer.supply, config["checkpoint"], restored, report.say)
+                if curriculum.pass_rates is not None and not restored:
+                    earlier = curriculum.pass_rates
+                    flag = "--pass-rates"
+                    together(lambda: trainer.supply.rates.begin_with(places.find(earlier, flag=flag), flag))
+                    report.say(f"{len(trainer.supply.rates)} pass rates of prompts come from {earlier}")
                 keep_settings(config, session.groups.is_main)
                 evaluator = (
                     Evaluator(rig, scorer, session.tokenizer, held_out, evaluation, rollout, run.seed)
@@ -166,9 +178,8 @@ def main(argv: list[str]) -> None:
                         return evaluator(report, step)
 
                 supply, where = trainer.supply, config["checkpoint"]
-                save = checkpointer(
-                    session, state, where, STAGE, trainer.progress, report.say, supply.files, models.value
-                )
+                progress = lambda: {**trainer.progress(), **pace.progress()}
+                save = checkpointer(session, state, where, STAGE, progress, report.say, supply.files, models.value)
                 pace = Pace(run, save, report.say)
                 logging = config["logging"]
                 trainer.run(report, pace, evaluate if evaluator else None, logging.log_interval, logging.log_memory)
@@ -183,6 +194,7 @@ def check_with_model(config: dict[str, Any], model: ModelConfig, world_size: int
     check_rl(rl, rollout, model)
     check_sections(rl, value, reward, curriculum)
     check_curriculum(curriculum, rl, rollout)
+    check_lora_of_model(config["lora"], model, rollout)
     check_shaping(reward, rollout)
     check_eval(config["eval"], rollout, model)
     per_step = updates_of(rl, rollout)

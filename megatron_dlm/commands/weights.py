@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dlm.config.checkpoint import CheckpointConfig, LoadConfig
 from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.lora import LoraConfig
 from megatron_dlm.config.model import NOT_OF_THE_WEIGHTS, ModelConfig
 from megatron_dlm.config.overrides import EITHER_WAY
 
@@ -17,7 +18,8 @@ _NOT_TAKEN = (*NOT_OF_THE_WEIGHTS, "model_preset")  # what a preset stands for i
 
 
 def complete(config: dict[str, Any]) -> None:
-    """Take what the user did not say about model and tokenizer from the checkpoint, if there is one.
+    """Take what the user did not say about model and tokenizer from the checkpoint, if there is one; of a run that is
+    resumed also its adapters.
 
     A size that is given, by itself or through a preset, stays; whether it fits the weights is asked later (`restore`).
 
@@ -32,14 +34,18 @@ def complete(config: dict[str, Any]) -> None:
         _complete_from_hf(checkpoint.hf_checkpoint, model, words)
     elif checkpoint.load is not None:
         from megatron_dlm.checkpoint import distributed, places
+        from megatron_dlm.checkpoint.adapters import LORA
 
         folder = places.find(checkpoint.load, checkpoint.ckpt_step)
-        stored = distributed.read_extra(folder).get("model", {})
+        extra = distributed.read_extra(folder)
+        stored = extra.get("model", {})
         if stored.get("num_experts") is None:
             stored.pop("moe_ffn_hidden_size", None)  # repeats the width of a dense model
         _fill(model, stored)
         if words.tokenizer_model is None and (folder / TOKENIZER).is_dir():
             words.tokenizer_model = str(folder / TOKENIZER)
+        if "lora" in config and not (config["lora"].wanted or checkpoint.finetune) and LORA in extra:
+            config["lora"] = LoraConfig.of(extra[LORA])  # a run that is resumed goes on with its adapters
 
 
 def _complete_from_hf(folder: str, model: ModelConfig, words) -> None:

@@ -1,4 +1,4 @@
-"""Conversion between HuggingFace checkpoints and distributed ones."""
+"""Conversion between HuggingFace checkpoints and distributed ones, and of adapters into weights."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ class ExportConfig:
     one, when it is not given."""
     max_shard_gb: float = 5.0
     """Largest file, in gigabytes."""
+
+
+@dataclass(slots=True)
+class MergeConfig:
+    """From a distributed checkpoint with low-rank adapters to one without, which computes the same."""
+
+    load: str | None = None
+    """Folder that a run with --lora-rank wrote with --save."""
+    ckpt_step: int | None = None
+    """Iteration to merge instead of the newest."""
+    save: str | None = None
+    """Folder to write to; the checkpoint becomes its iteration 0."""
 
 
 @dataclass(slots=True)

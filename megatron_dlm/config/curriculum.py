@@ -22,6 +22,9 @@ class CurriculumConfig:
     weight is this plus 1; 0 takes such prompts only when there are no others."""
     difficulty_momentum: float = 0.7
     """What a prompt's running share of right responses keeps of its past when the prompt is visited again."""
+    pass_rates: str | None = None
+    """Folder of an earlier run with --prompt-sampling difficulty, whose running shares a new run begins with; each
+    counts as one visit, for the model is another one now. A resumed run has its own."""
     dynamic_sampling: bool = False
     """Take more prompts within an RL step until --rollout-batch-size groups of responses can be learned from: those
     with different rewards, and right responses within --min-group-accuracy and --max-group-accuracy."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_dlm.config import yaml_file
@@ -53,13 +53,22 @@ def parse(command: str, sections: dict[str, type], argv: Sequence[str]) -> dict[
     given = vars(found)
     values = {name: {} for name in sections}
     if "config" in given:
-        _take_yaml(command, given.pop("config"), fields, values)
+        path = given.pop("config")
+        _take_content(command, yaml_file.load(path), path, fields, values)
     flags = {field.name for field in fields if field.flag in given}
     for field in fields:
         if any(field.name in pair and field.name not in flags and flags & {*pair} for pair in ALTERNATIVES):
             values[field.section].pop(field.name, None)
         if field.flag in given:
             _take_flag(field, given[field.flag], values[field.section])
+    return {name: config(**values[name]) for name, config in sections.items()}
+
+
+def parse_content(command: str, sections: Mapping[str, type], content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A command's settings from sections that a YAML file would hold; see `parse`. `where` names them in errors."""
+    _, fields = build_parser(command, dict(sections))
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    _take_content(command, content, where, fields, values)
     return {name: config(**values[name]) for name, config in sections.items()}
 
 
@@ -157,8 +166,10 @@ def _take_flag(field: Field, text: Any, values: dict[str, Any]) -> None:
         values[field.name] = from_text(field.kind, text, field.flag)
 
 
-def _take_yaml(command: str, path: str, fields: list[Field], values: dict[str, dict[str, Any]]) -> None:
-    for section, content in yaml_file.load(path).items():
+def _take_content(
+    command: str, sections: Mapping[str, Any], path: str, fields: list[Field], values: dict[str, dict[str, Any]]
+) -> None:
+    for section, content in sections.items():
         if section not in values:
             raise _unknown_section(command, section, path, fields, values)
         if content is None:  # a heading with all its keys commented out

@@ -21,6 +21,11 @@ class TrainingRunConfig(RunConfig):
     """Save and stop after a step whose number is a multiple of this."""
     exit_duration_in_mins: float | None = None
     """Save and stop after this many minutes."""
+    exit_metric: str | None = None
+    """Save and end the run when this metric (eval/dynamic/accuracy, say) has reached --exit-metric-at-least; a run that
+    has ended so has nothing left to do."""
+    exit_metric_at_least: float | None = None
+    """Value of --exit-metric that is enough."""
     dry_run: bool = False
     """Check the settings, print what they come to (those that differ from the defaults, the model's size, the layout,
     the updates of a step), and end. Reads no weights and no data; names the files that are not here."""

@@ -12,10 +12,12 @@ from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.eval import EvalConfig, TrainingEvalConfig
 from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.log import LoggingConfig, ReportConfig
+from megatron_dlm.config.lora import LoraConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
 from megatron_dlm.config.plan import PlanConfig
+from megatron_dlm.config.preprocess import PreprocessConfig
 from megatron_dlm.config.reward import JudgeConfig, RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
@@ -23,12 +25,14 @@ from megatron_dlm.config.run import RunConfig, TrainingRunConfig
 from megatron_dlm.config.score import ScoreConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
+from megatron_dlm.config.trace import TraceConfig
 from megatron_dlm.config.value import ValueConfig
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "parallel": ParallelConfig,
     "optimizer": OptimizerConfig,
+    "lora": LoraConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
     "tokenizer": TokenizerConfig,
@@ -41,8 +45,10 @@ SECTIONS: dict[str, type] = {
     "eval": TrainingEvalConfig,
     "generate": GenerateConfig,
     "score": ScoreConfig,
+    "trace": TraceConfig,
     "run": TrainingRunConfig,
     "plan": PlanConfig,
+    "preprocess": PreprocessConfig,
 }
 
 PARTS: dict[str, type] = {

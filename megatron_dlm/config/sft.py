@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_dlm.config.sft_objective import SFTObjectiveConfig
+
 
 @dataclass(slots=True)
-class SFTConfig:
+class SFTConfig(SFTObjectiveConfig):
     """Supervised fine-tuning."""
 
     data_path: list[str] = field(default_factory=list)
-    """Training files, JSONL."""
+    """Training data: JSONL files, and prefixes of what preprocess wrote (PREFIX.bin, .idx and .json), mixed at will."""
+    data_weights: list[float] = field(default_factory=list)
+    """Shares of the sources of --data-path among the samples of a run, in the same order: 2 1 takes two samples of the
+    first for each of the second. Each source then goes through epochs of its own. Without weights all samples are one
+    pool, and a source has the share of its size."""
     train_iters: int = 1000
     """Number of optimizer steps."""
     global_batch_size: int = 128
@@ -22,16 +28,8 @@ class SFTConfig:
     seq_length: int | None = None
     """Longest sample in tokens, prompt and response together; longer ones are left out and counted. The model's
     positions when it is not given."""
-    mask_ratio_per: Literal["block", "sample", "token"] = "block"
-    """Draw the noise level once per block, once per sample, or for each token."""
-    min_mask_ratio: float = 1e-3
-    """Lowest noise level that is drawn."""
-    max_mask_ratio: float = 1.0
-    """Highest noise level that is drawn."""
-    redraw_masks: bool = True
-    """Draw the masks of a sample anew each time it comes; otherwise it has the same masks in every epoch, as in the
-    published code of TraceRL."""
-    max_loss_weight: float = 10.0
-    """Largest weight of a masked token; the weight is 1 / noise level up to here."""
-    loss_on_pad: bool = True
-    """Train on the pad tokens that fill the last block of a response."""
+    num_workers: int | None = None
+    """Processes beside each training process that prepare its rows ahead, 1 or 0; 1 on a GPU and 0 on a CPU when it is
+    not given."""
+    dataloader_type: Literal["default", "dali"] = "default"
+    """Who hands rows to the device: our own loader, or NVIDIA DALI. Both hand over the same ones."""

@@ -27,12 +27,16 @@ READ = (
     ("eval", "eval_prompt_data"),
     ("generate", "prompts"),
     ("score", "input"),
+    ("preprocess", "input"),
+    ("trace", "input"),
 )
 WRITTEN = (
     ("logging", "metrics_jsonl"),
     ("eval", "save_eval_samples"),
     ("generate", "output"),
     ("score", "output"),
+    ("preprocess", "output"),
+    ("trace", "output"),
 )
 LOWEST_TEMPERATURE = 1e-4
 LONGEST_TIMEOUT = 10**6  # minutes, about two years
@@ -375,6 +379,16 @@ def only_with(config: Any, name: str, other: str) -> None:
     value = getattr(config, name)
     if value != getattr(type(config)(), name):
         raise ConfigError(f"{flag_name(name)} {value} does nothing without {other}. Leave it out, or add {other}.")
+
+
+def fits_positions(tokens: int, what: str, model: ModelConfig) -> None:
+    """Refuse more positions than the model has. `what`: asks for them."""
+    longest = model.max_position_embeddings
+    if longest is not None and tokens > longest:
+        raise ConfigError(
+            f"{what}: {tokens} positions are needed, and this model has {longest} (--max-position-embeddings). "
+            f"Use at most {longest}."
+        )
 
 
 def _divisors(number: int) -> str:

@@ -18,7 +18,7 @@ def check_curriculum(curriculum: CurriculumConfig, rl: RLConfig, rollout: Rollou
     within(curriculum, 0, 1, "difficulty_momentum", high_open=True)
     at_least(curriculum, 2, "max_sampling_rounds")
     if curriculum.prompt_sampling != "difficulty":
-        for name in ("difficulty_floor", "difficulty_momentum"):
+        for name in ("difficulty_floor", "difficulty_momentum", "pass_rates"):
             only_with(curriculum, name, "--prompt-sampling difficulty")
     if not curriculum.dynamic_sampling:
         only_with(curriculum, "max_sampling_rounds", "--dynamic-sampling")

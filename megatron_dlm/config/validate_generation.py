@@ -1,4 +1,4 @@
-"""What cannot work when responses are generated to a file or scored from one, refused before anything is built.
+"""What cannot work when responses are generated to a file or read from one, refused before anything is built.
 
 The rules of these checks are those of `validate`.
 """
@@ -13,6 +13,7 @@ from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.score import ScoreConfig
+from megatron_dlm.config.trace import TraceConfig
 from megatron_dlm.config.validate import at_least, check_temperature, within
 from megatron_dlm.config.validate_rollout import check_capacity
 from megatron_dlm.config.validate_sampling import (
@@ -58,7 +59,37 @@ def check_score(settings: ScoreConfig, checkpoint: LoadConfig, block_size: int |
         raise ConfigError(f"--block-size is {block_size}. Use 1 or more.")
 
 
-def _files(settings: GenerateConfig | ScoreConfig, checkpoint: LoadConfig, source: str) -> None:
+def check_trace(settings: TraceConfig, checkpoint: LoadConfig) -> None:
+    """Refuse settings of `trace` that no model could work with."""
+    _files(settings, checkpoint, "input")
+    at_least(settings, 1, "tokens_per_step", "trace_block_size", "max_tokens_per_row", "lines_at_once")
+
+
+def check_trace_of_model(settings: TraceConfig, model: ModelConfig) -> int:
+    """Refuse settings of `trace` that do not go with this model.
+
+    Returns:
+        Tokens of a block that is decoded.
+    """
+    given = settings.trace_block_size
+    if not model.full_attention and given is not None:
+        raise ConfigError(
+            f"--trace-block-size {given} is for models of full attention; the blocks of others are those of "
+            "--block-size. Leave it out."
+        )
+    block = given if model.full_attention else model.block_size
+    if block is None:
+        flag = "--trace-block-size" if model.full_attention else "--block-size"
+        raise ConfigError(f"It is not said in which blocks responses are unmasked. Give {flag}.")
+    if settings.tokens_per_step > block:
+        raise ConfigError(
+            f"--tokens-per-step {settings.tokens_per_step} is more than the {block} tokens of a block. "
+            f"Use 1 to {block}."
+        )
+    return block
+
+
+def _files(settings: GenerateConfig | ScoreConfig | TraceConfig, checkpoint: LoadConfig, source: str) -> None:
     given = getattr(settings, source)
     if checkpoint.load is None and checkpoint.hf_checkpoint is None:
         raise ConfigError("--load is not set. Give the folder of the checkpoint to use, or --hf-checkpoint.")

@@ -16,9 +16,17 @@ from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import TrainingRunConfig
-from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
-from megatron_dlm.config.validate import above, at_least, check_temperature, needs, needs_data, only_with, within
+from megatron_dlm.config.validate import (
+    above,
+    at_least,
+    check_temperature,
+    fits_positions,
+    needs,
+    needs_data,
+    only_with,
+    within,
+)
 from megatron_dlm.config.validate_rollout import check_capacity
 from megatron_dlm.config.validate_sampling import (
     check_decoding_block,
@@ -26,6 +34,7 @@ from megatron_dlm.config.validate_sampling import (
     check_unmasking,
     check_window,
 )
+from megatron_dlm.config.validate_schedule import check_length, check_schedule
 
 LONGEST_JUDGEMENT = 86400  # seconds
 
@@ -34,27 +43,18 @@ def check_optimizer(optimizer: OptimizerConfig, total_iters: int | None = None) 
     """Refuse an optimizer or schedule that cannot work. `total_iters`: optimizer steps of the run, if known."""
     above(optimizer, 0, "lr", "adam_eps")
     within(optimizer, 0, 1, "adam_beta1", "adam_beta2", "sgd_momentum", high_open=True)
-    at_least(optimizer, 0, "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
-    at_least(optimizer, 1, "lr_decay_iters")
+    at_least(optimizer, 0, "clip_grad")
+    check_schedule(optimizer)
     within(optimizer, 0, 1, "optimizer_offload_fraction", low_open=True)
     if not optimizer.optimizer_cpu_offload:
         for name in ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"):
             only_with(optimizer, name, "--optimizer-cpu-offload")
-    if optimizer.min_lr > optimizer.lr:
-        raise ConfigError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}. Use at most {optimizer.lr}.")
     if optimizer.sgd_momentum and optimizer.optimizer != "sgd":
         raise ConfigError(
             f"--sgd-momentum {optimizer.sgd_momentum} does nothing with --optimizer "
             f"{optimizer.optimizer}. Leave it out, or use --optimizer sgd."
         )
-    end, name = total_iters, "the run"
-    if optimizer.lr_decay_iters is not None:
-        end, name = optimizer.lr_decay_iters, "--lr-decay-iters"
-    if end is not None and optimizer.lr_warmup_iters >= max(end, 1):  # a run of no step is refused as such
-        raise ConfigError(
-            f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of {name}, {end} steps. "
-            f"Use fewer than {end}."
-        )
+    check_length(optimizer, total_iters, "the run")
 
 
 def check_trained(model: ModelConfig, optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
@@ -92,6 +92,8 @@ def check_run(run: TrainingRunConfig) -> None:
     above(run, 0, "exit_duration_in_mins")
     at_least(run, 1, "dry_run_world_size")
     needs(run, "dry_run_world_size", "dry_run", "which alone reckons with it")
+    needs(run, "exit_metric", "exit_metric_at_least", "without which it never ends a run")
+    needs(run, "exit_metric_at_least", "exit_metric", "whose value it is")
 
 
 def check_logging(logging: ReportConfig) -> None:
@@ -109,20 +111,6 @@ def check_tokenizer(tokenizer: TokenizerConfig) -> None:
             f"--prompt-template {tokenizer.prompt_template!r} does not contain {{question}}. "
             f"Write {{question}} where the question goes."
         )
-
-
-def check_sft(sft: SFTConfig, model: ModelConfig) -> None:
-    """Refuse fine-tuning settings that cannot work with this model."""
-    needs_data(sft.data_path, "--data-path", "training file")
-    at_least(sft, 1, "train_iters", "global_batch_size", "max_tokens_per_row", "seq_length")
-    within(sft, 0, 1, "min_mask_ratio", "max_mask_ratio", low_open=True)
-    if sft.min_mask_ratio > sft.max_mask_ratio:
-        raise ConfigError(
-            f"--min-mask-ratio {sft.min_mask_ratio} is above --max-mask-ratio {sft.max_mask_ratio}. Swap them."
-        )
-    at_least(sft, 1, "max_loss_weight")  # below 1 even a fully masked block would be cut
-    if sft.seq_length is not None:
-        _fits_positions(sft.seq_length, f"--seq-length {sft.seq_length}", model)
 
 
 def check_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
@@ -143,7 +131,7 @@ def check_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
     check_steps_of_block(
         rollout.denoising_steps, check_decoding_block(rollout.rollout_block_size, model), "--denoising-steps"
     )
-    _fits_positions(
+    fits_positions(
         rollout.rollout_max_prompt_len + rollout.rollout_max_response_len,
         f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and --rollout-max-response-len "
         f"{rollout.rollout_max_response_len} together",
@@ -237,19 +225,10 @@ def check_eval(evaluation: EvalConfig, rollout: EngineConfig, model: ModelConfig
         )
     own = evaluation.eval_max_response_len
     length = rollout.rollout_max_response_len if own is None else own
-    _fits_positions(
+    fits_positions(
         rollout.rollout_max_prompt_len + length,
         f"--rollout-max-prompt-len {rollout.rollout_max_prompt_len} and "
         f"--{'rollout' if own is None else 'eval'}-max-response-len "
         f"{length} together",
         model,
     )
-
-
-def _fits_positions(tokens: int, what: str, model: ModelConfig) -> None:
-    longest = model.max_position_embeddings
-    if longest is not None and tokens > longest:
-        raise ConfigError(
-            f"{what}: {tokens} positions are needed, and this model has {longest} (--max-position-embeddings). "
-            f"Use at most {longest}."
-        )

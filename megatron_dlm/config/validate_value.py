@@ -7,6 +7,7 @@ import dataclasses
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.validate import above, at_least, within
+from megatron_dlm.config.validate_schedule import check_length, check_schedule
 from megatron_dlm.config.value import ValueConfig
 
 
@@ -27,14 +28,9 @@ def check_value(value: ValueConfig, num_rollout: int) -> None:
     within(value, 0, 1, "gamma", "gae_lambda")
     above(value, 0, "value_eps_clip", "value_lr", "value_adam_eps")
     within(value, 0, 1, "value_adam_beta1", "value_adam_beta2", high_open=True)
-    at_least(
-        value, 0, "value_min_lr", "value_lr_warmup_iters", "value_weight_decay", "value_clip_grad", "value_warmup_steps"
-    )
-    at_least(value, 1, "value_lr_decay_iters", "value_interval")
-    if value.value_min_lr > value.value_lr:
-        raise ConfigError(
-            f"--value-min-lr {value.value_min_lr} is above --value-lr {value.value_lr}. Use at most {value.value_lr}."
-        )
+    at_least(value, 0, "value_clip_grad", "value_warmup_steps")
+    at_least(value, 1, "value_interval")
+    check_schedule(value, "value_")
     if value.value_warmup_steps >= num_rollout:
         raise ConfigError(
             f"--value-warmup-steps {value.value_warmup_steps} leaves the policy none of --num-rollout {num_rollout} RL "
@@ -44,11 +40,5 @@ def check_value(value: ValueConfig, num_rollout: int) -> None:
 
 def check_value_schedule(value: ValueConfig, updates: int) -> None:
     """Refuse a warm-up that is not shorter than the schedule. `updates`: of the value model in the whole run."""
-    end, name = updates, "the updates of the value model"
-    if value.value_lr_decay_iters is not None:
-        end, name = value.value_lr_decay_iters, "--value-lr-decay-iters"
-    if value.use_value_model and value.value_lr_warmup_iters >= max(end, 1):
-        raise ConfigError(
-            f"--value-lr-warmup-iters {value.value_lr_warmup_iters} leaves nothing of {name}, {end} steps. "
-            f"Use fewer than {end}."
-        )
+    if value.use_value_model:
+        check_length(value, updates, "the updates of the value model", "value_")

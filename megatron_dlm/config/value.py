@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.optimizer import DecayStyle, IncreaseStyle, OptimizerConfig, WSDDecayStyle
 
 
 @dataclass(slots=True)
@@ -35,14 +36,29 @@ class ValueConfig:
     """Highest learning rate of the value model."""
     value_min_lr: float = 0.0
     """Learning rate at which its decaying schedule ends."""
-    value_lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    value_lr_decay_style: DecayStyle = "constant"
     """Shape of its schedule after the warm-up."""
+    value_lr_wsd_decay_style: WSDDecayStyle = "exponential"
+    """Shape of the end of its WSD schedule."""
+    value_lr_wsd_decay_iters: int | None = None
+    """Its optimizer steps at the end of a WSD schedule over which the learning rate goes down."""
     value_lr_warmup_iters: int = 0
-    """Its optimizer steps over which the learning rate rises linearly from zero."""
+    """Its optimizer steps over which the learning rate rises linearly from --value-lr-warmup-init."""
+    value_lr_warmup_fraction: float | None = None
+    """The same as a share of its schedule, rounded down to whole steps."""
+    value_lr_warmup_init: float = 0.0
+    """Learning rate at which its warm-up begins."""
     value_lr_decay_iters: int | None = None
     """Its optimizer step at which the decay ends, warm-up included; the length of the run when it is not given."""
     value_weight_decay: float = 0.0
-    """Weight decay coefficient of the value model."""
+    """Weight decay coefficient of the value model's matrices. Norms and biases do not decay."""
+    value_weight_decay_incr_style: IncreaseStyle = "constant"
+    """How the coefficient goes from --value-start-weight-decay to --value-end-weight-decay; constant stays at
+    --value-weight-decay."""
+    value_start_weight_decay: float | None = None
+    """Its coefficient at the beginning of the run."""
+    value_end_weight_decay: float | None = None
+    """Its coefficient at the end of the run."""
     value_adam_beta1: float = 0.9
     """Decay of Adam's running mean of its gradients."""
     value_adam_beta2: float = 0.999
@@ -54,24 +70,14 @@ class ValueConfig:
 
 
 def optimizer_config(value: ValueConfig, policy: OptimizerConfig) -> OptimizerConfig:
-    """The value model's optimizer: the policy's update rule with numbers of its own."""
-    return OptimizerConfig(
-        optimizer=policy.optimizer,
-        sgd_momentum=policy.sgd_momentum,
-        lr=value.value_lr,
-        min_lr=value.value_min_lr,
-        lr_decay_style=value.value_lr_decay_style,
-        lr_warmup_iters=value.value_lr_warmup_iters,
-        lr_decay_iters=value.value_lr_decay_iters,
-        weight_decay=value.value_weight_decay,
-        adam_beta1=value.value_adam_beta1,
-        adam_beta2=value.value_adam_beta2,
-        adam_eps=value.value_adam_eps,
-        clip_grad=value.value_clip_grad,
-        optimizer_cpu_offload=policy.optimizer_cpu_offload,
-        optimizer_offload_fraction=policy.optimizer_offload_fraction,
-        overlap_cpu_optimizer_d2h_h2d=policy.overlap_cpu_optimizer_d2h_h2d,
-    )
+    """The value model's optimizer: the policy's update rule and groups with numbers and a schedule of its own."""
+    names = {field.name for field in dataclasses.fields(value)}
+    own = {
+        field.name: getattr(value, f"value_{field.name}")
+        for field in dataclasses.fields(policy)
+        if f"value_{field.name}" in names
+    }
+    return dataclasses.replace(policy, **own)
 
 
 def learns_in(value: ValueConfig, step: int) -> bool:

@@ -82,9 +82,13 @@ def dump(config: dict[str, Any], path: str | Path) -> None:
 
     The file appears whole or not at all. Call it on one process only.
     """
+    write({name: dataclasses.asdict(section) for name, section in config.items()}, path)
+
+
+def write(content: dict[str, Any], path: str | Path) -> None:
+    """The same of plain data: section -> key -> value."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {name: dataclasses.asdict(section) for name, section in config.items()}
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
     os.replace(unfinished, path)

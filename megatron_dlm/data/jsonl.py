@@ -11,8 +11,10 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from megatron_dlm.config.errors import DataError
 
@@ -32,39 +34,54 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
     path = Path(path)
     records = []
     for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if "\\u" in line:
-                json.dumps(record, ensure_ascii=False).encode("utf-8")
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: this is not JSON ({error.msg} at column {error.colno}). "
-                "Every line must be one JSON object."
-            ) from None
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{path}, line {number}: the text holds \\u{ord(error.object[error.start]):x}, half of a character "
-                "that JSON writes as two. Write the other half too, or take it out."
-            ) from None
-        except ValueError:  # Python's own limit
-            raise DataError(
-                f"{path}, line {number}: a number in it has thousands of digits. Write it as text, or shorten it."
-            ) from None
-        except RecursionError:
-            raise DataError(
-                f"{path}, line {number}: this JSON is nested too deeply. Every line must be one plain object."
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{path}, line {number}: this is a JSON {_kind(record)}, not an object. "
-                "Every line must be one JSON object."
-            )
-        records.append((number, record))
+        if line.strip():
+            records.append((number, parse_line(line, path, number)))
     if not records:
-        raise DataError(f"{path} holds no samples. Give a file with one JSON object per line.")
+        raise nothing_in(path)
     return records
+
+
+def parse_line(line: str, path: str | Path, number: int) -> dict:
+    """The object of one line that is not blank.
+
+    Args:
+        path, number: file and line, counted from 1, for the error.
+
+    Raises:
+        DataError: the line is not JSON, or not an object.
+    """
+    try:
+        record = json.loads(line)
+        if "\\u" in line:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}: this is not JSON ({error.msg} at column {error.colno}). "
+            "Every line must be one JSON object."
+        ) from None
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path}, line {number}: the text holds \\u{ord(error.object[error.start]):x}, half of a character "
+            "that JSON writes as two. Write the other half too, or take it out."
+        ) from None
+    except ValueError:  # Python's own limit
+        raise DataError(
+            f"{path}, line {number}: a number in it has thousands of digits. Write it as text, or shorten it."
+        ) from None
+    except RecursionError:
+        raise DataError(
+            f"{path}, line {number}: this JSON is nested too deeply. Every line must be one plain object."
+        ) from None
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{path}, line {number}: this is a JSON {_kind(record)}, not an object. Every line must be one JSON object."
+        )
+    return record
+
+
+def nothing_in(path: str | Path) -> DataError:
+    """What is said of a file without an object."""
+    return DataError(f"{path} holds no samples. Give a file with one JSON object per line.")
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
@@ -125,9 +142,15 @@ def integers_field(record: dict, field: str, where: str) -> list[int]:
     return values
 
 
-def _lines(path: Path) -> list[str]:
+@contextmanager
+def told_by_path(path: str | Path) -> Iterator[None]:
+    """Around the reading of a data file: what the system or gzip say against it becomes a sentence.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
     try:
-        raw = gzip.open(path).read() if path.name.endswith(".gz") else path.read_bytes()
+        yield
     except FileNotFoundError:
         raise DataError(f"The data file {path} does not exist. Check the path.") from None
     except IsADirectoryError:
@@ -135,11 +158,25 @@ def _lines(path: Path) -> list[str]:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"The data file {path} cannot be read ({reason}). Check the file and its path.") from None
+
+
+def open_data(path: Path) -> IO[bytes]:
+    """A data file for reading, decompressed where its name ends in .gz."""
+    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")
+
+
+def not_utf8(path: str | Path, line: int, byte: int) -> DataError:
+    """What is said of a file with a byte (its offset in the file) that is not UTF-8."""
+    return DataError(f"{path}, line {line}: byte {byte} is not UTF-8. Save the file as UTF-8.")
+
+
+def _lines(path: Path) -> list[str]:
+    with told_by_path(path), open_data(path) as file:
+        raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
+        raise not_utf8(path, raw[: error.start].count(b"\n") + 1, error.start) from None
     return text.split("\n")  # not splitlines: JSON strings may hold U+2028 and its kin
 
 

@@ -136,6 +136,26 @@ def token_ids_of(record: dict, field: str, where: str, vocab_size: int, mask_id:
     return token_ids
 
 
+def steps_of(record: dict, field: str, tokens: str, where: str) -> list[int]:
+    """A field with the denoising step of each token of the field `tokens`, which was read before.
+
+    Raises:
+        DataError: it is absent, not a list of whole numbers from 1, or of another length.
+    """
+    steps = integers_field(record, field, where)
+    for index, step in enumerate(steps):
+        if not 1 <= step < 2**31:
+            raise DataError(
+                f"{where}: entry {index} of '{field}' is {step}. Denoising steps are counted from 1. Correct the entry."
+            )
+    if len(steps) != len(record[tokens]):
+        raise DataError(
+            f"{where}: '{tokens}' has {len(record[tokens])} entries and '{field}' {len(steps)}. Give one step for "
+            "each token."
+        )
+    return steps
+
+
 def refuse_mask(token_ids: list[int], what: str, where: str, tokenizer: Tokenizer) -> None:
     """Refuse text that spells the mask token: to the model it would be a gap, and no label may be one.
 

@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
 from megatron_dlm.config.errors import DataError
@@ -74,7 +73,11 @@ class EpochSampler(Generic[Item]):
             copies[item.key] += 1
         self._seed = seed
         self.position = position
-        self._order = lru_cache(maxsize=2)(self._epoch_order)  # a batch can cross from one epoch to the next
+        self._orders: dict[int, tuple[tuple[int, str, Item], ...]] = {}  # of the epochs at hand
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the orders, which can be made again (a process that loads data gets a copy)."""
+        return {**self.__dict__, "_orders": {}}
 
     def __len__(self) -> int:
         """Items per epoch."""
@@ -123,9 +126,13 @@ class EpochSampler(Generic[Item]):
             return order
         return order[bisect_right(order, (self._place(self.position.epoch, key), key), key=lambda entry: entry[:2]) :]
 
-    def _epoch_order(self, epoch: int) -> tuple[tuple[int, str, Item], ...]:
-        entries = ((self._place(epoch, key), key, item) for key, item in self._items)
-        return tuple(sorted(entries, key=lambda entry: entry[:2]))
+    def _order(self, epoch: int) -> tuple[tuple[int, str, Item], ...]:
+        if epoch not in self._orders:
+            for old in list(self._orders)[:-1]:  # a batch can cross from one epoch to the next
+                del self._orders[old]
+            entries = ((self._place(epoch, key), key, item) for key, item in self._items)
+            self._orders[epoch] = tuple(sorted(entries, key=lambda entry: entry[:2]))
+        return self._orders[epoch]
 
     def _place(self, epoch: int, key: str) -> int:
         return stream(self._seed, "order", epoch, key)

@@ -15,6 +15,7 @@ Invariants (tests/data/test_tokenizer.py):
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -139,6 +140,12 @@ class Tokenizer:
                 f"({' '.join(str(error).split())}). Correct the template or the conversation."
             ) from None
         return self.encode(text)
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What token ids of this tokenizer mean: as long as it is the same, they can be read by another copy of it."""
+        names = "\x1f".join(f"{one}:{self._backend.name(one)}" for one in range(self.vocab_size))
+        digest = hashlib.blake2b(names.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        return {"vocab_size": self.vocab_size, "eos_id": self.eos_id, "mask_id": self.mask_id, "hash": digest}
 
     def differing(self, folder: str | Path) -> tuple[int, int] | None:
         """Compare with the tokenizer of another folder, which needs neither a mask nor a stop token.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_dlm.config.errors import DataError
-from megatron_dlm.data.jsonl import integers_field, read_jsonl
-from megatron_dlm.data.records import token_ids_of
+from megatron_dlm.data.jsonl import read_jsonl
+from megatron_dlm.data.records import steps_of, token_ids_of
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
 
 _LARGE = 1e30
@@ -115,15 +115,15 @@ def _read_line(
     record: dict, where: str, limits: Limits, default: int | None, block_size: int | None, temperature: float | None
 ) -> TraceLine:
     ids = lambda field: token_ids_of(record, field, where, limits.vocab_size, limits.mask_id)
-    prompt, response, steps = ids("prompt_token_ids"), ids("token_ids"), _steps(record, "step_map", where)
-    _same_length(record, "token_ids", "step_map", where)
+    prompt, response = ids("prompt_token_ids"), ids("token_ids")
+    steps = steps_of(record, "step_map", "token_ids", where)
     own = _number(record, "block_size", where, whole=True, lowest=1)
     canvas = None if default is not None else _canvas(record, own, len(response), where)
     block = block_size or own or default
     tail, tail_steps = [], []
     if record.get("tail_token_ids") is not None or record.get("tail_step_map") is not None:
-        tail, tail_steps = ids("tail_token_ids"), _steps(record, "tail_step_map", where)
-        _same_length(record, "tail_token_ids", "tail_step_map", where)
+        tail = ids("tail_token_ids")
+        tail_steps = steps_of(record, "tail_step_map", "tail_token_ids", where)
     tail, tail_steps = _terminal_block(len(prompt), steps, tail, tail_steps, block, own, where, canvas)
     whole = len(prompt) + len(response) + (len(tail) if canvas is None else canvas)
     if whole > limits.max_length:
@@ -222,24 +222,6 @@ def _terminal_block(
         "not say what stood there while its tokens were unmasked. Add 'tail_token_ids' and 'tail_step_map', or name "
         "the right block size."
     )
-
-
-def _steps(record: dict, field: str, where: str) -> list[int]:
-    steps = integers_field(record, field, where)
-    for index, step in enumerate(steps):
-        if not 1 <= step < 2**31:
-            raise DataError(
-                f"{where}: entry {index} of '{field}' is {step}. Denoising steps are counted from 1. Correct the entry."
-            )
-    return steps
-
-
-def _same_length(record: dict, one: str, other: str, where: str) -> None:
-    if len(record[one]) != len(record[other]):
-        raise DataError(
-            f"{where}: '{one}' has {len(record[one])} entries and '{other}' {len(record[other])}. Give one step for "
-            "each token."
-        )
 
 
 def _number(record: dict, field: str, where: str, whole: bool, lowest: int) -> float | None:

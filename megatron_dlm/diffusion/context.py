@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dlm.diffusion.layout import CLEAN, PADDING, Layout, predecessors
+from megatron_dlm.diffusion.layout import CLEAN, PADDING, Layout
 from megatron_dlm.diffusion.rows import Context, Row, Targets
 
 
@@ -119,8 +119,8 @@ def share_row(row: Row, ranks: int, rank: int, length: int, pad_id: int, logit_s
         row: the whole one, on the host.
         length: T of the part (`shared_length`).
         pad_id: token of the padding slots.
-        logit_shift: of the model. With one, a target is where it is read: at the token before it. It goes to the rank
-            that has that token, and its slot is already the one to read.
+        logit_shift: of the model. A target goes to the rank that has the token where it is read, and its slot is
+            already the one to read.
     """
     parts = deal(row.layout, ranks, length)
     clean = [part[row.layout.view.numpy()[part] == CLEAN] for part in parts]
@@ -128,7 +128,7 @@ def share_row(row: Row, ranks: int, rank: int, length: int, pad_id: int, logit_s
     mine = torch.from_numpy(parts[rank])
     place = torch.full((len(row.tokens),), -1)
     place[mine] = torch.arange(len(mine))
-    read = predecessors(row.layout, row.targets.slot) if logit_shift else row.targets.slot
+    read = row.read_slots(logit_shift)
     kept = torch.nonzero(place[read] >= 0)[:, 0]
     targets = Targets(*(getattr(row.targets, field.name)[kept] for field in fields(Targets)))
     context = Context(

@@ -6,6 +6,9 @@ depend on layout and a run resumes exactly.
 
 Streams are hashed with BLAKE2b on the host; counters with the SplitMix64 finaliser in int64 tensor arithmetic, which
 wraps the same way on every device.
+
+Orders are of two kinds: `permutation` writes one out, `shuffled` gives single places of one that nobody writes out, for
+as many items as a cluster reads.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 _WRAP = 1 << 64
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that neighbouring counters land far apart
+_ROUNDS = 8  # of the Feistel network
 
 
 def _signed(value: int) -> int:
@@ -75,3 +79,29 @@ def uniforms(streams: int | Tensor, *counters: Tensor) -> Tensor:
 def permutation(stream_: int, n: int) -> Tensor:
     """A permutation of range(n), int64 [n], that depends on the stream and n alone."""
     return torch.argsort(uniforms(stream_, torch.arange(n)), stable=True)
+
+
+def shuffled(stream_: int, n: int, places: Tensor) -> Tensor:
+    """What stands at some places of a permutation of range(n) that depends on the stream and n alone.
+
+    Costs time and memory for these places only, whatever n is: a Feistel network (Luby and Rackoff, 1988) permutes the
+    numbers of an even number of bits, at most 4 n of them, and is applied again to those that it takes out of range(n).
+
+    Args:
+        places: int64 [P], each in range(n).
+
+    Returns:
+        int64 [P].
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    names = [_mix(torch.tensor(_signed(stream_ + number * _GOLDEN))) for number in range(1, _ROUNDS + 1)]
+    found = places.to(torch.int64).clone()
+    outside = torch.ones_like(found, dtype=torch.bool)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & low
+        for name in names:
+            left, right = right, left ^ _shift_right(_mix(name + (right + 1) * _signed(_GOLDEN)), 64 - half)
+        found[outside] = (left << half) | right
+        outside = found >= n
+    return found

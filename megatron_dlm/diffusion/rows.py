@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Layout, moved
+from megatron_dlm.diffusion.layout import CLEAN, PADDING, PROMPT, Layout, moved, predecessors
 from megatron_dlm.diffusion.views import Item
 
 
@@ -24,8 +24,8 @@ from megatron_dlm.diffusion.views import Item
 class Targets:
     """The N tokens of a row that are predicted; each a tensor [N].
 
-    slot: int64, where in the row the token is hidden, and read by a model without a logit shift; in a part of a
-        row (diffusion/context.py) where the model reads it. label: int64, the token. weight: float64, its share of the
+    slot: int64, where in the row the token is hidden (or stands, in finished text), see `Row.read_slots`; in a part of
+        a row (diffusion/context.py) where the model reads it. label: int64, the token. weight: float64, its share of the
         update's loss.
     response: int64, which item (an id that the caller gave). index: int64, offset of the token in that item's response.
     """
@@ -62,18 +62,29 @@ class Context:
 @dataclass(frozen=True, slots=True)
 class Row:
     """One packed microbatch: tokens int64 [T], the layout of those T tokens, and its targets. `context`: of a part of a
-    row, whose other parts are on other ranks.
+    row, whose other parts are on other ranks. `causal`: some targets are tokens of the finished text.
     """
 
     tokens: Tensor
     layout: Layout
     targets: Targets
     context: Context | None = None
+    causal: bool = False
 
     def to(self, device: torch.device) -> Row:
         context = None if self.context is None else self.context.to(device)
         tokens = moved(self.tokens, device)
-        return Row(tokens, self.layout.to(device), self.targets.to(device), context)
+        return Row(tokens, self.layout.to(device), self.targets.to(device), context, self.causal)
+
+    def read_slots(self, logit_shift: int) -> Tensor:
+        """int64 [N], where a model with this logit shift is read for each target: in the slot that hides the token, or
+        in that of the token before it; for a token of the finished text always there.
+        """
+        slots = self.targets.slot
+        if self.context is not None or not (logit_shift or self.causal):
+            return slots
+        before = predecessors(self.layout, slots)
+        return before if logit_shift else torch.where(self.layout.view[slots] == CLEAN, before, slots)
 
 
 class _Columns:
@@ -135,6 +146,7 @@ def build_row(items: list[tuple[int, Item]], length: int, mask_id: int, pad_id: 
         tokens,
         Layout(*(column.to(torch.int32) for column in layout)),
         Targets(slot, label, weight.double(), response, index),
+        causal=any(item.views.clean for _, item in items),
     )
 
 
@@ -155,8 +167,20 @@ def _add_item(
 ) -> tuple[np.ndarray, ...]:
     """Append the item's clean text and views; returns its columns of `Targets`."""
     clean = np.arange(item.shared_length, item.clean_end)
-    columns.add(item.tokens[clean], group, response, CLEAN, item.grid.block_of(clean, item.prompt_length), clean)
+    start = columns.add(
+        item.tokens[clean], group, response, CLEAN, item.grid.block_of(clean, item.prompt_length), clean
+    )
     views = item.views
+    if views.clean:
+        where = views.position[views.target]
+        slots = start + where - item.shared_length
+        return (
+            slots,
+            item.tokens[where],
+            views.weight[views.target],
+            np.full(len(where), id_),
+            where - item.prompt_length,
+        )
     n, width = views.position.shape
     exists = views.position >= 0
     position = views.position[exists]

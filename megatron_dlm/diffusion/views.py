@@ -1,8 +1,9 @@
 """Which noisy copies of a text a model learns from.
 
 An `Item` is one text of a group together with its views: copies of single blocks in which some tokens are hidden and
-some of the hidden ones are predicted. Supervised fine-tuning makes one view per block with freshly drawn masks; TraceRL
-makes one per denoising step that the block really took. A view without a predicted token is not made.
+some of the hidden ones are predicted. Supervised fine-tuning makes one or more per block with freshly drawn masks;
+TraceRL makes one per denoising step that the block really took. A view without a predicted token is not made. What an
+autoregressive model predicts needs no copy: its views are the finished text itself.
 
 Under full attention a rollout writes on a canvas, the prompt and the longest response that was allowed, which is all
 masks at first (rollout/engine.py). What decides a token sees the masks behind the response too, wherever that ends
@@ -16,6 +17,7 @@ Invariants (tests/diffusion/test_views.py):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -37,6 +39,8 @@ class Views:
         masked: bool [n, W], tokens shown as the mask token.
         target: bool [n, W], tokens predicted; a subset of `masked`.
         weight: float64 [n, W], weight of each target.
+        clean: the views are no copies. Nothing is hidden, and the targets are tokens of the finished text, each
+            predicted by the token before it; in blocks of one token that is what an autoregressive model does.
     """
 
     block: np.ndarray
@@ -44,6 +48,7 @@ class Views:
     masked: np.ndarray
     target: np.ndarray
     weight: np.ndarray
+    clean: bool = False
 
     @property
     def num_targets(self) -> int:
@@ -51,8 +56,9 @@ class Views:
 
     @property
     def sizes(self) -> np.ndarray:
-        """int64 [n], tokens that each view shows."""
-        return (self.position >= 0).sum(axis=1)
+        """int64 [n], tokens that each view adds to the finished text."""
+        sizes = (self.position >= 0).sum(axis=1)
+        return np.zeros_like(sizes) if self.clean else sizes
 
     def between(self, start: int, end: int) -> Views:
         """Views number `start` to `end` alone."""
@@ -91,6 +97,8 @@ class Item:
         """One past the last clean token that some view reads: the start of the last block that has a view."""
         if not len(self.views.block):
             return self.shared_length
+        if self.views.clean:
+            return int(self.views.position.max()) + 1
         return max(
             self.grid.span(int(self.views.block[-1]), self.prompt_length, len(self.tokens))[0], self.shared_length
         )
@@ -222,29 +230,64 @@ def largest_part(item: Item) -> int:
 def _clean_ends(item: Item) -> np.ndarray:
     """int64 [n], ascending: `clean_end` of an item whose last view is this one."""
     starts = [item.grid.span(int(block), item.prompt_length, len(item.tokens))[0] for block in item.views.block]
-    return np.maximum(np.array(starts, dtype=np.int64), item.shared_length)
+    return np.maximum(np.array(starts, dtype=np.int64) + int(item.views.clean), item.shared_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """One mask of the R tokens behind a prompt: which are hidden, which of those are predicted, bool [R]; and what each
+    weighs, float64 [R].
+    """
+
+    hidden: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+
+
+def views_of(prompt_length: int, length: int, grid: Grid, masks: Sequence[Mask]) -> Views:
+    """The views of a text under some masks: of each block one for each mask that leaves something to predict there.
+
+    Args:
+        prompt_length, length: of the text, R = length - prompt_length; under full attention with what is shown behind
+            its last token.
+    """
+    if length == prompt_length:
+        return no_views(grid, length)
+    blocks, position = _windows(grid, prompt_length, length)
+    is_response = position >= prompt_length
+    index = np.where(is_response, position - prompt_length, 0)
+    found = []
+    for mask in masks:
+        hidden = is_response & mask.hidden[index]
+        target = hidden & mask.target[index]
+        kept = target.any(1)
+        found.append((blocks[kept], position[kept], hidden[kept], target[kept], mask.weight[index][kept]))
+    columns = [np.concatenate(column) for column in zip(*found)]
+    order = np.argsort(columns[0], kind="stable")
+    return Views(*(column[order] for column in columns))
 
 
 def masked_views(
     prompt_length: int, length: int, grid: Grid, schedule: MaskSchedule, stream: int, predict_until: int
 ) -> Views:
-    """One view per block with masks drawn from the schedule: supervised fine-tuning.
+    """One view per block with masks drawn from the schedule.
 
     Args:
         prompt_length, length: of the text.
         stream: keys.stream(...) of this sample at this step.
         predict_until: tokens from this position on (padding of the last block) may be hidden but are not predicted.
     """
-    if length == prompt_length:
-        return no_views(grid, length)
-    blocks, position = _windows(grid, prompt_length, length)
     response = np.arange(prompt_length, length)
-    hidden, weight = schedule.draw(
-        stream, torch.from_numpy(response), torch.from_numpy(np.asarray(grid.block_of(response, prompt_length)))
-    )
-    is_response = position >= prompt_length
-    index = np.where(is_response, position - prompt_length, 0)
-    masked = is_response & hidden.numpy()[index]
-    target = masked & (position < predict_until)
-    kept = target.any(1)
-    return Views(blocks[kept], position[kept], masked[kept], target[kept], weight.numpy()[index][kept])
+    block = np.asarray(grid.block_of(response, prompt_length))
+    hidden, weight = schedule.draw(stream, torch.from_numpy(response), torch.from_numpy(block))
+    mask = Mask(hidden.numpy(), response < predict_until, weight.numpy())
+    return views_of(prompt_length, length, grid, [mask])
+
+
+def causal_views(first: int, end: int) -> Views:
+    """Views for the tokens from position `first` to `end` as an autoregressive model predicts them: for a text on a
+    grid of blocks of one token, whatever the blocks of the model.
+    """
+    position = np.arange(first, end)[:, None]
+    nothing, everything = np.zeros(position.shape, dtype=bool), np.ones(position.shape, dtype=bool)
+    return Views(position[:, 0], position, nothing, everything, np.ones(position.shape), clean=True)

@@ -23,9 +23,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_dlm.diffusion.layout import predecessors
+from megatron_dlm.config.lora import LoraConfig
 from megatron_dlm.diffusion.rows import Row
 from megatron_dlm.model.attention import LayoutAttention, attention_of
+from megatron_dlm.model.lora import AdaptableColumn, AdaptableRow, attach, freeze_all_but_adapters
 from megatron_dlm.model.norm import RMSNorm
 from megatron_dlm.model.rotary import RotaryByPosition
 from megatron_dlm.model.row_params import RowParams
@@ -33,7 +34,8 @@ from megatron_dlm.model.shape import ModelShape, rotary_width
 
 
 def layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
-    """One transformer layer: megatron-core's local spec with our attention and norm."""
+    """One transformer layer: megatron-core's local spec with our attention and norm, and linear layers that can have
+    adapters (model/lora.py)."""
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if with_experts else None,
         qk_layernorm=config.qk_layernorm,
@@ -44,6 +46,10 @@ def layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
     attention = layer.self_attention
     attention.params["attn_mask_type"] = AttnMaskType.arbitrary
     attention.submodules.core_attention = LayoutAttention
+    attention.submodules.linear_qkv, attention.submodules.linear_proj = AdaptableColumn, AdaptableRow
+    if not with_experts:
+        mlp = layer.mlp.submodules
+        mlp.linear_fc1, mlp.linear_fc2 = AdaptableColumn, AdaptableRow
     if config.qk_layernorm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     return spec
@@ -100,6 +106,7 @@ class BlockDiffusionModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.logit_shift = shape.logit_shift
+        self.adapters: LoraConfig | None = None  # those that it was given to learn (`adapt`)
         wide = config.params_dtype == torch.float64
         self.rotary_pos_emb = RotaryByPosition(
             rotary_width(config.kv_channels, shape.rotary_percent),
@@ -107,15 +114,19 @@ class BlockDiffusionModel(GPTModel):
             torch.float64 if wide else torch.float32,
         )
 
+    def adapt(self, lora: LoraConfig, seed: int) -> None:
+        """Let adapters alone learn, from now on. They change nothing yet."""
+        attach(self, lora, seed)
+        freeze_all_but_adapters(self)
+        self.adapters = lora
+
     def forward_row(self, row: Row, headless: bool = False) -> Tensor:
         """Run this chunk over a packed row; the last stage returns the logits of the row's targets, [N, V / TP], or
         with `headless` the hidden states that its head would read, [N, h].
 
-        A model with a logit shift is read where it predicts a target: at the token before it.
+        The model is read where it predicts a target (`Row.read_slots`).
         """
-        slots = row.targets.slot
-        if self.logit_shift and self.post_process and row.context is None:  # else its targets are where they are read
-            slots = predecessors(row.layout, slots)
+        slots = row.read_slots(self.logit_shift) if self.post_process else row.targets.slot
         attention = attention_of(row, self.pg_collection.cp)
         params = RowParams(position=row.layout.position, slots=slots, attention=attention, headless=headless)
         return self.forward_tokens(row.tokens, params)

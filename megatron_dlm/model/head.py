@@ -37,6 +37,7 @@ from megatron_dlm.model.policy import (
     entropy,
     exclude_,
     label_logprobs,
+    label_scores,
     policy_scores,
     scores_of_tokens,
 )
@@ -60,13 +61,33 @@ def target_policy(
         output: of its `forward_row`: headless, [N, h], or with chunk_size 0 the logits [N, V / TP], whose table is then
             kept.
     """
+    return judged_targets(model, output, labels, temperature, vocabulary, chunk_size, with_entropy)[:2]
+
+
+def judged_targets(
+    model: nn.Module,
+    output: Tensor,
+    labels: Tensor,
+    temperature: Tensor | float,
+    vocabulary: Vocabulary,
+    chunk_size: int,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`target_policy`, and whether each label is what the policy finds most likely, bool [N]."""
     group = model.pg_collection.tp
-    if not chunk_size:
-        scores = policy_scores(output, temperature, vocabulary, group)
-        logprob = label_logprobs(scores, labels, group)
-        return logprob, by_chunks(partial(entropy, group=group), scores) if with_entropy else None
-    hidden = copy_to_tensor_model_parallel_region(output, group)
-    return label_policy(hidden, model.head_weight(), labels, temperature, vocabulary, group, chunk_size, with_entropy)
+    if chunk_size:
+        hidden = copy_to_tensor_model_parallel_region(output, group)
+        return _LabelPolicy.apply(
+            hidden, model.head_weight(), labels, temperature, vocabulary, group, chunk_size, with_entropy
+        )
+    scores = policy_scores(output, temperature, vocabulary, group)
+    logprob = label_logprobs(scores, labels, group)
+    entropies = by_chunks(partial(entropy, group=group), scores) if with_entropy else None
+    with torch.no_grad():
+        highest = scores.amax(-1)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+        best = label_scores(scores, labels, group) >= highest
+    return logprob, entropies, best
 
 
 def label_policy(
@@ -92,7 +113,7 @@ def label_policy(
         The log-probabilities [N] and, if asked for, the entropies of the policy in nats [N], in fp32 or better; the
         same on all ranks, differentiable once in hidden states and weight.
     """
-    return _LabelPolicy.apply(hidden, weight, labels, temperature, vocabulary, group, chunk_size, with_entropy)
+    return _LabelPolicy.apply(hidden, weight, labels, temperature, vocabulary, group, chunk_size, with_entropy)[:2]
 
 
 class _LabelPolicy(torch.autograd.Function):
@@ -132,11 +153,13 @@ class _LabelPolicy(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, labels, log_normaliser, entropies, scale)
         ctx.rest = (None if scale is not None else temperature, vocabulary, first, chunk_size)
         ctx.set_materialize_grads(False)
-        return picked - log_normaliser, entropies
+        best = picked >= highest
+        ctx.mark_non_differentiable(best)
+        return picked - log_normaliser, entropies, best
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, by_logprob, by_entropy):
+    def backward(ctx, by_logprob, by_entropy, _):
         hidden, weight, labels, log_normaliser, entropies, scale = ctx.saved_tensors
         number, vocabulary, first, chunk_size = ctx.rest
         temperature = number if scale is None else scale

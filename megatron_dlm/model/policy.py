@@ -113,13 +113,16 @@ def label_logprobs(scores: Tensor, labels: Tensor, group: dist.ProcessGroup | No
 
     Returns: [N], the same on all ranks of the group, differentiable.
     """
+    return label_scores(scores, labels, group) - log_normaliser(scores, group)
+
+
+def label_scores(scores: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The score of each label, [N]: its log-probability before it is normalised. As `label_logprobs`."""
     local = labels - _first_id(scores, group)
     here = (local >= 0) & (local < scores.shape[-1])
     picked = scores.gather(1, local.clamp(0, scores.shape[-1] - 1)[:, None])[:, 0]
     picked = torch.where(here, picked, torch.zeros_like(picked))
-    if group is not None:
-        picked = _sum_over(picked, group)
-    return picked - log_normaliser(scores, group)
+    return picked if group is None else _sum_over(picked, group)
 
 
 def entropy(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -49,6 +49,13 @@ def anywhere(*marks: bool) -> list[bool]:
     return [bool(mark) for mark in found.tolist()]
 
 
+def most_anywhere(*values: int) -> list[int]:
+    """The largest of each value over all ranks. Collective."""
+    found = torch.tensor(values, dtype=torch.int64, device=platform.device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
 def exchange_objects(outgoing: Mapping[int, Sequence[Any]], group: dist.ProcessGroup | None = None) -> list[Any]:
     """Send each rank its own list of objects.
 

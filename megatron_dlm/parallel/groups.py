@@ -239,6 +239,8 @@ def _join(timeout: timedelta, silence: float) -> None:
         try:
             if meeting.several_hosts():
                 options |= {"store": meeting.meet(timeout, silence), "rank": rank, "world_size": world}
+            elif (store := meeting.store_of_part(timeout)) is not None:
+                options |= {"store": store, "rank": rank, "world_size": world}
             dist.init_process_group(platform.backend(), timeout=timeout, **options)
         except dist.DistError as error:
             reason = str(error).strip().splitlines()[0][:200].rstrip(".")

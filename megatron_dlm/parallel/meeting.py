@@ -37,6 +37,7 @@ from megatron_dlm.parallel import addresses
 from megatron_dlm.parallel.watch import HEARD, NOTE, PERIOD, Watch
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
+PART = "MEGATRON_DLM_STORE_PART"  # set by what runs several jobs one after the other in one store (curriculum/ranks.py)
 ADVICE = "Start the job again; what a run has saved it goes on from with --load."
 _ARRIVED = "arrived"
 _NOTE_SECONDS = 5.0  # for a word to the others, or from them
@@ -129,6 +130,16 @@ def meet(timeout: timedelta, silence: float) -> dist.Store:
     if silence and me.local_rank == 0:
         _start_watch(rank, silence)
     return dist.PrefixStore("group", notes)
+
+
+def store_of_part(timeout: timedelta) -> dist.Store | None:
+    """The store for the default process group of one of several jobs that share the store of another process; None
+    where this is not so.
+
+    Raises:
+        dist.DistError: the store cannot be reached.
+    """
+    return dist.PrefixStore("group", _notes(_connect(timeout))) if os.environ.get(PART) else None
 
 
 def check_interface() -> None:
@@ -229,8 +240,10 @@ def _keeps_store() -> bool:
 
 
 def _notes(store: dist.Store) -> dist.PrefixStore:
-    """torchrun's store outlives an attempt of the job, so each has a part of its own."""
-    return dist.PrefixStore(f"megatron_dlm/attempt {number('TORCHELASTIC_RESTART_COUNT')}", store)
+    """torchrun's store outlives an attempt of the job, so each has a part of its own; so has each job of several."""
+    part = os.environ.get(PART)
+    of_job = f"/{part}" if part else ""
+    return dist.PrefixStore(f"megatron_dlm/attempt {number('TORCHELASTIC_RESTART_COUNT')}{of_job}", store)
 
 
 def _place() -> str:

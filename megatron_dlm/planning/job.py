@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dlm.config.lora import LoraConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.objective import with_method
 from megatron_dlm.config.optimizer import OptimizerConfig
@@ -69,6 +70,7 @@ class Job:
     rl: RLConfig | None = None
     rollout: RolloutConfig | None = None
     value_optimizer: OptimizerConfig | None = None
+    lora: LoraConfig | None = None
 
     @property
     def has_reference(self) -> bool:
@@ -158,6 +160,7 @@ def job_of(config: dict[str, Any], model: ModelConfig, world_size: int) -> Job:
         model=model,
         parallel=config["parallel"],
         optimizer=config["optimizer"],
+        lora=config["lora"],
         dense_attention=plan.plan_attention == "dense",
     )
     if "rl" not in config:

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.optimizer import OptimizerConfig
@@ -27,6 +28,14 @@ from megatron_dlm.training.step import ForwardStep
 
 GIB = 2**30
 LARGE_PAGE = 256  # rollout/sizing.py
+_OF_THE_SCHEDULE = (
+    "lr_decay_style",
+    "lr_decay_iters",
+    "lr_wsd_decay_iters",
+    "lr_warmup_iters",
+    "lr_warmup_fraction",
+    "lr_warmup_init",
+)
 TOKENS_PER_PASS = 8192  # of an engine on a GPU, rollout/sizing.py
 
 
@@ -122,13 +131,13 @@ def build(job: Job, place: Place, measured: dict) -> BuiltRank:
     with as_rank(place.rank, job.world_size, job.parallel) as groups:
         session = Session(job.model, job.parallel, None, groups, vocabulary)
         trained: list[tuple[str, OptimizerConfig, Callable, ForwardStep]] = [
-            ("policy", job.optimizer, session.train_state, policy_loss(job, vocabulary))
+            ("policy", job.optimizer, partial(session.train_state, lora=job.lora), policy_loss(job, vocabulary))
         ]
         if job.value_optimizer is not None:
             trained.append(("value", job.value_optimizer, session.value_state, loss_of_values))
         models, activations, weights = {}, {}, None
         for name, optimizer, make, loss in trained:
-            state = make(_on_device(optimizer), optimizer.lr_warmup_iters + 1)
+            state = make(_on_device(optimizer), 1)
             models[name] = _offloaded(state_bytes(state), optimizer)
             shapes = tuple(tuple(tensor.shape) for _, tensor in state.named_parameters())
             key = (name, place.stage, shapes)
@@ -146,9 +155,9 @@ def build(job: Job, place: Place, measured: dict) -> BuiltRank:
 
 
 def _on_device(optimizer: OptimizerConfig) -> OptimizerConfig:
-    """The same optimizer with all of its state on the device."""
-    off = {"optimizer_cpu_offload": False} if getattr(optimizer, "optimizer_cpu_offload", False) else {}
-    return dataclasses.replace(optimizer, **off)
+    """The same optimizer with all of its state on the device, and a schedule that fits a run of one step."""
+    plain = {name: getattr(OptimizerConfig(), name) for name in _OF_THE_SCHEDULE}
+    return dataclasses.replace(optimizer, optimizer_cpu_offload=False, **plain)
 
 
 def _offloaded(found: StateBytes, optimizer: OptimizerConfig) -> StateBytes:

@@ -18,9 +18,9 @@ from torch import nn
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import EngineConfig
 from megatron_dlm.planning.world import Place, engine_sizes, place_of
-from megatron_dlm.rollout.refit import _first_expert, _is_buffer, _shard, _slots
-from megatron_dlm.rollout.reshard_plan import Shard, bytes_of, canonical, is_expert, plan_refit
-from megatron_dlm.training.state import TrainState, global_names
+from megatron_dlm.rollout.refit import _is_buffer, _slots, training_shards
+from megatron_dlm.rollout.reshard_plan import Shard, bytes_of, is_expert, plan_refit
+from megatron_dlm.training.state import TrainState
 
 MOST_RANKS = 128  # that a plan is made for
 MOST_SHARDS = 100_000  # of all their engines
@@ -66,18 +66,10 @@ class Traffic:
 
 def weights_of(state: TrainState, model: nn.Module) -> Weights:
     """Args: model: of the engine of this rank, on the meta device."""
-    groups = state.groups.pg_collection
-    found = {}
-    for chunk in state.unwrapped_chunks():
-        rename, first = global_names(chunk), _first_expert(chunk)
-        for name, tensor in chain(chunk.named_parameters(), chunk.named_buffers()):
-            found[canonical(rename(name), first)] = tensor
-    if getattr(model, "share_embeddings_and_output_weights", False):
-        found.pop("output_layer.weight", None)
     here = model.pg_collection
     place = lambda group: (group.rank(), group.size())
     return Weights(
-        tuple(_shard(name, tensor, groups) for name, tensor in found.items()),
+        tuple(training_shards(state, model)),
         tuple(
             Wanted(
                 slot.name,
@@ -96,7 +88,8 @@ def own_bytes(weights: Weights) -> int:
     """Of the engine's weights that are not training storage of the rank: without knowing the other ranks."""
     trained = {shard.name: shard for shard in weights.trained}
     needs = _needed(weights, trained)
-    shared = sum(bytes_of(shard) for shard in needs if shard.name in trained and shard.part == trained[shard.name].part)
+    kept = {name: shard.part for name, shard in trained.items() if not shard.computed}
+    shared = sum(bytes_of(shard) for shard in needs if shard.name in kept and shard.part == kept[shard.name])
     return sum(map(bytes_of, needs)) - shared
 
 

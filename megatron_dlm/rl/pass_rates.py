@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dlm.checkpoint.places import reading
-from megatron_dlm.config.errors import DataError
+from megatron_dlm.config.errors import CheckpointError, DataError
 from megatron_dlm.data.jsonl import read_jsonl, write_jsonl
 
 FILE = "pass_rates.jsonl"
@@ -62,6 +62,22 @@ class PassRates:
             folder / FILE,
             ({"key": key, "rate": float(self.rates[row]), "visits": int(self.visits[row])} for key, row in seen),
         )
+
+    def begin_with(self, folder: Path, flag: str) -> None:
+        """Take over what another run found out, as if each of its prompts had been visited once.
+
+        Args:
+            folder: of a checkpoint of that run. flag: that named it.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        if not (folder / FILE).exists():
+            raise CheckpointError(
+                f"{flag}: the checkpoint {folder} holds no pass rates. Give a run with --prompt-sampling difficulty."
+            )
+        self.restore(folder)
+        self.visits = np.minimum(self.visits, 1)
 
     def restore(self, folder: Path) -> None:
         """Take over what an earlier run wrote there.

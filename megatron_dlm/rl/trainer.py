@@ -250,7 +250,7 @@ class TraceRLTrainer:
                 if self.step_index % log_interval == 0 or self.step_index == last:
                     report.iteration(self.step_index, last, console(metrics))
                 empty = 0 if metrics["rollout/learned_ratio"] else empty + 1
-                if pace.after(self.step_index) or empty == self.rl.max_empty_steps:
+                if pace.after(self.step_index, metrics) or empty == self.rl.max_empty_steps:
                     break
             pace.finish(self.step_index)
         if empty == self.rl.max_empty_steps:

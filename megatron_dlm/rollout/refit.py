@@ -18,16 +18,19 @@ find experts of its own CPU layers on another rank; so the plan is ours.
 Sharing survives whatever moves the storage of a training parameter (`parameter.data = ...`), for the object is the
 same; `run` puts the objects in place again, in case some were replaced.
 
+The engine knows no adapters: weights that have one are merged with it on the way, one at a time, into storage of the
+engine's own. So in the layout of training a refit writes these weights and shares all others.
+
 Invariants (tests/rollout/test_refit.py): afterwards every rollout parameter equals, bit by bit, the training parameter
-of that name; shared ones have its address; a model in the layout of training moves nothing.
+of that name, merged; shared ones have its address; a model in the layout of training without adapters moves nothing.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -35,11 +38,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dlm import platform
+from megatron_dlm.model.lora import OF_ADAPTERS, Adapter
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.rollout.refit_check import check_weights
 from megatron_dlm.rollout.reshard_plan import Shard, bytes_of, canonical, is_expert, plan_refit
 from megatron_dlm.rollout.transport import PointToPoint, carry, operations, slices
-from megatron_dlm.training.state import TrainState, global_names
+from megatron_dlm.training.state import TrainState, adapters_by_weight, global_names
 
 BUCKET_BYTES = 512 * 2**20
 
@@ -94,7 +98,7 @@ class Refit:
     ) -> None:
         self.state, self.rollout_model, self.verify = state, rollout_model, verify
         self.transport = PointToPoint()
-        trained = [_shard(name, tensor, state.groups.pg_collection) for name, tensor in self._training().items()]
+        trained = training_shards(state, rollout_model)
         training = gather_objects(trained)
         known = {shard.name: shard for shards in training for shard in shards}
         self.slots = [slot for slot in _slots(rollout_model) if slot.name in known or not _is_buffer(slot)]
@@ -118,8 +122,8 @@ class Refit:
         """
         start = time.monotonic()
         self.state.gather_parameters()  # the optimizer may still owe this rank other ranks' parts
-        training = self._training()
-        self._share(training)
+        training = _Given(training_tensors(self.state, self.rollout_model), adapters_by_weight(self.state))
+        self._share(training.stored)
         targets = {slot.name: slot.owner[slot.key] for slot in self.slots}
         for copy in self.copies:
             targets[copy.name][slices(copy.target_region)].copy_(training[copy.name][slices(copy.source_region)])
@@ -131,17 +135,6 @@ class Refit:
             check_weights(self.state, self.rollout_model)
         return RefitReport(self.received, sum(copy.nbytes for copy in self.copies), self.shared_bytes, seconds)
 
-    def _training(self) -> dict[str, Tensor]:
-        """This rank's training parameters and buffers, of all chunks, by their names in the whole model."""
-        found: dict[str, Tensor] = {}
-        for chunk in self.state.unwrapped_chunks():
-            rename, first = global_names(chunk), _first_expert(chunk)
-            for name, tensor in chain(chunk.named_parameters(), chunk.named_buffers()):
-                found[canonical(rename(name), first)] = tensor
-        if getattr(self.rollout_model, "share_embeddings_and_output_weights", False):
-            found.pop("output_layer.weight", None)  # the last stage's copy of the embedding; the rollout model has one
-        return found
-
     def _share(self, training: dict[str, Tensor]) -> None:
         for slot in self.slots:
             if slot.name in self.shared:
@@ -149,12 +142,58 @@ class Refit:
 
     def _give_storage(self) -> None:
         """Hang in the shared tensors, and make the others where there is only a meta tensor."""
-        self._share(self._training())
+        self._share(training_tensors(self.state, self.rollout_model))
         for slot in self.slots:
             tensor = slot.owner[slot.key]
             if tensor.is_meta:
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=platform.device())
                 slot.owner[slot.key] = empty if _is_buffer(slot) else nn.Parameter(empty, requires_grad=False)
+
+
+class _Given(Mapping[str, Tensor]):
+    """What a rank gives of each name: a training tensor, merged with its adapter where it has one. The last merged one
+    is kept, because the parts of a tensor are asked for one after the other.
+    """
+
+    def __init__(self, stored: dict[str, Tensor], adapters: dict[str, Adapter]) -> None:
+        self.stored, self.adapters = stored, adapters
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.adapters:
+            return self.stored[name]
+        if self._last is None or self._last[0] != name:
+            self._last = None  # before the next one is made
+            self._last = (name, self.adapters[name].merged(self.stored[name]))
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def training_tensors(state: TrainState, rollout_model: nn.Module) -> dict[str, Tensor]:
+    """This rank's training parameters and buffers that the rollout model has too, of all chunks, by their names in the
+    whole model.
+    """
+    found: dict[str, Tensor] = {}
+    for chunk in state.unwrapped_chunks():
+        rename, first = global_names(chunk), _first_expert(chunk)
+        for name, tensor in chain(chunk.named_parameters(), chunk.named_buffers()):
+            if OF_ADAPTERS not in name:
+                found[canonical(rename(name), first)] = tensor
+    if getattr(rollout_model, "share_embeddings_and_output_weights", False):
+        found.pop("output_layer.weight", None)  # the last stage's copy of the embedding; the rollout model has one
+    return found
+
+
+def training_shards(state: TrainState, rollout_model: nn.Module) -> list[Shard]:
+    """The same as shards."""
+    adapters, groups = adapters_by_weight(state), state.groups.pg_collection
+    shards = [_shard(name, tensor, groups) for name, tensor in training_tensors(state, rollout_model).items()]
+    return [replace(shard, computed=True) if shard.name in adapters else shard for shard in shards]
 
 
 def _slots(model: nn.Module) -> Iterator[_Slot]:

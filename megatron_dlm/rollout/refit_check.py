@@ -6,13 +6,14 @@ and compares fingerprints. A fingerprint sums, modulo 2^64, the bits of each ele
 element's place in the whole tensor. So the fingerprint of a whole is the sum of those of its parts, in whatever way it
 is cut; one element that differs, or stands elsewhere, changes it.
 
-Parameters and persistent buffers are compared; counters that no checkpoint holds are not.
+Parameters and persistent buffers are compared; counters that no checkpoint holds are not. Of a weight with an adapter
+what counts is the two merged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor, nn
 
 from megatron_dlm.config.errors import TrainingError
+from megatron_dlm.model.lora import OF_ADAPTERS, adapted_layers
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.training.state import TrainState
 
@@ -143,7 +145,12 @@ def _shift(value: Tensor, bits: int) -> Tensor:
 def _parts(chunks: Iterable[nn.Module], replicas: torch.distributed.ProcessGroup) -> Iterator[Part]:
     for chunk in chunks:
         content = chunk.sharded_state_dict(metadata={"dp_cp_group": replicas})
+        adapted = dict(adapted_layers(chunk))
         for name, value in content.items():
+            if OF_ADAPTERS in name:
+                continue
+            if name in adapted:
+                value = replace(value, data=adapted[name].lora.merged(adapted[name].weight))
             for tensor in nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]:
                 if isinstance(tensor, ShardedTensor) and tensor.data is not None:
                     offset, whole = tuple(tensor.global_offset), tuple(tensor.global_shape)

@@ -3,7 +3,8 @@
 Every rank describes what it trains and what its engine needs as a list of `Shard`s. From the lists of all ranks
 `plan_refit` makes one `Plan`, the same on every rank, in three steps:
 
-  1. what a rank needs and trains as the same part of the same tensor is shared: its engine reads that storage;
+  1. what a rank needs and trains as the same part of the same tensor is shared: its engine reads that storage, unless
+     what the engine is to read is no stored tensor but computed;
   2. of the rest, each piece comes from the rank itself if it trains it; otherwise from a replica on its own host, else
      from any, always from the one that has least to send so far;
   3. pieces are cut and put into batches, so that what a rank stages at a time stays within one bucket.
@@ -48,6 +49,8 @@ class Shard:
         dim: the dimension that tensor-parallel ranks share; None where each has the whole.
         stride: blocks along `dim` that are shared one by one.
         index, parts: which part of how many; read only where there is a `dim`.
+        computed: of a training tensor: what its rank gives is computed for each refit (weights with their adapters
+            merged), so that no storage can be shared.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Shard:
     stride: int = 1
     index: int = 0
     parts: int = 1
+    computed: bool = False
 
     @property
     def part(self) -> tuple[int, int, int, int] | None:
@@ -154,7 +158,7 @@ def plan_refit(
     holders = _holders(training)
     _check(holders, rollout)
     hosts = ranks_per_host or len(training)
-    own = [{shard.name: shard.part for shard in shards} for shards in training]
+    own = [{shard.name: shard.part for shard in shards if not shard.computed} for shards in training]
     sent = [0] * len(training)
     shared, local, remote = [set() for _ in rollout], [], []
     wanted: dict[str, list[tuple[int, Shard]]] = {}

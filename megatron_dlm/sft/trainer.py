@@ -9,13 +9,10 @@ from typing import Any
 from megatron_dlm import platform
 from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.sft import SFTConfig
-from megatron_dlm.data.sampler import EpochSampler, Position
-from megatron_dlm.data.sft_data import Sample
-from megatron_dlm.diffusion.balance import load_of
-from megatron_dlm.diffusion.masking import MaskSchedule
-from megatron_dlm.diffusion.planner import check_budget, pack
-from megatron_dlm.diffusion.rows import Row, build_row
-from megatron_dlm.sft.objective import largest_item, sft_forward, sft_items
+from megatron_dlm.sft.blocks import BlockSchedule
+from megatron_dlm.sft.loader import Loader, open_loader
+from megatron_dlm.sft.objective import sft_forward
+from megatron_dlm.sft.updates import Place, Sampler, Update, Updates
 from megatron_dlm.training.ledger import Ledger, hold_state
 from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report
@@ -27,9 +24,10 @@ STAGE = "sft"
 
 
 class SFTTrainer:
-    """Trains `state` on samples; `consumed` counts the samples seen since the start of the run.
+    """Trains `state` on the samples that `sampler` gives; `consumed` counts those seen since the start of the run.
 
     Args:
+        sampler: at its place; that of a resumed run where it was.
         progress: of the run that is resumed, as `progress` returned it; None for a new one.
     """
 
@@ -37,58 +35,72 @@ class SFTTrainer:
         self,
         session: Session,
         state: TrainState,
-        samples: list[Sample],
+        sampler: Sampler,
         sft: SFTConfig,
         seed: int,
         progress: Mapping[str, Any] | None = None,
     ) -> None:
-        self.session, self.state, self.sft, self.seed = session, state, sft, seed
-        progress = progress or {}
-        self.sampler = EpochSampler(samples, seed, Position.read(STAGE, progress.get("position")))
-        self.schedule = MaskSchedule(
-            sft.mask_ratio_per, sft.min_mask_ratio, sft.max_loss_weight, max_ratio=sft.max_mask_ratio
+        self.session, self.state, self.sft = session, state, sft
+        self.consumed = (progress or {}).get("consumed_samples", 0)
+        groups, words = session.groups, session.tokenizer
+        blocks = BlockSchedule.read(sft.block_size_schedule, session.model.block_size)
+        place = Place(
+            groups.data_rank,
+            groups.data_size,
+            session.row_multiple,
+            session.rows_multiple,
+            session.sharing,
+            words.mask_id,
+            words.pad_id,
         )
-        self.consumed = progress.get("consumed_samples", 0)
-        check_budget(max(largest_item(sample, session.grid) for sample in samples), sft.max_tokens_per_row)
+        self.updates = Updates(sampler, sft, blocks, place, seed)
+        self.place = sampler.progress()
+        self.loader: Loader | None = None
 
     def progress(self) -> dict[str, Any]:
         """What a resumed run needs besides the TrainState; JSON can hold it."""
-        return {"consumed_samples": self.consumed, "position": self.sampler.position.as_dict()}
+        return {"consumed_samples": self.consumed, **self.place}
 
-    def take_rows(self) -> tuple[list[Row], int, ForwardStep, int]:
-        """Of the next update, whose samples are then consumed: this rank's rows, their length, what is computed on
-        them, and the tokens of all ranks, padding left out.
-        """
-        samples = self.sampler.take(self.sft.global_batch_size)
-        session, words, groups = self.session, self.session.tokenizer, self.session.groups
-        drawn = sft_items(
-            samples,
-            self.state.iteration,
-            self.seed,
-            session.grid,
-            self.schedule,
-            words.pad_id,
-            self.sft.loss_on_pad,
-            self.sft.redraw_masks,
-        )
-        loads, budget = [load_of(item) for item in drawn.items], self.sft.max_tokens_per_row
-        plan = pack(loads, budget, groups.data_size, session.row_multiple, session.rows_multiple)
-        rows = []
-        for members in plan.ranks[groups.data_rank]:
-            items = [(index, drawn.items[index]) for index in members]
-            row, _ = session.sharing.part(build_row(items, plan.length, words.mask_id, words.pad_id))
-            rows.append(row.to(platform.device()))
-        self.consumed += len(samples)
-        forward_step = sft_forward(session.vocabulary, drawn.num_tokens, session.parallel.loss_chunk_size)
-        return rows, session.sharing.length(plan.length), forward_step, plan.tokens
+    def take(self) -> Update:
+        """The next update, its rows on the device; its samples are then consumed."""
+        if self.loader is None:
+            self.updates.step = self.state.iteration
+            self.loader = open_loader(self.updates, self.sft, platform.device())
+        update = next(self.loader)
+        self.consumed += update.samples
+        self.place = update.progress
+        return update
 
-    def step(self) -> tuple[StepResult, int]:
-        """One optimizer step. Returns its result and the number of tokens in its rows, over all ranks."""
-        rows, length, forward_step, tokens = self.take_rows()
-        return train_step(self.state, rows, forward_step, length), tokens
+    def forward_step(self, update: Update) -> ForwardStep:
+        """What is computed on its rows."""
+        sft, session = self.sft, self.session
+        causal_from = update.causal_from if sft.ar_loss_coef else None
+        chunk = session.parallel.loss_chunk_size
+        return sft_forward(session.vocabulary, update.num_predicted, chunk, causal_from, sft.confidence_coef)
+
+    def step(self) -> tuple[StepResult, Update]:
+        """One optimizer step: its result, and what was learned."""
+        update = self.take()
+        return train_step(self.state, update.rows, self.forward_step(update), update.length), update
+
+    def _block_size(self, update: Update) -> dict[str, float]:
+        """Blocks of the update, where they change in the run; 0 for full attention."""
+        return {} if self.sft.block_size_schedule is None else {"train/block_size": float(update.block_size or 0)}
+
+    def close(self) -> None:
+        """End what prepares rows ahead."""
+        if self.loader is not None:
+            self.loader.close()
+            self.loader = None
 
     def run(self, report: Report, logging: LoggingConfig, pace: Pace) -> None:
         """Train to --train-iters, or as long as `pace` lets it."""
+        try:
+            self._run(report, logging, pace)
+        finally:
+            self.close()
+
+    def _run(self, report: Report, logging: LoggingConfig, pace: Pace) -> None:
         last, ledger = time.perf_counter(), Ledger()
         hold_state(ledger, self.state)
         with report.bar(self.sft.train_iters, "sft") as bar, pace, ledger.told_in_shortage():
@@ -96,19 +108,21 @@ class SFTTrainer:
             while self.state.iteration < self.sft.train_iters:
                 learning_rate = self.state.learning_rate()
                 ledger.begin_step()
-                result, tokens = self.step()
+                result, update = self.step()
                 ledger.mark("train")
                 now = time.perf_counter()
                 iteration, seconds, last = self.state.iteration, now - last, now
                 metrics = {
                     "train/loss": result.metrics["loss"],
-                    "train/nll": result.metrics["nll"] / max(result.metrics["targets"], 1),
+                    **_per_target(result.metrics),
                     "train/grad_norm": result.grad_norm,
                     "train/lr": learning_rate,
                     "train/consumed_samples": self.consumed,
+                    **self._block_size(update),
+                    "train/row_tokens": update.tokens,
                     "perf/step_time": seconds,
-                    "perf/samples_per_sec": self.sft.global_batch_size / seconds,
-                    "perf/tokens_per_sec": tokens / seconds,
+                    "perf/samples_per_sec": update.samples / seconds,
+                    "perf/tokens_per_sec": update.tokens / seconds,
                     **ledger.metrics(),
                 }
                 report.record(iteration, metrics)
@@ -129,6 +143,17 @@ class SFTTrainer:
                     if logging.log_memory:
                         report.say(f"memory after iteration {iteration}: {ledger.phases['train']}")
                 bar.update()
-                if pace.after(iteration):
+                if pace.after(iteration, metrics):
                     break
             pace.finish(self.state.iteration)
+
+
+def _per_target(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means over targets of an update's sums."""
+    count = max(sums["targets"], 1)
+    found = {"train/nll": sums["nll"] / count, "train/target_accuracy": sums["right"] / count}
+    if "causal_nll" in sums:
+        found["train/causal_nll"] = sums["causal_nll"] / max(sums["causal_targets"], 1)
+    if "right_entropy" in sums:
+        found["train/right_entropy"] = sums["right_entropy"] / max(sums["right"], 1)
+    return found

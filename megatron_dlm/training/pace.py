@@ -3,7 +3,7 @@
     with Pace(run, save, report.say) as pace:
         while step < last:
             ...
-            if pace.after(step):
+            if pace.after(step, metrics):
                 break
         pace.finish(step)
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 
 from megatron_dlm.config.errors import Interrupted
@@ -38,6 +38,7 @@ class Pace:
         self.run, self.save, self.say = run, save, say
         self.began = time.perf_counter()
         self.terminated = False
+        self.reached: dict | None = None  # name, value and step of --exit-metric
         self._previous: object = None
 
     def __enter__(self) -> Pace:
@@ -50,9 +51,17 @@ class Pace:
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         self.terminated = True
 
-    def after(self, step: int) -> bool:
-        """Save if a checkpoint is due; whether the run stops here, which is then saved too. Collective."""
-        reason = self._reason(step)
+    def progress(self) -> dict:
+        """What a checkpoint keeps of it: why the run ended, if --exit-metric was the reason."""
+        return {} if self.reached is None else {"exit_metric": self.reached}
+
+    def after(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:
+        """Save if a checkpoint is due; whether the run stops here, which is then saved too. Collective.
+
+        Args:
+            metrics: of this step, for --exit-metric.
+        """
+        reason = self._reason(step, metrics or {})
         self.save(step, reason is not None)
         if reason is not None:
             self.say(f"Stopping {reason}, at step {step}.")
@@ -68,14 +77,22 @@ class Pace:
         if self.terminated:
             raise Interrupted(signal.SIGTERM)
 
-    def _reason(self, step: int) -> str | None:
+    def _reason(self, step: int, metrics: Mapping[str, float]) -> str | None:
         limit, interval = self.run.exit_duration_in_mins, self.run.exit_interval
         minutes = (time.perf_counter() - self.began) / 60
         # Signals and clocks differ between ranks: they decide together.
-        terminated, late = anywhere(self.terminated, limit is not None and minutes >= limit)
+        name, enough = self.run.exit_metric, self.run.exit_metric_at_least
+        value = None if name is None else metrics.get(name)
+        terminated, late, reached = anywhere(
+            self.terminated, limit is not None and minutes >= limit, value is not None and value >= enough
+        )
+        if reached:  # remembered even if the run has another reason to stop
+            self.reached = {"metric": name, "value": enough if value is None else max(value, enough), "step": step}
         if terminated:  # and a signal that came meanwhile is not forgotten: the next step sees it
             self.terminated = True
             return "on SIGTERM"
+        if reached:
+            return f"because {name} has reached {enough:g} ({self.reached['value']:.6g})"
         if late:
             return f"after {minutes:.1f} minutes"
         if interval is not None and step % interval == 0:

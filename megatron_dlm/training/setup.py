@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_dlm import platform
 from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.lora import LoraConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
@@ -91,13 +92,18 @@ class Session:
             model.logit_shift,
         )
 
-    def train_state(self, optimizer: OptimizerConfig | None, train_iters: int) -> TrainState:
+    def train_state(
+        self, optimizer: OptimizerConfig | None, train_iters: int, lora: LoraConfig | None = None, seed: int = 0
+    ) -> TrainState:
         """Build the policy's TrainState. Without an optimizer its parameters are frozen and it has no gradients.
         Collective.
 
+        Args:
+            lora: where it asks for adapters, they alone are trained. seed: that they are drawn by.
+
         Raises: as `value_state`.
         """
-        return self._state(BlockDiffusionModel, optimizer, train_iters)
+        return self._state(BlockDiffusionModel, optimizer, train_iters, lora, seed)
 
     def value_state(self, optimizer: OptimizerConfig | None, train_iters: int) -> TrainState:
         """Build the TrainState of a value model for this policy, in the same groups, with random weights below a head
@@ -110,7 +116,12 @@ class Session:
         return self._state(ValueModel, optimizer, train_iters)
 
     def _state(
-        self, kind: type[BlockDiffusionModel], optimizer: OptimizerConfig | None, train_iters: int
+        self,
+        kind: type[BlockDiffusionModel],
+        optimizer: OptimizerConfig | None,
+        train_iters: int,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ) -> TrainState:
         if optimizer is not None:
             check_trained(self.model, optimizer, self.parallel)
@@ -124,18 +135,23 @@ class Session:
                 if not self.model.transformer_overrides or "memory" in str(error):
                     raise
                 raise refused_overrides(self.model, error) from error
-            return model.requires_grad_(optimizer is not None)
+            model.requires_grad_(optimizer is not None)
+            if lora is not None and lora.wanted:
+                model.adapt(lora, seed)
+            return model
 
         return TrainState.build(build, config, optimizer, self.parallel, self.groups, train_iters)
 
     def describe(self, state: TrainState) -> str:
         """One line about the model and its layout."""
-        count = sum(parameter.numel() for chunk in state.unwrapped_chunks() for parameter in chunk.parameters())
+        sizes = [(parameter.numel(), parameter.requires_grad) for _, parameter in state.named_parameters()]
+        count, learn = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+        adapters = f", {learn:,} of them in adapters that learn" if 0 < learn < count else ""
         groups = self.groups
         context = f", context parallel {groups.cp_size}" if groups.cp_size > 1 else ""
         attention = "full attention" if self.model.full_attention else f"block size {self.model.block_size}"
         return (
-            f"{count:,} parameters on this rank; {attention}; tensor x pipeline x data parallel "
+            f"{count:,} parameters on this rank{adapters}; {attention}; tensor x pipeline x data parallel "
             f"{groups.tp_size} x {groups.pp_size} x {groups.data_size}{context}; {platform.device()}"
         )
 

@@ -11,7 +11,6 @@ plain sum of all losses: rows carry final weights.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
@@ -28,11 +26,12 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from megatron_dlm import platform
-from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.model.lora import Adapter, adapted_layers
 from megatron_dlm.parallel.groups import Groups
-from megatron_dlm.training.host_optimizer import MASTER, keep_on_host
+from megatron_dlm.training.host_optimizer import MASTER
+from megatron_dlm.training.optimizer import build_optimizer, build_scheduler
 
 if TYPE_CHECKING:
     from megatron_dlm.training.sleep import Sleep
@@ -79,7 +78,8 @@ class TrainState:
                 otherwise.
 
         Raises:
-            ConfigError: the warm-up is not shorter than the schedule; a distributed optimizer other than Adam.
+            ConfigError: the warm-up or the end of the schedule does not fit into it; a distributed optimizer other than
+                Adam.
         """
         _prepare_config(transformer_config, groups)
         with platform.cuda_calls_on_cpu():
@@ -87,8 +87,8 @@ class TrainState:
             chunks = _wrap(modules, transformer_config, parallel_config, groups)
             optimizer = scheduler = None
             if optimizer_config is not None:
-                optimizer = _build_optimizer(chunks, transformer_config, optimizer_config, parallel_config, groups)
-                scheduler = _build_scheduler(optimizer, optimizer_config, train_iters)
+                optimizer = build_optimizer(chunks, transformer_config, optimizer_config, parallel_config, groups)
+                scheduler = build_scheduler(optimizer, optimizer_config, train_iters)
         _hang_hooks(transformer_config, chunks, optimizer, parallel_config)
         return cls(chunks, optimizer, scheduler, transformer_config, groups)
 
@@ -164,6 +164,15 @@ def global_names(chunk: nn.Module) -> Callable[[str], str]:
     return rename
 
 
+def adapters_by_weight(state: TrainState) -> dict[str, Adapter]:
+    """The low-rank adapters of this rank, by the names in the whole model of the weights that they stand beside."""
+    found = {}
+    for chunk in state.unwrapped_chunks():
+        rename = global_names(chunk)
+        found |= {rename(name): layer.lora for name, layer in adapted_layers(chunk)}
+    return found
+
+
 def _prepare_config(config: TransformerConfig, groups: Groups) -> None:
     if config.finalize_model_grads_func is not None:
         raise ValueError("this TransformerConfig already belongs to a TrainState; make one for each model")
@@ -218,63 +227,6 @@ def _wrap(
         )
         for index, module in enumerate(modules)
     ]
-
-
-def _build_optimizer(
-    chunks: list[DistributedDataParallel],
-    config: TransformerConfig,
-    wanted: OptimizerConfig,
-    parallel: ParallelConfig,
-    groups: Groups,
-) -> MegatronOptimizer:
-    if parallel.use_distributed_optimizer and wanted.optimizer != "adam":
-        raise ConfigError(
-            f"--use-distributed-optimizer works with --optimizer adam only, not {wanted.optimizer}. Drop one of the "
-            "two."
-        )
-    known = {field.name for field in dataclasses.fields(MegatronOptimizerConfig)}
-    ours = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted) if field.name in known}
-    # The norm is computed only for clipping; a limit that is never reached yields it and clips nothing.
-    ours["clip_grad"] = wanted.clip_grad or float("inf")
-    megatron = MegatronOptimizerConfig(
-        **ours,
-        bf16=config.bf16,
-        fp16=config.fp16,
-        params_dtype=config.params_dtype,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
-    )
-    if wanted.optimizer_cpu_offload:
-        keep_on_host(megatron)
-    return get_megatron_optimizer(megatron, chunks, use_gloo_process_groups=False, pg_collection=groups.pg_collection)
-
-
-def _build_scheduler(
-    optimizer: MegatronOptimizer, wanted: OptimizerConfig, train_iters: int
-) -> OptimizerParamScheduler:
-    steps = wanted.lr_decay_iters or train_iters
-    if wanted.lr_warmup_iters >= steps:
-        raise ConfigError(
-            f"--lr-warmup-iters {wanted.lr_warmup_iters} is not shorter than the learning-rate schedule of {steps} "
-            "iterations. "
-            "Lower it, or raise --lr-decay-iters."
-        )
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=wanted.lr,
-        min_lr=wanted.min_lr,
-        lr_warmup_steps=wanted.lr_warmup_iters,
-        lr_decay_steps=steps,
-        lr_decay_style=wanted.lr_decay_style,
-        start_wd=wanted.weight_decay,
-        end_wd=wanted.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        # A resumed run keeps its place in the schedule, and follows the flags of today.
-        override_opt_param_scheduler=True,
-    )
 
 
 def _hang_hooks(

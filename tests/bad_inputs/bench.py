@@ -44,6 +44,7 @@ BASES = {
     "--reward-workers 1 --metrics-jsonl metrics.jsonl",
     "generate": "generate --load ckpt --prompts prompts.jsonl --output scored.jsonl --max-new-tokens 8",
     "score": "score --load ckpt --input responses.jsonl --output scored.jsonl",
+    "trace": "trace --load ckpt --input sft.jsonl --output traced.jsonl",
 }
 """Name -> a command line that is valid as it stands (test_bad_inputs.py runs each)."""
 

@@ -21,6 +21,7 @@ from tests.bad_inputs import (
     runs,
     sizes,
     tokenizer,
+    traces,
     yaml_files,
 )
 from tests.bad_inputs.bench import BASES, Bad
@@ -40,6 +41,7 @@ TABLE = [
         models,
         rewards,
         runs,
+        traces,
     )
     for entry in module.ENTRIES
 ]

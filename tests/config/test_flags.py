@@ -12,7 +12,7 @@ from megatron_dlm.config.flags import build_parser, parse
 from megatron_dlm.config.sections import PARTS, SECTIONS, pick, pick_parts
 
 SFT = pick("model", "optimizer", "checkpoint", "logging", "sft", "run")
-RL = pick(*(name for name in SECTIONS if name not in ("sft", "generate", "score")))
+RL = pick(*(name for name in SECTIONS if name not in ("sft", "generate", "score", "trace")))
 
 
 def write(tmp_path, text):

@@ -18,6 +18,7 @@ from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
+from megatron_dlm.config.validate_sft import check_sft
 from megatron_dlm.config.validate_training import (
     check_checkpoint,
     check_engine,
@@ -27,7 +28,6 @@ from megatron_dlm.config.validate_training import (
     check_reward,
     check_rollout,
     check_run,
-    check_sft,
     check_stop_tokens,
     check_tokenizer,
     check_trained,

@@ -353,13 +353,13 @@ def trains_with_full_attention() -> list[float]:
     from megatron_dlm.config.sft import SFTConfig
     from megatron_dlm.data.sft_data import Sample
     from megatron_dlm.sft.trainer import SFTTrainer
-    from tests.tiny import make_session, make_state
+    from tests.tiny import make_session, make_state, sampler_of
 
     changes = dict(fields_of(FAMILIES["dream"]), init_method_std=0.1)
     state = make_state(torch.float32, optimizer=OptimizerConfig(lr=1e-2), train_iters=30, **changes)
     samples = [Sample(f"s{n}", (n, n + 1), (n + 2, n + 3, n + 4, n + 5, 49)) for n in range(4)]
     settings = SFTConfig(global_batch_size=4, train_iters=30, max_tokens_per_row=64)
-    trainer = SFTTrainer(make_session(**changes), state, samples, settings, seed=1)
+    trainer = SFTTrainer(make_session(**changes), state, sampler_of(samples, 1), settings, seed=1)
     assert trainer.session.grid.block_size is None
     results = [trainer.step()[0].metrics for _ in range(24)]
     return [result["nll"] / max(result["targets"], 1) for result in results]

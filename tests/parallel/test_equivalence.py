@@ -62,17 +62,18 @@ def make_state(job: Job, with_optimizer: bool):
 def sft_rows(state):
     from megatron_dlm.data.sft_data import Sample
     from megatron_dlm.diffusion.layout import Grid
-    from megatron_dlm.diffusion.masking import MaskSchedule
+    from megatron_dlm.config.sft import SFTConfig
     from megatron_dlm.diffusion.planner import Load, pack
     from megatron_dlm.diffusion.rows import build_row
-    from megatron_dlm.sft.objective import sft_forward, sft_items
+    from megatron_dlm.sft.objective import sft_forward
+    from megatron_dlm.sft.updates import sft_items
 
     rng = np.random.default_rng(0)
     samples = [
         Sample(f"s{n}", tuple(rng.integers(0, 50, 1 + n).tolist()), tuple(rng.integers(0, 50, 5 + n % 4).tolist()))
         for n in range(7)
     ]
-    drawn = sft_items(samples, 3, 5, Grid(4), MaskSchedule(max_weight=4.0), PAD_ID, True)
+    drawn = sft_items(samples, 3, 5, Grid(4), SFTConfig(max_loss_weight=4.0), PAD_ID)
     plan = pack(
         [Load(item.group, item.shared_length, item.own_length) for item in drawn.items], 64, state.groups.dp_size, 16
     )
@@ -80,7 +81,7 @@ def sft_rows(state):
         build_row([(i, drawn.items[i]) for i in members], plan.length, MASK_ID, PAD_ID)
         for members in plan.ranks[state.groups.dp_rank]
     ]
-    return rows, sft_forward(vocabulary(), drawn.num_tokens), plan.length
+    return rows, sft_forward(vocabulary(), drawn.num_predicted), plan.length
 
 
 def rl_rows(state):

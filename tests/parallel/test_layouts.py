@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.harness import pool
-from tests.tiny import Words, model_config, vocabulary
+from tests.tiny import Words, model_config, sampler_of, vocabulary
 
 EXPERTS = dict(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24)
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -130,8 +130,10 @@ def sft_update(session, policy):
         Sample(f"s{n}", tuple(rng.integers(0, 50, 1 + n).tolist()), tuple(rng.integers(0, 50, 9 + n % 7).tolist()))
         for n in range(12)
     ]
-    trainer = SFTTrainer(session, policy, samples, SFTConfig(global_batch_size=12, max_tokens_per_row=64), 5)
-    return trainer.take_rows()[:3]
+    sft = SFTConfig(global_batch_size=12, max_tokens_per_row=64)
+    trainer = SFTTrainer(session, policy, sampler_of(samples, 5), sft, 5)
+    update = trainer.take()
+    return update.rows, update.length, trainer.forward_step(update)
 
 
 def rl_update(session, policy, value):

@@ -41,7 +41,7 @@ def open_trainer(stage: str, parallel: dict, load: Path | None):
     from megatron_dlm.training.setup import Session
     from tests.rl.test_trainer import RL, ROLLOUT, EvenFirst, prompts
     from tests.sft.test_trainer import samples
-    from tests.tiny import Words, model_config, vocabulary
+    from tests.tiny import Words, model_config, sampler_of, vocabulary
 
     settings = ParallelConfig(**parallel)
     model = model_config(num_layers=4, init_method_std=0.3)
@@ -52,7 +52,7 @@ def open_trainer(stage: str, parallel: dict, load: Path | None):
     restored = restore(state, checkpoint, session.model, stage)
     if stage == "sft":
         sft = SFTConfig(data_path=["x"], train_iters=LAST, global_batch_size=5, max_tokens_per_row=256)
-        return session, state, SFTTrainer(session, state, samples(13), sft, 5, restored)
+        return session, state, SFTTrainer(session, state, sampler_of(samples(13), 5, restored), sft, 5, restored)
     rig = RolloutRig.open(session, state, ROLLOUT, 6, 9)
     rl = dataclasses.replace(RL, num_rollout=LAST, num_steps_per_rollout=2)
     return session, state, TraceRLTrainer(session, state, rig, EvenFirst(), prompts(13), rl, ROLLOUT, 5, restored)

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from megatron_dlm import platform
+from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.data.sft_data import Sample
 from megatron_dlm.diffusion.keys import stream
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.planner import Load, pack
 from megatron_dlm.diffusion.rows import build_row
-from megatron_dlm.sft.objective import sft_forward, sft_items
+from megatron_dlm.sft.objective import sft_forward
+from megatron_dlm.sft.updates import sft_items
 from megatron_dlm.training.step import accumulate_gradients
 from tests.diffusion.oracles import MASK_ID, PAD_ID
 from tests.tiny import allowed_logprobs, explicit_logits, furthest, gradients, make_model, make_state, vocabulary
@@ -36,6 +38,17 @@ def samples(count: int = 9) -> list[Sample]:
         )
         for n in range(count)
     ]
+
+
+def settings(schedule: MaskSchedule, loss_on_pad: bool, redraw_masks: bool = True) -> SFTConfig:
+    return SFTConfig(
+        mask_ratio_per=schedule.per,
+        min_mask_ratio=schedule.min_ratio,
+        max_mask_ratio=schedule.max_ratio,
+        max_loss_weight=schedule.max_weight,
+        loss_on_pad=loss_on_pad,
+        redraw_masks=redraw_masks,
+    )
 
 
 def naive(
@@ -72,13 +85,13 @@ def naive(
 def packed(
     chosen: list[Sample], block: int, schedule: MaskSchedule, loss_on_pad: bool, budget: int = 512, step: int = STEP
 ):
-    drawn = sft_items(chosen, step, SEED, Grid(block), schedule, PAD_ID, loss_on_pad)
+    drawn = sft_items(chosen, step, SEED, Grid(block), settings(schedule, loss_on_pad), PAD_ID)
     plan = pack([Load(item.group, item.shared_length, item.own_length) for item in drawn.items], budget, 1, 16)
     rows = [
         build_row([(i, drawn.items[i]) for i in members], plan.length, MASK_ID, PAD_ID).to(platform.device())
         for members in plan.ranks[0]
     ]
-    metrics = accumulate_gradients(state(), rows, sft_forward(vocabulary(), drawn.num_tokens), plan.length)
+    metrics = accumulate_gradients(state(), rows, sft_forward(vocabulary(), drawn.num_predicted), plan.length)
     return (
         metrics,
         {name: parameter.main_grad.clone() for name, parameter in state().named_parameters()},
@@ -94,7 +107,7 @@ def test_is_the_loss_of_single_blocks(block: int, per: str, loss_on_pad: bool) -
     model = make_model(torch.float64)
     loss, predicted, total = naive(model, samples(), block, schedule, loss_on_pad)
     metrics, grads, drawn, _ = packed(samples(), block, schedule, loss_on_pad)
-    assert (drawn.num_tokens, metrics["targets"]) == (total, predicted)
+    assert (drawn.num_predicted, metrics["targets"]) == (total, predicted)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-11)
     assert furthest(grads, gradients(model, loss)) < 1e-10
 
@@ -103,13 +116,13 @@ def test_is_the_loss_of_single_blocks(block: int, per: str, loss_on_pad: bool) -
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_chunks_of_the_head_do_not_change_an_update(chunk: int, tied: bool) -> None:
     one = make_state(torch.float64, untie_embeddings_and_output_weights=not tied)
-    drawn = sft_items(samples(), STEP, SEED, Grid(4), MaskSchedule(), PAD_ID, True)
+    drawn = sft_items(samples(), STEP, SEED, Grid(4), settings(MaskSchedule(), True), PAD_ID)
     rows = [build_row([(0, item)], 64, MASK_ID, PAD_ID).to(platform.device()) for item in drawn.items[:3]] + [
         build_row([], 64, MASK_ID, PAD_ID).to(platform.device())
     ]  # and one without targets
     found = []
     for size in (0, chunk):
-        metrics = accumulate_gradients(one, rows, sft_forward(vocabulary(), drawn.num_tokens, size), 64)
+        metrics = accumulate_gradients(one, rows, sft_forward(vocabulary(), drawn.num_predicted, size), 64)
         found.append((metrics, {name: parameter.main_grad.clone() for name, parameter in one.named_parameters()}))
     (table, by_table), (chunked, by_chunks) = found
     assert table["targets"] > 7 and chunked == pytest.approx(table, rel=1e-12)
@@ -127,7 +140,7 @@ def test_rows_do_not_change_an_update(budget: int) -> None:
 
 
 def masks(chosen: list[Sample], step: int, seed: int = SEED) -> list[list[tuple[int, ...]]]:
-    drawn = sft_items(chosen, step, seed, Grid(4), MaskSchedule(), PAD_ID, True)
+    drawn = sft_items(chosen, step, seed, Grid(4), settings(MaskSchedule(), True), PAD_ID)
     return [
         [
             tuple(item.views.position[item.views.masked].tolist())
@@ -152,7 +165,7 @@ def test_masks_can_stay() -> None:
     def hidden(some: list[Sample], step: int, redraw: bool) -> list[dict[int, float]]:
         found = []
         for sample in some:
-            drawn = sft_items([sample], step, SEED, grid, schedule, PAD_ID, True, redraw).items
+            drawn = sft_items([sample], step, SEED, grid, settings(schedule, True, redraw), PAD_ID).items
             found.append({int(p): float(w) for one in drawn for p, w in predicted(one)})
         return found
 
@@ -168,7 +181,7 @@ def test_masks_can_stay() -> None:
         assert found == dict(zip(position[masked].tolist(), weight[masked].tolist()))
     assert hidden(chosen, 2, False) == kept and hidden(chosen[::-1], 9, False)[::-1] == kept
     assert hidden(chosen, 1, True) != kept
-    twice = sft_items([chosen[3], chosen[3]], 5, SEED, grid, schedule, PAD_ID, True, False).items
+    twice = sft_items([chosen[3], chosen[3]], 5, SEED, grid, settings(schedule, True, False), PAD_ID).items
     assert list(predicted(twice[0])) == list(predicted(twice[1])) and len(twice) == 2
 
 
@@ -188,8 +201,12 @@ def test_the_expected_loss_is_the_evidence_bound_per_token() -> None:
         state.module.output_layer.weight.zero_()
     chosen, losses = samples(), []
     for step in range(150):
-        drawn = sft_items(chosen, step, SEED, Grid(4), MaskSchedule(min_ratio=0.2, max_weight=5.0), PAD_ID, True)
-        losses.append(sum(float(item.views.weight[item.views.target].sum()) for item in drawn.items) / drawn.num_tokens)
+        drawn = sft_items(
+            chosen, step, SEED, Grid(4), settings(MaskSchedule(min_ratio=0.2, max_weight=5.0), True), PAD_ID
+        )
+        losses.append(
+            sum(float(item.views.weight[item.views.target].sum()) for item in drawn.items) / drawn.num_predicted
+        )
     assert np.mean(losses) == pytest.approx(1, abs=4 * np.std(losses) / len(losses) ** 0.5)
     row = build_row([(0, drawn.items[0])], 64, MASK_ID, PAD_ID).to(platform.device())
     metrics = accumulate_gradients(state, [row], sft_forward(vocabulary(), 1), 64)
@@ -198,6 +215,6 @@ def test_the_expected_loss_is_the_evidence_bound_per_token() -> None:
 
 def test_full_attention_has_no_padding_block() -> None:
     sample = samples()[4]
-    drawn = sft_items([sample], 0, SEED, Grid(None), MaskSchedule(min_ratio=0.9), PAD_ID, True)
-    assert drawn.num_tokens == len(sample.response_ids)
+    drawn = sft_items([sample], 0, SEED, Grid(None), settings(MaskSchedule(min_ratio=0.9), True), PAD_ID)
+    assert drawn.num_predicted == len(sample.response_ids)
     assert drawn.items[0].tokens.tolist() == [*sample.prompt_ids, *sample.response_ids]

@@ -10,7 +10,7 @@ from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.platform.memory import DeviceMemory
 from megatron_dlm.training.pace import Pace
-from tests.tiny import make_session, make_state, quiet
+from tests.tiny import make_session, make_state, quiet, sampler_of
 
 GIB = 2**30
 
@@ -56,7 +56,7 @@ def test_what_a_state_holds_awake_and_asleep(dtype: torch.dtype, per_parameter: 
 
     from megatron_dlm.sft.trainer import SFTTrainer
 
-    SFTTrainer(session, state, samples(), SFT, seed=5).step()
+    SFTTrainer(session, state, sampler_of(samples(), 5), SFT, seed=5).step()
     steps = 4 * len(list(state.named_parameters()))
     awake = held(ledger)
     assert awake["parameters"][0] == pytest.approx(weights, rel=0.01)  # and the rotary frequencies

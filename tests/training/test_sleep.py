@@ -10,7 +10,7 @@ import torch
 from megatron_dlm.config.optimizer import OptimizerConfig
 from tests.harness import pool
 from tests.small_model import LENGTH, Setup, forward_step, make, rows, share
-from tests.tiny import disturb, make_session, make_state
+from tests.tiny import disturb, make_session, make_state, sampler_of
 
 STEPS, SAVED = 3, 2
 SETUPS = {
@@ -262,10 +262,10 @@ def test_fine_tuning_with_naps_is_the_same(changes: dict) -> None:
         state = session.train_state(OptimizerConfig(lr=1e-2), 10)
         disturb(state.module, 0)
         state.optimizer.reload_model_params()
-        trainer = SFTTrainer(session, state, samples(), SFT, seed=5)
+        trainer = SFTTrainer(session, state, sampler_of(samples(), 5), SFT, seed=5)
         results = []
         for _ in range(3):
-            results.append(trainer.step())
+            results.append(trainer.step()[0])
             if naps:
                 sleep(state)
         wake(state)

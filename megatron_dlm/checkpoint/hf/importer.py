@@ -23,6 +23,7 @@ from megatron_dlm.checkpoint.hf.source import HFSource, main_dtype
 from megatron_dlm.checkpoint.hf.spans import Stored, within
 from megatron_dlm.checkpoint.hf.stored import place_of, shard_of, whole_model
 from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.model.lora import OF_ADAPTERS
 from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
 
@@ -50,12 +51,12 @@ def load_into(state: TrainState, source: HFSource, model: ModelConfig) -> None:
 
 
 def shards_of(state: TrainState) -> Iterator[ShardedTensor]:
-    """This rank's tensors as parts of the whole model; their data are the parameters themselves."""
+    """This rank's tensors as parts of the whole model; their data are the parameters themselves. Without adapters."""
     metadata = {"dp_cp_group": state.groups.pg_collection.dp_cp}
     for chunk in state.unwrapped_chunks():
         for value in nested_values(chunk.sharded_state_dict(metadata=metadata)):
             parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
-            yield from (part for part in parts if isinstance(part, ShardedTensor))
+            yield from (part for part in parts if isinstance(part, ShardedTensor) and OF_ADAPTERS not in part.key)
 
 
 def fill(
@@ -95,7 +96,7 @@ def content_of(source: HFSource, model: ModelConfig) -> dict[str, ShardedTensor]
     everything = whole_model(model)
     weights = source.check(everything, model)
     content = {}
-    for index, stored in enumerate(_share(everything, dist.get_rank(), dist.get_world_size())):
+    for index, stored in enumerate(share_of_rank(everything)):
         data = torch.empty(stored.shape, dtype=_dtype(stored, source, model, weights))
         fill(data, stored, (0,) * data.ndim, source.family, model, weights)
         content[str(index)] = shard_of(stored, data, model)
@@ -107,6 +108,11 @@ def _dtype(stored: Stored, source: HFSource, model: ModelConfig, weights: Safete
         return torch.float32  # megatron-core's buffer
     names = {span.name for span in source.family.table[stored.key].spans(stored, model)}
     return reduce(torch.promote_types, (weights.tensors[name].dtype for name in names))
+
+
+def share_of_rank(everything: list[Stored]) -> Iterable[Stored]:
+    """This rank's part of the weights of a model, where all ranks together write them."""
+    return _share(everything, dist.get_rank(), dist.get_world_size())
 
 
 def _share(everything: list[Stored], rank: int, size: int) -> Iterable[Stored]:
