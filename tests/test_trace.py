@@ -24,7 +24,7 @@ def folder(data) -> Path:  # noqa: F811
 
 def words(folder: Path, name: str, *flags: object) -> list[str]:
     given = ["--load", folder / "ckpt", "--input", folder / "in.jsonl", "--output", folder / f"{name}.jsonl"]
-    return [str(word) for word in ("trace", *given, "--fp64", "--lines-at-once", 10, *flags)]
+    return [str(word) for word in ("trace", *given, "--fp64", "--lines-at-once", 1, *flags)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,9 @@ def test_the_file_is_what_score_reads(folder, traced) -> None:
         assert sorted(record["step_map"] + record["tail_step_map"]) == list(range(1, 1 + record["num_forwards"]))
         assert (len(record["prompt_token_ids"] + record["token_ids"] + record["tail_token_ids"])) % 4 == 0
         assert record["response"] == record["text"] and record["block_size"] == 4
-    command("score", "--load", folder / "ckpt", "--input", folder / "one.jsonl", "--output", folder / "s.jsonl", "--fp64")
+    command(
+        "score", "--load", folder / "ckpt", "--input", folder / "one.jsonl", "--output", folder / "s.jsonl", "--fp64"
+    )
     for record in lines(folder / "s.jsonl"):
         np.testing.assert_allclose(record["trace_logprobs"], record["logprobs"], rtol=0, atol=1e-9)
     (metrics,) = lines(folder / "metrics.jsonl")
@@ -57,7 +59,7 @@ def test_a_complete_file_is_not_written_again(folder, traced) -> None:
 
 
 def test_two_processes_write_the_same_file(folder, traced) -> None:
-    argv = words(folder, "two", "--tensor-model-parallel-size", 2, "--sequence-parallel")
+    argv = words(folder, "two", "--lines-at-once", 7, "--tensor-model-parallel-size", 2, "--sequence-parallel")
     result = command_server().run(argv, ROOT, ranks=2)
     assert result.codes == [0, 0], result.stdout + result.stderr
     assert result.stdout.count("step maps in") == 1
@@ -67,9 +69,8 @@ def test_two_processes_write_the_same_file(folder, traced) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(folder, traced) -> None:
-    """Killed as soon as something is safe; a run with other settings is refused, and on two processes it goes on."""
-    command(*words(folder, "whole", "--lines-at-once", 1))
-    argv, note = words(folder, "cut", "--lines-at-once", 1), folder / "cut.jsonl.unfinished.json"
+    """Killed as soon as something is safe. Between the two, a run with other settings is refused."""
+    argv, note = words(folder, "cut"), folder / "cut.jsonl.unfinished.json"
     started = command_server().start(argv, ROOT, folder / "cut-said")
     deadline = time.monotonic() + 120
     while started.wait() is None and time.monotonic() < deadline:
@@ -82,6 +83,4 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, traced) -> None:
         assert "was begun with --tokens-per-step 1, and this run has 2." in said
         said = command(*argv).stdout
         assert "30 responses, 0 of them done" not in said and " of them done; " in said
-    assert (folder / "cut.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
-    assert [record["step_map"] for record in lines(folder / "cut.jsonl")] == [record["step_map"] for record in traced]
-    assert not note.exists()
+    assert (folder / "cut.jsonl").read_bytes() == (folder / "one.jsonl").read_bytes() and not note.exists()

@@ -21,7 +21,7 @@ _MAY_DIFFER = (
     "transformer_overrides",  # compared below
 )
 VALUE_MODEL = "value_model"  # true in what is stored beside a value model's weights
-_OF_ATTENTION = ("block_size", "full_attention")
+_OF_ATTENTION, _OF_HEAD = ("block_size", "full_attention"), ("logit_shift",)
 
 
 def check_stage(saved: dict[str, Any], stage: str, directory: str) -> None:
@@ -51,7 +51,9 @@ def check_kind(saved: dict[str, Any], value: bool, source: str) -> None:
     raise CheckpointError(f"{source} holds a value model, not a policy. Give the folder above it.")
 
 
-def check_same_model(saved: dict[str, Any], model: ModelConfig, source: str, finetune: bool = False) -> None:
+def check_same_model(
+    saved: dict[str, Any], model: ModelConfig, source: str, finetune: bool = False, converts: bool = False
+) -> None:
     """Refuse weights of a model that computes something else.
 
     Args:
@@ -60,13 +62,16 @@ def check_same_model(saved: dict[str, Any], model: ModelConfig, source: str, fin
         source: the flag that named the weights, with its value.
         finetune: whether a run starts from these weights; its block size may then be another, or its attention full
             (diffusion models grow their blocks this way).
+        converts: whether an autoregressive model may become one of diffusion that predicts tokens in their own place.
     """
     stored = saved.get("model")
     if stored is None:
         return
+    ahead = stored.get("block_size") == 1 and stored.get("logit_shift") == 1
+    may_differ = _MAY_DIFFER + (_OF_ATTENTION if finetune else ()) + (_OF_HEAD if converts and ahead else ())
     for field in dataclasses.fields(ModelConfig):
         name = field.name
-        if name in _MAY_DIFFER or name not in stored or (name in _OF_ATTENTION and finetune):
+        if name in may_differ or name not in stored:
             continue
         if stored[name] != getattr(model, name):
             raise CheckpointError(_sentence(flag_name(name), stored[name], getattr(model, name), source))

@@ -76,6 +76,8 @@ def import_hf(settings: ImportConfig) -> None:
     model = resolve(ModelConfig(**source.fields), None)
     check_model(model)
     tokenizer = together(lambda: _tokenizer(source, Tokenizer))
+    if tokenizer and tokenizer.mask_id == model.vocab_size:  # a row for a mask that the tokenizer was given
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     together(lambda: _writable(Path(settings.save)) if _is_main() else None)
     check_shared("--save", settings.save, _is_main())
     content = content_of(source, model)
@@ -216,8 +218,8 @@ def merge_lora(settings: MergeConfig) -> None:
         if origin is not None:
             origin.write(target)
 
-    distributed.write(content, settings.save, 0, kept, add)
     nbytes = sum(shard.data.nbytes for shard in content.values())
+    distributed.write(content, settings.save, 0, kept, add)
     _say(f"Merged the adapters of {folder} into weights in {settings.save}: {_speed(nbytes, began)}")
 
 

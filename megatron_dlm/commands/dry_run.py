@@ -148,7 +148,8 @@ def _inputs(config: dict[str, Any]) -> tuple[list[str], list[str]]:
         given = getattr(config.get(section), name, None) or []
         for path in [given] if isinstance(given, str) else given:
             if not path.startswith(GENERATED):
-                (present if Path(path).exists() else absent).append(_told(name, path))
+                here = Path(path).exists() or (name == "data_path" and Path(path + ".idx").exists())  # or its prefix
+                (present if here else absent).append(_told(name, path))
     return present, absent
 
 

@@ -14,6 +14,7 @@ from megatron_dlm.commands.common import (
     running,
 )
 from megatron_dlm.commands.dry_run import dry_run, sft_plan
+from megatron_dlm.commands.new_mask import check_mask_init, introduce_mask
 from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.model import ModelConfig
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
     check_optimizer(config["optimizer"], sft.train_iters)
     check_lora(config["lora"])
     check_checkpoint(config["checkpoint"])
+    check_mask_init(config["checkpoint"])
     check_lora_weights(config["lora"], config["checkpoint"])
     check_logging(config["logging"])
     check_run(run)
@@ -45,30 +47,38 @@ def main(argv: list[str]) -> None:
         return dry_run(config, check_with_model, sft_plan)
     prepare_process()
     complete(config)
-    from megatron_dlm.data.sampler import EpochSampler, Position
-    from megatron_dlm.data.sft_data import load_sft
+    from megatron_dlm.data.sft_sources import open_samples
+    from megatron_dlm.sft.check import check_samples
+    from megatron_dlm.sft.loader import check_loader
     from megatron_dlm.sft.trainer import STAGE, SFTTrainer
     from megatron_dlm.training.pace import Pace
     from megatron_dlm.training.setup import Session
 
+    check_loader(sft)
     with running():
         session = Session.open(config["model"], config["parallel"], words, run.seed)
         check_with_model(config, session.model, session.groups.world_size)
         longest = sft.seq_length or session.model.max_position_embeddings
-        samples, dropped = load_sft(
-            sft.data_path, session.tokenizer, words.prompt_template, words.apply_chat_template, longest
+        samples = open_samples(
+            sft.data_path,
+            sft.data_weights,
+            session.tokenizer,
+            words.prompt_template,
+            words.apply_chat_template,
+            longest,
+            run.seed,
         )
+        check_samples(samples, sft, session.model)
         open_outputs(config, session.groups.is_main)
         with open_report(config["logging"], session.groups.is_main, config) as report:
             state = session.train_state(config["optimizer"], sft.train_iters, config["lora"], run.seed)
-            report.say(
-                f"{len(samples)} samples (left out: {dropped} longer than {longest} tokens); {session.describe(state)}"
-            )
+            report.say(f"{samples.describe()}; {session.describe(state)}")
             restored = restore(state, config["checkpoint"], session.model, STAGE)
             if nothing_left(report, state.iteration, sft.train_iters) or ended_before(report, run, restored):
                 return
-            sampler = EpochSampler(samples, run.seed, Position.read(STAGE, restored.get("position")))
-            trainer = SFTTrainer(session, state, sampler, sft, run.seed, restored)
+            introduce_mask(state, config["checkpoint"], session, run.seed, report.say)
+            samples.resume(restored)
+            trainer = SFTTrainer(session, state, samples, sft, run.seed, restored)
             keep_settings(config, session.groups.is_main)
             progress = lambda: {**trainer.progress(), **pace.progress()}
             save = checkpointer(session, state, config["checkpoint"], STAGE, progress, report.say)

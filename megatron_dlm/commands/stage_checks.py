@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.commands import sft, tracerl
+from megatron_dlm.commands.common import quiet_libraries
 from megatron_dlm.commands.dry_run import GENERATED, INPUTS
 from megatron_dlm.config import errors, yaml_file
 from megatron_dlm.config.errors import ConfigError, UserError
@@ -58,6 +59,7 @@ def check_stages(plan: Plan, world_size: int | None) -> Checked:
     Raises:
         UserError: what a stage would refuse, and of which stage it is.
     """
+    quiet_libraries()
     told, absent = {}, {}
     stages = {stage.name: stage for stage in plan.stages}
     for place, stage in enumerate(plan.stages):

@@ -22,6 +22,7 @@ from megatron_dlm.commands.common import (
 )
 from megatron_dlm.commands.dry_run import dry_run, rl_plan, updates_of
 from megatron_dlm.commands.models import open_models
+from megatron_dlm.commands.new_mask import check_mask_init, introduce_mask
 from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.checkpoint import CheckpointConfig
 from megatron_dlm.config.curriculum import CurriculumConfig
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> None:
     check_optimizer(config["optimizer"])
     check_lora(config["lora"])
     check_checkpoint(config["checkpoint"])
+    check_mask_init(config["checkpoint"])
     check_lora_weights(config["lora"], config["checkpoint"])
     check_logging(config["logging"])
     check_run(run)
@@ -131,6 +133,7 @@ def main(argv: list[str]) -> None:
             restored = restore(state, config["checkpoint"], session.model, STAGE)
             if nothing_left(report, restored.get("rl_step", 0), rl.num_rollout) or ended_before(report, run, restored):
                 return
+            introduce_mask(state, config["checkpoint"], session, run.seed, report.say)
             models = open_models(config, session, state, per_step, restored, report.say)
             rig = RolloutRig.open(
                 session,

@@ -113,7 +113,13 @@ def restore(
         source = HFSource.open(checkpoint.hf_checkpoint, named)
         stored = dataclasses.asdict(resolve(ModelConfig(**source.fields), None))
         # Blocks may be those of this run: that is how an autoregressive model becomes one of block diffusion.
-        fit.check_same_model({"model": stored}, model, f"{named} {checkpoint.hf_checkpoint}", finetune=True)
+        fit.check_same_model(
+            {"model": stored | {"vocab_size": max(stored["vocab_size"], model.vocab_size)}},  # rows for new tokens
+            model,
+            f"{named} {checkpoint.hf_checkpoint}",
+            finetune=True,
+            converts=state.optimizer is not None,
+        )
         load_into(state, source, model)
         return {}
     if checkpoint.load is None:
@@ -128,7 +134,7 @@ def restore(
         fit.check_kind(saved, False, source)
         if stage is not None and not finetune:
             fit.check_stage(saved, stage, checkpoint.load)
-        fit.check_same_model(saved, model, source, finetune or any_block_size)
+        fit.check_same_model(saved, model, source, finetune or any_block_size, converts=finetune)
 
     resume = state.optimizer is not None and not (finetune or checkpoint.no_load_optim)
     extra = distributed.load(state, checkpoint.load, checkpoint.ckpt_step, resume, check, flag)

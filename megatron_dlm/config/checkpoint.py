@@ -31,6 +31,10 @@ class CheckpointConfig(LoadConfig):
     finetune: bool = False
     """Load the weights only: start at iteration 0 with a fresh optimizer. Needed between stages, from sft to
     tracerl."""
+    mask_embedding_init: str | None = None
+    """What the embedding of the mask token begins as, at a fresh start from --hf-checkpoint or --load: 'keep' (the row
+    that is there), 'mean' of the trained rows, 'normal' (a draw from their distribution), or a token of the tokenizer,
+    whose row is copied. When it is not given: keep where the weights have learned the mask, else mean."""
     no_load_optim: bool = False
     """Leave the checkpoint's optimizer state unread."""
     no_save_optim: bool = False

@@ -86,3 +86,8 @@ class ModelConfig:
     """Keep and compute the parameters in bfloat16 instead of float32."""
     fp64: bool = False
     """Compute in float64, in which results can be compared token by token; not for training."""
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether it predicts each token from those before it, and knows no mask. Of a resolved model."""
+        return self.block_size == 1 and bool(self.logit_shift)

@@ -23,3 +23,7 @@ class TokenizerConfig(TokenIdsConfig):
     """Wrap each prompt in the tokenizer's chat template."""
     prompt_template: str = "{question}"
     """Text of a prompt; {question} stands for the question."""
+    response_prefix: str | None = None
+    """What every response begins with, put at the end of the prompts that are made of questions and conversations
+    (behind the header of the chat template, unless that ends so already): "<think>\\n", say. A response to learn that
+    begins so loses it."""

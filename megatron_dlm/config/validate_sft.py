@@ -5,6 +5,7 @@ The rules of these checks are those of `validate`.
 
 from __future__ import annotations
 
+from megatron_dlm.config.block_schedule import BlockSchedule
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.model import ModelConfig
@@ -73,6 +74,7 @@ def _check_attention(sft: SFTObjectiveConfig, model: ModelConfig) -> None:
                 "out --full-attention and give --block-size; 'full' may be a step of the schedule."
             )
         return
+    BlockSchedule.read(sft.block_size_schedule, model.block_size)
     for name in ("slice_size", "canvas_length"):
         if getattr(sft, name) != getattr(SFTObjectiveConfig(), name):
             raise ConfigError(

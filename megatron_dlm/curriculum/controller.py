@@ -91,7 +91,9 @@ class Controller:
             self.say(f"The curriculum is done: {_counted(len(state.done), 'stage')} in {save}.")
             return {"gates": len(judged)}
         visit = found
-        if state.running == visit.folder and _was_complete(visit.stage):  # and a crash came before that was written down
+        if state.running == visit.folder and _was_complete(
+            visit.stage
+        ):  # and a crash came before that was written down
             self._finish(0.0)
             return self._next(len(judged))
         _clear(visit, save)

@@ -26,15 +26,15 @@ from megatron_dlm.curriculum.recipe import Gate, Reach, Recipe, Written
 _WEIGHTS = ("load", "hf_checkpoint", "ckpt_step")
 _OURS = {
     "checkpoint": {
-        "save": "A stage is kept in a folder of its own name below that of the run; leave it out.",
-        "finetune": "Every stage begins with fresh steps and optimizer; leave it out.",
+        "save": "A stage is kept in a folder of its own name below that of the run. Leave it out.",
+        "finetune": "Every stage begins with fresh steps and optimizer. Leave it out.",
     },
-    "logging": {"metrics_jsonl": "The metrics of a stage are kept in its folder; leave it out."},
+    "logging": {"metrics_jsonl": "The metrics of a stage are kept in its folder. Leave it out."},
     "run": {
         "exit_metric": "Write until: {metric: ..., at_least: ...} in the stage.",
         "exit_metric_at_least": "Write until: {metric: ..., at_least: ...} in the stage.",
-        "dry_run": "Give curriculum the flag --dry-run; leave it out.",
-        "dry_run_world_size": "Give curriculum the flag --dry-run-world-size; leave it out.",
+        "dry_run": "Give curriculum the flag --dry-run instead.",
+        "dry_run_world_size": "Give curriculum the flag --dry-run-world-size instead.",
     },
 }
 """Settings of the commands that a curriculum gives them itself: section -> key -> what to do."""
@@ -163,7 +163,9 @@ def make_plan(recipe: Recipe, commands: Mapping[str, Command]) -> Plan:
     names = [stage.name for stage in stages]
     for name in names:
         if names.count(name) > 1 or any(name == other.name and other.grow for other in recipe.stages):
-            raise ConfigError(f"{recipe.path} has two stages of the name {name}, one of them grown. Rename the other.")
+            raise ConfigError(
+                f"{recipe.path} has two stages of the name {name}, one of them grown. Give the other another name."
+            )
     plan = Plan(recipe.path, recipe.save, stages)
     for place, stage in enumerate(stages):
         _check_gate(plan, place, stage)
@@ -241,7 +243,7 @@ def _merged(
     checkpoint = settings.get("checkpoint", {})
     for key in _WEIGHTS:
         checkpoint.pop(key, None)
-    return {section: keys for section, keys in settings.items() if keys}
+    return {section: keys for section, keys in settings.items() if keys or section not in command.sections}
 
 
 def _start(given: Mapping[str, Any], command: Command, where: str) -> tuple[str, ...]:

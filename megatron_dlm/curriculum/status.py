@@ -45,7 +45,7 @@ def status(plan: Plan) -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     lines += [one.told() for one in judged]
     spent = sum(visit.seconds for visit in state.done)
-    finished = f"{len(state.done)} finished in {_minutes(spent)} since the last start of each"
+    finished = f"{len(state.done)} finished (their last starts took {_minutes(spent)})"
     lines.append(f"{plan.save}: {finished}. {_next(found, state.running)}")
     return "\n".join(lines)
 

@@ -14,11 +14,12 @@ written last, so that what has it is complete:
 
     format, version                      what this is
     tokenizer                            fingerprint: vocab_size, eos_id, mask_id, hash of the vocabulary
-    prompt_template, chat_template       how questions became prompts
+    prompt_template, chat_template,
+    response_prefix                      how questions became prompts
     seq_length, left_out                 samples above this length were left out, so many; null: all were kept
     samples, documents, step_maps        how many: all, those without a prompt, those with a step map
     prompt_tokens, response_tokens
-    sources                              of each file: path, bytes, blake2b (what `b2sum -l 256` prints), counts as above
+    sources                              of each file: path, bytes, blake2b (of `b2sum -l 256`), counts as above
     bytes                                of .bin and .idx
 """
 

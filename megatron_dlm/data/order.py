@@ -76,7 +76,7 @@ class KeyedOrder(Generic[Item]):
             if self.count == len(self):
                 self.epoch, self.count = self.epoch + 1, 0
             end = min(len(self), self.count + count - len(found))
-            name = stream(self._seed, "order", self.epoch)
+            name = stream(self._seed, "order", self.epoch, self._data.identity)
             found += shuffled(name, len(self), torch.arange(self.count, end)).tolist()
             self.count = end
         return found

@@ -66,7 +66,7 @@ def preprocess(settings: PreprocessConfig, words: TokenizerConfig, bar: Callable
         ConfigError: the output belongs to something else, or another process is at work on it.
     """
     output, folder = settings.output, Path(settings.output + ".unfinished")
-    tokenizer = Tokenizer(words.tokenizer_model, words.mask_token_id)
+    tokenizer = Tokenizer(words.tokenizer_model, words.mask_token_id, words.response_prefix)
     recipe = _recipe(tokenizer, words, settings.seq_length)
     workers = settings.workers or len(os.sched_getaffinity(0))
     with _Workers(workers, recipe) as pool:
@@ -141,7 +141,7 @@ def _shard(name: str, chunk: Chunk) -> Counter[str] | None:
 def _recipe(tokenizer: Tokenizer, words: TokenizerConfig, seq_length: int | None) -> Recipe:
     files = [tokenizer.folder / name for name in (*KINDS, *_ALSO_READ)]
     digests = [hashlib.blake2b(file.read_bytes()).hexdigest() if file.is_file() else None for file in files]
-    settings = [words.prompt_template, words.apply_chat_template, seq_length]
+    settings = [words.prompt_template, words.apply_chat_template, words.response_prefix, seq_length]
     name = json.dumps([VERSION, tokenizer.fingerprint(), digests, settings])
     return Recipe(tokenizer, words.prompt_template, words.apply_chat_template, seq_length, name)
 
@@ -154,6 +154,7 @@ def _description(recipe: Recipe, words: TokenizerConfig, sources: list[Source]) 
         "tokenizer": recipe.tokenizer.fingerprint(),
         "prompt_template": words.prompt_template,
         "chat_template": words.apply_chat_template,
+        "response_prefix": words.response_prefix,
         "seq_length": recipe.seq_length,
         "sources": [{"path": one.path, "bytes": one.size, "blake2b": one.blake2b} for one in sources],
     }

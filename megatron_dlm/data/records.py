@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm.config.errors import DataError
 from megatron_dlm.data.jsonl import integers_field, text_field
+from megatron_dlm.data.tokenizer import opened
 
 if TYPE_CHECKING:
     from megatron_dlm.data.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def question_tokens(question: str, tokenizer: Tokenizer, prompt_template: str, a
     text = fill_template(prompt_template, question)
     if apply_chat_template:
         return tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    return tokenizer.encode(text)
+    return tokenizer.encode(opened(text, tokenizer.response_prefix))
 
 
 def prompt_of(

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from megatron_dlm.config.errors import DataError
 from megatron_dlm.data.jsonl import read_jsonl, text_field
 from megatron_dlm.data.records import check_messages, content_key, prompt_of, refuse_mask, steps_of, token_ids_of
+from megatron_dlm.data.tokenizer import without_opening
 
 if TYPE_CHECKING:
     from megatron_dlm.data.tokenizer import Tokenizer
@@ -153,6 +154,8 @@ def sample_of(
         record = _split_conversation(record["messages"], where)
     response = text_field(record, "response", where)
     prompt, prompt_ids = prompt_of(record, where, tokenizer, prompt_template, apply_chat_template)
+    if "question" in record or "prompt" not in record:  # a prompt that is taken as it stands ends as it ends
+        response = without_opening(response, tokenizer.response_prefix)
     response_ids = _response_ids(response, "response", where, tokenizer)
     return Sample(content_key(prompt, response), tuple(prompt_ids), tuple(response_ids))
 

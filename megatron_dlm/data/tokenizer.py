@@ -75,14 +75,16 @@ class Tokenizer:
         mask_id: the token that stands for "not yet decided".
         eos_id: the stop token.
         pad_id: fills rows; the stop token where the tokenizer names no other.
+        response_prefix: what every response begins with; it stands at the end of prompts.
     """
 
     vocab_size: int
     mask_id: int
     eos_id: int
     pad_id: int
+    response_prefix: str = ""
 
-    def __init__(self, folder: str | Path, mask_id: int | None = None):
+    def __init__(self, folder: str | Path, mask_id: int | None = None, response_prefix: str | None = None):
         """Load the tokenizer.
 
         Args:
@@ -95,6 +97,7 @@ class Tokenizer:
             DependencyError: the package that reads this kind is absent.
         """
         self.folder = Path(folder)
+        self.response_prefix = response_prefix or ""
         self._backend = _open(self.folder)
         if self._backend.eos_id is None:
             raise DataError(
@@ -119,7 +122,8 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens)
 
     def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to and including the header of the assistant's next turn.
+        """Token ids of a conversation, up to and including the header of the assistant's next turn, and what every
+        response begins with.
 
         Args:
             messages: {'role': ..., 'content': ...} in order.
@@ -139,7 +143,7 @@ class Tokenizer:
                 f"The chat template of the tokenizer in {self.folder} refuses a conversation "
                 f"({' '.join(str(error).split())}). Correct the template or the conversation."
             ) from None
-        return self.encode(text)
+        return self.encode(opened(text, self.response_prefix))
 
     def fingerprint(self) -> dict[str, int | str]:
         """What token ids of this tokenizer mean: as long as it is the same, they can be read by another copy of it."""
@@ -203,6 +207,17 @@ class Tokenizer:
                 )
             return backend.name(backend.mask_id)
         return next(iter(known), MASK_TOKENS[0])
+
+
+def opened(prompt: str, prefix: str) -> str:
+    """The text of a prompt, and behind it what every response begins with, unless it stands there already."""
+    return prompt if prefix.strip() and prompt.rstrip().endswith(prefix.strip()) else prompt + prefix
+
+
+def without_opening(response: str, prefix: str) -> str:
+    """The text of a response without what every response begins with, which is a part of the prompt."""
+    start, rest = prefix.strip(), response.lstrip()
+    return rest.removeprefix(start).lstrip() if start and rest.startswith(start) else response
 
 
 def _open(folder: Path) -> Backend:

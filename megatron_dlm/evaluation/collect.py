@@ -4,9 +4,10 @@ A response is hidden and shown again, block by block; at each step the model is 
 and those n are shown whose true token it gives the highest probability under the policy (model/policy.py, temperature
 1; of equal ones the first). So the text stays what it is, and its step map is that of static unmasking with n tokens.
 
-  block models     The text before a block is the true one, whatever happens there. So all blocks take their k-th step
-                   in the same forward pass, as one noisy copy each around one clean text: ceil(B / n) passes in all. The
-                   last block is filled with pad tokens, as in fine-tuning, and these are unmasked with the others.
+  block models     The text before a block is the true one, whatever happens there. So all blocks take their k-th
+                   step in the same forward pass, as one noisy copy each around one clean text: ceil(B / n) passes in
+                   all. The last block is filled with pad tokens, as in fine-tuning, and these are unmasked with the
+                   others.
   full attention   A copy is the whole text, with all masks that are left, and blocks go one after the other, counted
                    from the first response token. Behind the response stands nothing.
 

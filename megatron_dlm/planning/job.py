@@ -18,6 +18,8 @@ from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.plan import PlanConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
+from megatron_dlm.config.sft import SFTConfig
+from megatron_dlm.config.sft_objective import MASKED, with_objective
 from megatron_dlm.config.value import optimizer_config
 from megatron_dlm.diffusion.context import shared_length
 from megatron_dlm.diffusion.planner import row_multiple
@@ -27,13 +29,16 @@ from megatron_dlm.planning.measure import RowShape
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Typical lengths in tokens, the longest allowed ones, and how many noisy copies a text is learned in."""
+    """Typical lengths in tokens, the longest allowed ones, in how many noisy copies a text is learned, and how often a
+    token of a response is predicted in them.
+    """
 
     prompt: int
     response: int
     longest_prompt: int
     longest_response: int
     copies: float
+    predicted: float = 1.0
 
     @property
     def own(self) -> int:
@@ -115,9 +120,8 @@ class Job:
         """Of one rank."""
         texts = self.texts
         share = (self.tokens_per_group - texts.prompt) * texts.response / texts.own / self.tokens_per_group
-        targets = share if self.rl is not None else share / 2  # SFT hides half of a block on average
         held = self._whole_row / self.context  # the rest of a part is padding
-        return RowShape(self.row_length, max(1, round(held * targets)))
+        return RowShape(self.row_length, max(1, round(held * share * self.texts.predicted)))
 
     @property
     def kept(self) -> Kept:
@@ -160,13 +164,13 @@ def job_of(config: dict[str, Any], model: ModelConfig, world_size: int) -> Job:
         model=model,
         parallel=config["parallel"],
         optimizer=config["optimizer"],
-        lora=config["lora"],
+        lora=config.get("lora"),
         dense_attention=plan.plan_attention == "dense",
     )
     if "rl" not in config:
         sft = config["sft"]
         longest = min(sft.seq_length or model.max_position_embeddings, sft.max_tokens_per_row)
-        texts = _texts(plan, longest // 4, longest - longest // 4, 1.0)
+        texts = _texts(plan, longest // 4, longest - longest // 4, *_copies(sft, model, plan))
         return Job(
             **common,
             texts=texts,
@@ -194,13 +198,30 @@ def job_of(config: dict[str, Any], model: ModelConfig, world_size: int) -> Job:
     )
 
 
-def _texts(plan: PlanConfig, longest_prompt: int, longest_response: int, copies: float) -> Texts:
+def _copies(sft: SFTConfig, model: ModelConfig, plan: PlanConfig) -> tuple[float, float]:
+    """Noisy copies of a text that an objective of fine-tuning makes, and how often they predict a token."""
+    objective = with_objective(sft)
+    if sft.sft_objective in MASKED:
+        copies = float(sft.mask_draws * (2 if sft.complementary_masks else 1))
+        ratio = 0.5 if sft.complementary_masks else (objective.min_mask_ratio + objective.max_mask_ratio) / 2
+        predicted = copies * ratio
+    else:
+        steps = (model.block_size or 1) / plan.plan_tokens_per_step / sft.shrinkage
+        copies, predicted = (0.0 if sft.sft_objective == "ar" else max(1.0, steps)), 1.0
+    beside = 1 if sft.ar_loss_coef else 0  # a copy that is read causally
+    return copies + beside, predicted + beside
+
+
+def _texts(
+    plan: PlanConfig, longest_prompt: int, longest_response: int, copies: float, predicted: float = 1.0
+) -> Texts:
     return Texts(
         max(1, plan.plan_prompt_length or longest_prompt // 2),
         max(1, plan.plan_response_length or longest_response // 2),
         longest_prompt,
         longest_response,
         copies,
+        predicted,
     )
 
 

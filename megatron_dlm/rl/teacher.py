@@ -56,7 +56,7 @@ class Teacher:
 
     @property
     def is_autoregressive(self) -> bool:
-        return self.model.block_size == 1 and bool(self.model.logit_shift)
+        return self.model.is_autoregressive
 
     @property
     def shares_rows(self) -> bool:

@@ -2,7 +2,9 @@
 
     with starting() as processes:
         ...                               # a library starts its worker, which iterates over Prepared(updates)
-    update = opened(buffer, label)        # of what it sends
+    with received_from(processes):
+        ...                               # the library is asked for the next parcel
+    update = opened(buffer, label)
     end(processes)
 
 What it promises (tests/sft/test_loader.py):
@@ -13,6 +15,7 @@ What it promises (tests/sft/test_loader.py):
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -77,12 +80,29 @@ def opened(buffer: Tensor, label: bytes) -> Update:
     return found
 
 
-def gone() -> ResourceError:
-    """What is said when the process has ended and nobody asked it to."""
-    return ResourceError(
-        "The process that prepares rows ahead was killed, as a system does that runs out of memory (or of room in "
-        "/dev/shm). Give it more, or use --num-workers 0 and the default loader, which need no such process."
-    )
+@contextlib.contextmanager
+def received_from(processes: list[BaseProcess]) -> Iterator[None]:
+    """Around the library's call for the next parcel: whatever it makes of the end of the process is told in a sentence.
+
+    Raises:
+        ResourceError: the process has ended, and nobody asked it to.
+    """
+    try:
+        _check(processes)  # DALI would wait for ever for one that was killed while it waited
+        yield
+    except (RuntimeError, OSError, EOFError):
+        _check(processes, patience=1.0)  # its pipes close a little earlier
+        raise
+
+
+def _check(processes: list[BaseProcess], patience: float = 0.0) -> None:
+    for process in processes:
+        process.join(patience)
+        if process.exitcode is not None:
+            raise ResourceError(
+                "The process that prepares rows ahead was killed, as systems do when memory runs out, or room in "
+                "/dev/shm. Give it more, or do without that process: --num-workers 0."
+            )
 
 
 @contextlib.contextmanager
@@ -121,6 +141,7 @@ def end(processes: list[BaseProcess]) -> None:
 def _follow(parent: int) -> None:
     """End this process when its parent is gone, or by a SIGTERM that the parent sends."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED)
+    atexit.register(os._exit, 0)  # there is nothing to take down that would be worth the time
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -26,7 +26,7 @@ from megatron_dlm import platform
 from megatron_dlm.config.errors import DependencyError
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.diffusion.layout import moved
-from megatron_dlm.sft.ahead import DEPTH, Prepared, end, gone, opened, starting
+from megatron_dlm.sft.ahead import DEPTH, Prepared, end, opened, received_from, starting
 from megatron_dlm.sft.updates import Update, Updates
 
 
@@ -80,10 +80,8 @@ class Ahead:
         return self
 
     def __next__(self) -> Update:
-        try:
+        with received_from(self._processes):
             buffer, label = next(self._parcels)
-        except RuntimeError:
-            raise gone() from None
         return opened(moved(buffer, self._device), label)
 
     def close(self) -> None:

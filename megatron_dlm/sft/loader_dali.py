@@ -16,7 +16,7 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from megatron_dlm.sft.ahead import DEPTH, Prepared, end, gone, opened, starting
+from megatron_dlm.sft.ahead import DEPTH, Prepared, end, opened, received_from, starting
 from megatron_dlm.sft.updates import Update, Updates
 
 
@@ -63,12 +63,8 @@ class DaliLoader:
         return self
 
     def __next__(self) -> Update:
-        try:
+        with received_from(self._processes):
             buffer, label = self._pipeline.run(*self._stream())
-        except RuntimeError:
-            if any(process.exitcode is not None for process in self._processes):
-                raise gone() from None
-            raise
         label = np.asarray(label[0]).tobytes()
         if self._on_host:  # these are pages that it shares with the other process, and uses again
             return opened(torch.from_numpy(np.array(buffer[0])), label)

@@ -1,11 +1,11 @@
 """The loss of fine-tuning over the targets of a row.
 
-    loss = 1/D * ( sum over targets of weight * -log p + c * sum over those that the model predicts right of its entropy )
+    loss = 1/D * ( sum of weight * -log p over targets + c * sum of the entropy over those that are predicted right )
 
 D is the number of tokens to learn in the whole update, weights are those of the views (sft/objectives.py). The second
 term, with --confidence-coef c, makes a model that is right also sure, so that it unmasks more tokens at a time
-(confidence-aware parallel training of LLaDA2.0, arXiv 2512.15745, section 4.2). Targets of the autoregressive loss beside
-the objective (--ar-loss-coef, their weight) have no part in it.
+(confidence-aware parallel training of LLaDA2.0, arXiv 2512.15745). Targets of the autoregressive loss beside the
+objective (--ar-loss-coef, their weight) have no part in it.
 """
 
 from __future__ import annotations

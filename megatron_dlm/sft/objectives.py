@@ -32,7 +32,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_dlm.config.errors import DataError
 from megatron_dlm.config.sft_objective import SFTObjectiveConfig, with_objective
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.masking import MaskSchedule
@@ -50,9 +49,6 @@ class Objective(Protocol):
         Args:
             stream: keys.stream(...) of this text, for what is drawn.
             step: optimizer steps before this one, for what changes with them.
-
-        Raises:
-            DataError: the text lacks what this objective needs.
         """
 
     def grid(self, grid: Grid) -> Grid:
@@ -179,16 +175,11 @@ def trace_of(text: Text) -> Trace:
     """The text and its step map as a trace. Pad tokens that are learned belong to its response.
 
     Raises:
-        DataError: the sample has no step map.
+        ValueError: the sample has no step map.
     """
     sample, prompt = text.sample, text.prompt_length
     if sample.step_map is None:
-        raise DataError(
-            "--sft-objective trace learns from step maps, and a sample of the data has none. Write them with "
-            "`megatron-dlm trace`, or choose another objective."
-        )
-    if prompt != len(sample.prompt_ids):
-        raise DataError("--sft-objective trace knows no steps of a prompt. Leave out --noise-prompt.")
+        raise ValueError(f"sample {sample.key} has no step map (sft/check.py)")
     steps = np.array(sample.step_map, dtype=np.int64)
     tokens, missing = text.tokens.copy(), len(text.tokens) - text.written
     known = min(len(sample.tail_ids), missing)

@@ -35,8 +35,8 @@ class _Piece:
 
 
 def pack(value: Any) -> tuple[Tensor, bytes]:
-    """(buffer, label) of a value on the host. Its tensors may be fields of dataclasses and items of lists and tuples, in
-    each other; everything else in it goes into the label, by pickle.
+    """(buffer, label) of a value on the host. Its tensors may be fields of dataclasses and items of lists and tuples,
+    within each other; everything else in it goes into the label, by pickle.
     """
     pieces: list[_Piece] = []
     tensors: list[Tensor] = []

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_dlm import platform
+from megatron_dlm.config.block_schedule import BlockSchedule
 from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.sft import SFTConfig
-from megatron_dlm.sft.blocks import BlockSchedule
 from megatron_dlm.sft.loader import Loader, open_loader
 from megatron_dlm.sft.objective import sft_forward
 from megatron_dlm.sft.updates import Place, Sampler, Update, Updates

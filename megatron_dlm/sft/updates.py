@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_dlm.config.block_schedule import BlockSchedule
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.data.sft_data import Sample
 from megatron_dlm.diffusion.balance import load_of
@@ -28,7 +29,6 @@ from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import pack_parts
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.views import Item, split_views
-from megatron_dlm.sft.blocks import BlockSchedule
 from megatron_dlm.sft.objectives import Autoregressive, Objective, item_of, open_objective
 from megatron_dlm.sft.texts import Text
 
@@ -174,13 +174,3 @@ def lay_out(sample: Sample, objective: Objective, grid: Grid, sft: SFTConfig, pa
 def _group(sample: Sample, text: Text) -> str:
     """What may share a prompt; where nothing is shared each text is a group of its own, for groups travel together."""
     return repr(sample.prompt_ids) if text.grid.shared_prompt(text.prompt_length) else sample.key
-
-
-def largest_piece(prompt: int, response: int, objective: Objective, sft: SFTConfig, blocks: BlockSchedule) -> int:
-    """Least budget of a row for texts of these lengths: the text and its largest copy."""
-    text = Sample("", (0,) * prompt, (0,) * response)
-    found = []
-    for size in blocks.sizes:
-        one = lay_out(text, objective, Grid(size), sft, 0)
-        found.append(len(one.tokens) if one.grid.block_size is not None else one.length)
-    return max(found)

@@ -5,6 +5,7 @@ A `Session` is built once per process from the sections of the configuration. It
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -52,7 +53,9 @@ class Session:
         """
         if tokenizer.tokenizer_model is None:
             raise ConfigError("--tokenizer-model is not set. Give the folder of a tokenizer, or --load a checkpoint.")
-        words = Tokenizer(tokenizer.tokenizer_model, tokenizer.mask_token_id)
+        words = Tokenizer(tokenizer.tokenizer_model, tokenizer.mask_token_id, tokenizer.response_prefix)
+        if words.mask_id == model.vocab_size:  # the weights have no row for a mask that the tokenizer was given
+            model = dataclasses.replace(model, vocab_size=words.vocab_size)
         resolved = resolve(model, words.vocab_size)
         check_model(resolved)
         check_parallel(parallel, resolved, _world_size())

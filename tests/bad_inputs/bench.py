@@ -6,6 +6,7 @@ command lines are valid (`make_world`):
     tokenizer/       a tokenizer with a mask, a stop token, and no chat template
     sft.jsonl        samples for fine-tuning
     prompts.jsonl    prompts with answers
+    indexed.*        what `preprocess` made of sft.jsonl
     ckpt/            what `sft` wrote after 2 iterations, optimizer included
     rl/              what `tracerl` wrote after 1 RL step, from ckpt
     out/             a copy of ckpt: the work of an earlier run, where the base command lines write to
@@ -44,6 +45,8 @@ BASES = {
     "--reward-workers 1 --metrics-jsonl metrics.jsonl",
     "generate": "generate --load ckpt --prompts prompts.jsonl --output scored.jsonl --max-new-tokens 8",
     "score": "score --load ckpt --input responses.jsonl --output scored.jsonl",
+    "sft-indexed": "sft " + SFT.replace("sft.jsonl", "indexed") + "--save out",
+    "preprocess": "preprocess --input sft.jsonl --output new --tokenizer-model tokenizer --workers 1",
     "trace": "trace --load ckpt --input sft.jsonl --output traced.jsonl",
 }
 """Name -> a command line that is valid as it stands (test_bad_inputs.py runs each)."""
@@ -235,5 +238,6 @@ def make_world(folder: Path, run: Callable[..., None]) -> None:
     run(shlex.split("sft " + SFT + "--save ckpt --train-iters 2 --metrics-jsonl sft-metrics.jsonl"), folder)
     run(leave_out(shlex.split(BASES["tracerl"]), ["--metrics-jsonl"]) + ["--save", "rl"], folder)
     run(shlex.split(BASES["generate"]) + ["--output", "responses.jsonl", "--max-new-tokens", "6"], folder)
+    run(shlex.split(BASES["preprocess"]) + ["--output", "indexed"], folder)
     (folder / "scored.jsonl").write_text('{"old": 1}\n')
     shutil.copytree(folder / "ckpt", folder / "out")

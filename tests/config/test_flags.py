@@ -12,7 +12,7 @@ from megatron_dlm.config.flags import build_parser, parse
 from megatron_dlm.config.sections import PARTS, SECTIONS, pick, pick_parts
 
 SFT = pick("model", "optimizer", "checkpoint", "logging", "sft", "run")
-RL = pick(*(name for name in SECTIONS if name not in ("sft", "generate", "score", "trace")))
+RL = pick(*(name for name in SECTIONS if name not in ("sft", "generate", "score", "trace", "preprocess")))
 
 
 def write(tmp_path, text):
@@ -260,7 +260,7 @@ class Shadow:
 @pytest.mark.parametrize(
     ("sections", "flag"),
     [
-        (pick("sft", "rl"), "--mask-ratio-per"),
+        (pick("sft", "rl"), "--shrinkage"),
         (pick("checkpoint") | {"bare": Bare}, "--load-optim"),
         ({"shadow": Shadow}, "--config"),
     ],

@@ -1,4 +1,4 @@
-"""Every refusal of the settings of generate and score, and the combinations that must pass."""
+"""Every refusal of the settings of generate, score and trace, and the combinations that must pass."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.generate import GenerateConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.score import ScoreConfig
+from megatron_dlm.config.trace import TraceConfig
 from megatron_dlm.config.validate_generation import (
     check_draw_of_model,
     check_generate,
     check_score,
+    check_trace,
+    check_trace_of_model,
 )
 
 FILES = dict(prompts="in.jsonl", output="out.jsonl")
@@ -108,6 +111,33 @@ def test_settings_of_score(changes: dict, block_size: int | None, words: str | N
     assert message is None if words is None else words in message
 
 
-def test_both_need_a_checkpoint() -> None:
+@pytest.mark.parametrize(
+    "changes, model, words",
+    [
+        (dict(), ModelConfig(block_size=4), 4),
+        (dict(tokens_per_step=4), ModelConfig(block_size=4), 4),
+        (dict(tokens_per_step=5), ModelConfig(block_size=4), "--tokens-per-step 5 is more than the 4 tokens"),
+        (dict(trace_block_size=8), ModelConfig(block_size=4), "--trace-block-size 8 is for models of full attention"),
+        (dict(), ModelConfig(), "Give --block-size."),
+        (dict(), ModelConfig(full_attention=True), "Give --trace-block-size."),
+        (dict(trace_block_size=8, tokens_per_step=8), ModelConfig(full_attention=True), 8),
+        (dict(tokens_per_step=0), None, "--tokens-per-step is 0"),
+        (dict(lines_at_once=0), None, "--lines-at-once is 0"),
+        (dict(output="in.jsonl"), None, "--output in.jsonl is the file that --input names"),
+    ],
+)
+def test_settings_of_trace(changes: dict, model: ModelConfig | None, words: str | int) -> None:
+    settings = TraceConfig(**dict(input="in.jsonl", output="out.jsonl") | changes)
+    message = refused(check_trace, settings, LOAD)
+    if model is None:
+        assert words in message
+    elif isinstance(words, int):
+        assert message is None and check_trace_of_model(settings, model) == words
+    else:
+        assert message is None and words in refused(check_trace_of_model, settings, model)
+
+
+def test_all_need_a_checkpoint() -> None:
+    assert "--load is not set" in refused(check_trace, TraceConfig("a", "b"), LoadConfig())
     assert "--load is not set" in refused(check_generate, GenerateConfig(**FILES), LoadConfig())
     assert "--load is not set" in refused(check_score, ScoreConfig("a", "b"), LoadConfig(), None)

@@ -16,9 +16,7 @@ from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.reward import RewardConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
 from megatron_dlm.config.run import TrainingRunConfig
-from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
-from megatron_dlm.config.validate_sft import check_sft
 from megatron_dlm.config.validate_training import (
     check_checkpoint,
     check_engine,
@@ -44,7 +42,6 @@ def test_the_defaults_pass_once_data_and_update_size_are_given():
     check_checkpoint(CheckpointConfig())
     check_logging(LoggingConfig())
     check_tokenizer(TokenizerConfig())
-    check_sft(SFTConfig(data_path=["a.jsonl"]), MODEL)
     check_rollout(RolloutConfig(), MODEL)
     check_reward(RewardConfig())
     check_eval(TrainingEvalConfig(), RolloutConfig(), MODEL)
@@ -189,29 +186,6 @@ def test_logging(values, words):
 )
 def test_tokenizer(template, words):
     expect(run(check_tokenizer, TokenizerConfig(prompt_template=template)), words)
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        (dict(data_path=[]), ["--data-path names no training file"]),
-        (dict(train_iters=0), ["--train-iters is 0"]),
-        (dict(global_batch_size=0), ["--global-batch-size is 0"]),
-        (dict(max_tokens_per_row=0), ["--max-tokens-per-row is 0"]),
-        (dict(seq_length=0), ["--seq-length is 0"]),
-        (dict(seq_length=4096), None),
-        (dict(seq_length=4097), ["--seq-length 4097", "4096 (--max-position-embeddings)"]),
-        (dict(min_mask_ratio=0.0), ["--min-mask-ratio is 0.0", "above 0 to 1"]),
-        (dict(min_mask_ratio=1.0), None),
-        (dict(min_mask_ratio=1.1), ["--min-mask-ratio is 1.1"]),
-        (dict(max_mask_ratio=1.1), ["--max-mask-ratio is 1.1"]),
-        (dict(min_mask_ratio=0.5, max_mask_ratio=0.4), ["--min-mask-ratio 0.5 is above --max-mask-ratio 0.4"]),
-        (dict(min_mask_ratio=0.5, max_mask_ratio=0.5, mask_ratio_per="token"), None),
-        (dict(max_loss_weight=0.5), ["--max-loss-weight is 0.5"]),
-    ],
-)
-def test_sft(values, words):
-    expect(run(check_sft, SFTConfig(**{"data_path": ["a.jsonl"], **values}), MODEL), words)
 
 
 @pytest.mark.parametrize(

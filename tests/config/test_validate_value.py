@@ -61,6 +61,7 @@ def test_every_field_of_the_optimizer_is_the_value_models_own_but_its_rule_and_i
     policys = dict(
         optimizer="sgd",
         sgd_momentum=0.9,
+        no_weight_decay_embeddings=True,
         optimizer_cpu_offload=True,
         optimizer_offload_fraction=0.5,
         overlap_cpu_optimizer_d2h_h2d=True,

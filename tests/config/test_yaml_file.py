@@ -9,8 +9,8 @@ from megatron_dlm.config.flags import parse
 from megatron_dlm.config.sections import SECTIONS, pick
 from megatron_dlm.config.yaml_file import dump, load, parse_value
 
-ALL_BUT_SFT = pick(*(name for name in SECTIONS if name not in ("sft", "generate", "score", "trace")))
-ALL_BUT_RL = pick(*(name for name in SECTIONS if name not in ("rl", "generate", "score", "trace")))
+ALL_BUT_SFT = pick(*(name for name in SECTIONS if name not in ("sft", "generate", "score", "trace", "preprocess")))
+ALL_BUT_RL = pick(*(name for name in SECTIONS if name not in ("rl", "generate", "score", "trace", "preprocess")))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ class Letters:
     """Stands in for a tokenizer: one id per character; the chat template writes roles in front of turns."""
 
     mask_id = 0
+    response_prefix = ""
 
     def encode(self, text):
         return [ord(letter) for letter in text]

@@ -58,6 +58,40 @@ def test_keys_tell_responses_apart(tmp_path, tiny):
     assert a.key == c.key != b.key  # repeated samples are kept: people repeat them on purpose
 
 
+def test_token_ids_beat_text_and_are_taken_as_they_are(tmp_path, tiny):
+    record = {"question": "1+1=", "response": "3", "text": "4", "token_ids": [20, 21], "step_map": [2, 1]}
+    tail = {"tail_token_ids": [tiny.eos_id], "tail_step_map": [2]}
+    first, second, third = _load(
+        tmp_path,
+        tiny,
+        record,
+        record | tail | {"prompt_token_ids": [9, 10]},
+        {"prompt": "1+1=", "token_ids": [20, 21], "step_map": None},
+    )[0]
+    assert first.prompt_ids == tuple(tiny.encode("1+1=")) == third.prompt_ids
+    assert first.response_ids == (20, 21) == third.response_ids and first.step_map == (2, 1)
+    assert (first.tail_ids, first.tail_steps) == ((), ()) and third.step_map is None
+    assert (second.prompt_ids, second.tail_ids, second.tail_steps) == ((9, 10), (tiny.eos_id,), (2,))
+    assert first.key == third.key != second.key
+
+
+@pytest.mark.parametrize("seq_length", [1, 3, 4, 5, 100])
+def test_a_text_is_cut_into_consecutive_pieces(tmp_path, tiny, seq_length):
+    text = "12+34+56="
+    whole = (*tiny.encode(text), tiny.eos_id)
+    samples, dropped = _load(tmp_path, tiny, {"text": text}, seq_length=seq_length)
+    assert dropped == 0 and sum((sample.response_ids for sample in samples), ()) == whole
+    assert all(len(sample.response_ids) == seq_length for sample in samples[:-1])
+    assert all(sample.prompt_ids == () and sample.step_map is None for sample in samples)
+    assert len({sample.key for sample in samples}) == len(samples)
+
+
+def test_a_step_map_is_never_cut(tmp_path, tiny):
+    trace = {"prompt_token_ids": [], "token_ids": [20] * 9, "step_map": [1] * 9}
+    samples, dropped = _load(tmp_path, tiny, trace, {"text": ""}, seq_length=8)
+    assert dropped == 1 and [sample.response_ids for sample in samples] == [(tiny.eos_id,)]
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [
@@ -69,6 +103,16 @@ def test_keys_tell_responses_apart(tmp_path, tiny):
             "line 2: 'messages' must end in a turn of the assistant",
         ),
         ({"messages": "hi"}, "line 2: 'messages' must be a non-empty list"),
+        ({"prompt": "1", "response": "2", "step_map": [1, 2]}, "line 2: 'step_map' speaks of tokens"),
+        ({"prompt": "1", "token_ids": [20], "step_map": [1, 2]}, "'token_ids' has 1 entries and 'step_map' 2"),
+        ({"prompt": "1", "token_ids": [20], "step_map": [0]}, "entry 0 of 'step_map' is 0"),
+        ({"prompt": "1", "token_ids": []}, "'token_ids' is empty"),
+        ({"token_ids": [20]}, "line 2: no prompt was found"),
+        ({"text": ["a"]}, "the field 'text' is a JSON list"),
+        (
+            {"prompt": "1", "token_ids": [20], "step_map": [1], "tail_token_ids": [20]},
+            "the field 'tail_step_map' is missing",
+        ),
     ],
 )
 def test_sentences(tmp_path, tiny, record, words):

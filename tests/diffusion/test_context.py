@@ -7,13 +7,22 @@ import torch
 from megatron_dlm.diffusion.context import Sharing, deal, share_row, shared_length
 from megatron_dlm.diffusion.layout import CLEAN, Grid, Layout, predecessors, visible
 from megatron_dlm.diffusion.rows import Row, build_row
+from megatron_dlm.diffusion.views import Item, causal_views
 from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, trace_item
 
 GRIDS = [Grid(size, anchor) for size in (1, 2, 4, 8) for anchor in ("absolute", "response")]
 COLUMNS = ("group", "response", "view", "block", "position")
 
 
-def row_of(seed: int, grid: Grid, groups: int = 3, longest: int = 14, padding: int = 5) -> Row:
+def causal_item(trace, name: str) -> Item:
+    """A text of its own that is read token by token."""
+    prompt, tokens = len(trace.prompt_ids), trace.tokens
+    return Item(name, tokens, prompt, causal_views(prompt, len(tokens)), Grid(1))
+
+
+def row_of(
+    seed: int, grid: Grid, groups: int = 3, longest: int = 14, padding: int = 5, causal: bool = False
+) -> Row:
     rng = np.random.default_rng(seed)
     traces = [
         trace
@@ -21,6 +30,7 @@ def row_of(seed: int, grid: Grid, groups: int = 3, longest: int = 14, padding: i
         for trace in random_group(int(rng.integers(1, 12)), rng.integers(1, longest, 3).tolist(), 4, rng, f"p{n}")
     ]
     items = [trace_item(trace, grid) for trace in traces]
+    items += [causal_item(trace, f"causal {n}") for n, trace in enumerate(traces[:2] if causal else [])]
     shared = {item.group: item.shared_length for item in items}
     length = sum(shared.values()) + sum(item.own_length for item in items) + padding
     return build_row(list(enumerate(items)), length, MASK_ID, PAD_ID)
@@ -52,7 +62,7 @@ def known(queries: Layout, keys: Layout) -> dict[tuple[int, ...], frozenset]:
 def test_every_token_is_on_one_rank_and_sees_there_what_it_sees_in_the_whole_row(
     seed: int, grid: Grid, ranks: int
 ) -> None:
-    row = row_of(seed, grid)
+    row = row_of(seed, grid, causal=seed == 2)
     parts = parts_of(row, ranks, grid.block_size)
     tokens = [
         (name, token)
@@ -73,10 +83,14 @@ def test_every_token_is_on_one_rank_and_sees_there_what_it_sees_in_the_whole_row
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_targets_are_shared_out_and_read_where_the_whole_row_reads_them(ranks: int, shift: int) -> None:
-    row = row_of(1, Grid(4))
-    slots = predecessors(row.layout, row.targets.slot) if shift else row.targets.slot
+def test_targets_are_shared_out_and_read_where_the_whole_row_reads_them(ranks: int, shift: int, causal: bool) -> None:
+    row = row_of(1, Grid(4), causal=causal)
+    slots, before = row.targets.slot, predecessors(row.layout, row.targets.slot)
+    finished = row.layout.view[slots] == CLEAN
+    assert bool(finished.any()) == causal
+    slots = torch.where(finished | bool(shift), before, slots)
     read = [names(row.layout)[slot] for slot in slots.tolist()]
     seen = []
     for part, kept in parts_of(row, ranks, 4, shift):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.diffusion.keys import permutation, stream, uniforms
+from megatron_dlm.diffusion.keys import permutation, shuffled, stream, uniforms
 
 WORD = (1 << 64) - 1
 
@@ -161,3 +161,28 @@ def test_every_item_comes_first_equally_often() -> None:
     first = [int(permutation(stream(0, "order", epoch), 5)[0]) for epoch in range(2000)]
     counts = np.bincount(first, minlength=5)
     assert (abs(counts - 400) < 4.5 * math.sqrt(2000 * 0.2 * 0.8)).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 4097])
+def test_shuffled_places_are_those_of_one_permutation(n: int) -> None:
+    whole = shuffled(stream(3, "order"), n, torch.arange(n))
+    assert sorted(whole.tolist()) == list(range(n))
+    some = torch.randint(n, (20,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(shuffled(stream(3, "order"), n, some), whole[some])
+
+
+def test_shuffled_numbers_come_to_every_place_equally_often() -> None:
+    n, times = 13, 3000
+    seen = torch.zeros(n, n)
+    for seed in range(times):
+        seen[torch.arange(n), shuffled(stream(seed, "order"), n, torch.arange(n))] += 1
+    squares = ((seen - times / n) ** 2 / (times / n)).sum().item()
+    freedom = (n - 1) ** 2
+    assert abs(squares - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def test_neighbours_and_epochs_are_strangers_when_shuffled() -> None:
+    n = 10_000
+    first, second = (shuffled(stream(1, "order", epoch), n, torch.arange(n)).double() for epoch in range(2))
+    pairs = (first[:-1], first[1:]), (first, second), (first, torch.arange(n).double())
+    assert all(abs(torch.corrcoef(torch.stack(pair))[0, 1].item()) < 4 / n**0.5 for pair in pairs)

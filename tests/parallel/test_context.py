@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, trace_item
+from tests.diffusion.test_context import causal_item
 from tests.harness import pool
 from tests.tiny import disturb, model_config
 
@@ -20,7 +21,9 @@ def rows_of(grid):
     rng, rows = np.random.default_rng(0), []
     for groups in ([(9, [14, 3, 7]), (4, [1, 22])], [(17, [30])], []):
         traces = [trace for p, lengths in groups for trace in random_group(p, lengths, grid.block_size, rng, f"p{p}")]
-        rows.append(build_row([(n, trace_item(trace, grid)) for n, trace in enumerate(traces)], 320, MASK_ID, PAD_ID))
+        items = [trace_item(trace, grid) for trace in traces]
+        items += [causal_item(trace, f"causal {n}") for n, trace in enumerate(traces[:1])]
+        rows.append(build_row(list(enumerate(items)), 384, MASK_ID, PAD_ID))
     return rows
 
 

@@ -67,7 +67,27 @@ def test_fine_tuning_has_one_copy_and_half_the_targets():
     )
     job = job_of(config, model, 1)
     assert job.rl is None and job.texts.own == 600
-    assert job.row.targets == round(job.row.tokens * 150 / 700)
+    assert job.row.targets == round(job.row.tokens * 300 / 700 * (0.001 + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    "settings, copies, predicted",
+    [
+        ({}, 1, 0.5005),
+        (dict(sft_objective="semi_ar", mask_draws=2), 2, 1),
+        (dict(complementary_masks=True), 2, 1),
+        (dict(sft_objective="trace"), 2, 1),  # blocks of 4, two tokens a step
+        (dict(sft_objective="trace", shrinkage=2), 1, 1),
+        (dict(sft_objective="ar"), 0, 1),
+        (dict(ar_loss_coef=0.1), 2, 1.5005),
+    ],
+)
+def test_what_an_objective_makes_of_a_text(settings, copies, predicted):
+    model = resolve(ModelConfig(model_preset="sdar-8b"), None)
+    plan = PlanConfig(plan_prompt_length=100, plan_response_length=300, plan_tokens_per_step=2.0)
+    sections = dict(plan=plan, parallel=ParallelConfig(), optimizer=OptimizerConfig(), sft=SFTConfig(**settings))
+    texts = job_of(sections, model, 1).texts
+    assert (texts.copies, texts.predicted) == (copies, pytest.approx(predicted))
 
 
 @pytest.mark.parametrize(("tokens", "typical"), [(100, 30), (90, 30), (10, 30), (1, 1)])

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_dlm.config.lora import LoraConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
@@ -27,7 +28,14 @@ TOKENS, WITHIN = 512, 0.05
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
-def a_job(processes: int, bf16: bool = True, dense: bool = False, model: dict | None = None, **layout) -> Job:
+def a_job(
+    processes: int,
+    bf16: bool = True,
+    dense: bool = False,
+    model: dict | None = None,
+    lora: LoraConfig | None = None,
+    **layout,
+) -> Job:
     resolved = resolve(
         ModelConfig(
             num_layers=4,
@@ -54,6 +62,7 @@ def a_job(processes: int, bf16: bool = True, dense: bool = False, model: dict | 
         updates=1,
         samples=1,
         dense_attention=dense,
+        lora=lora,
     )
 
 
@@ -119,7 +128,7 @@ def run_it(job: Job, fused: bool):
     groups = process_groups.initialize(job.parallel, 1)
     vocabulary = Vocabulary(job.model.vocab_size, job.model.vocab_size - 1)
     session = Session(job.model, job.parallel, None, groups, vocabulary)
-    state = session.train_state(job.optimizer, 2)
+    state = session.train_state(job.optimizer, 2, job.lora)
     row = a_row(job.model)
     forward = sft_forward(vocabulary, 1, job.parallel.loss_chunk_size)
     fake = lambda *_: lambda layer, q, k, v, scale: Kept.apply(q, k, v, scale)
@@ -171,6 +180,11 @@ LAYOUTS = {
     "one, recomputed": (1, FULL),
     "TP 2, SP": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "TP 2": (2, dict(tensor_model_parallel_size=2)),
+    "one, adapters": (1, dict(lora=LoraConfig(8))),
+    "TP 2, SP, adapters, recomputed": (
+        2,
+        dict(lora=LoraConfig(8), tensor_model_parallel_size=2, sequence_parallel=True, **FULL),
+    ),
     "PP 2": (2, dict(pipeline_model_parallel_size=2)),
     "PP 2, VPP 2": (2, dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)),
     "DP 2, distributed optimizer": (2, dict(use_distributed_optimizer=True)),
@@ -202,6 +216,7 @@ def test_bytes_are_those_of_a_run(name):
         assert policy.parameters == pytest.approx(parameters, rel=WITHIN)
         assert policy.gradients == pytest.approx(gradients, rel=WITHIN)
         assert policy.optimizer == pytest.approx(optimizer, rel=WITHIN)
+        assert job.lora is None or policy.training < policy.parameters  # 9 times as much if everything learned
     planned = [sum(one.activations["policy"].saved) for one in built]
     kept = [kept for *_, kept in found]
     if job.model.num_experts:  # of which some get more tokens than others, which a plan cannot know

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megatron_dlm import platform
-from megatron_dlm.config.errors import DataError
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.data.sft_data import Sample
 from megatron_dlm.diffusion.balance import load_of
@@ -266,11 +265,6 @@ def test_steps_that_shrink() -> None:
     check([sample], sft, Grid(4), states, 8)
 
 
-def test_a_sample_without_steps_is_refused() -> None:
-    with pytest.raises(DataError, match="has none"):
-        sft_items(samples(), STEP, SEED, Grid(4), SFTConfig(sft_objective="trace"), PAD_ID)
-
-
 def causal_states(chosen: list[Sample], weight: float) -> list[State]:
     states = []
     for sample in chosen:
@@ -282,7 +276,7 @@ def causal_states(chosen: list[Sample], weight: float) -> list[State]:
 
 @pytest.mark.parametrize("grid, shift", [(Grid(1), 1), (Grid(4), 0), (Grid(4), 1), (Grid(None), 0)], ids=str)
 def test_next_token(grid: Grid, shift: int) -> None:
-    """Whatever the blocks of the model, the text is read causally, and at the token before, with a logit shift or not."""
+    """Whatever the model's blocks, the text is read causally, and at the token before, with a logit shift or not."""
     chosen = [*samples(), Sample("s2", samples()[2].prompt_ids, (4, 5, 6)), Sample("d", (), (9, 8, 7, 6))]
     total = sum(len(sample.response_ids) for sample in chosen)
     check(chosen, SFTConfig(sft_objective="ar"), grid, causal_states(chosen, 1.0), total, shift)

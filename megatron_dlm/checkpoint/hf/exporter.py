@@ -50,16 +50,17 @@ def family_for(model: ModelConfig, named: str | None, origin: str | None) -> Fam
 
     Args:
         named: by the user. origin: that of the checkpoint which the model came from. Where both are None it is SDAR's,
-            whose shape is that of this package's own models.
+            whose shape is that of this package's own models, or Qwen3's where logits are ahead of their tokens.
 
     Raises:
         ConfigError: it is not known, or its checkpoints have no place for a weight of this model.
     """
-    name = named or origin or ("sdar" if model.num_experts is None else "sdar-moe")
+    usual = ("qwen3" if model.logit_shift else "sdar") + ("" if model.num_experts is None else "-moe")
+    name = named or origin or usual
     if name not in FAMILIES:
         raise ConfigError(f"--hf-family {name} is not known. Use one of {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
-    if named is None and model.block_size != 1 and family.with_blocks is not None:
+    if named is None and model.block_size != 1 and not model.logit_shift and family.with_blocks is not None:
         family = FAMILIES[family.with_blocks]  # an autoregressive model that has learned blocks
     extra = sorted({stored.key for stored in whole_model(model)} - family.table.keys())
     if extra:

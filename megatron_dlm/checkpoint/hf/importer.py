@@ -6,6 +6,7 @@ a whole model that it does not keep.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from functools import reduce
 from typing import Any
@@ -34,11 +35,12 @@ def load_into(state: TrainState, source: HFSource, model: ModelConfig) -> None:
     """Fill a model with the weights of a HuggingFace checkpoint. Every rank reads what it keeps; not collective.
 
     Args:
-        model: resolved, from `source.fields`.
+        model: resolved, from `source.fields`; it may have more tokens, whose rows become 0.
 
     Raises:
         CheckpointError: the weights are damaged or do not fit.
     """
+    model = _as_there(source, model)
     weights = source.check(whole_model(model), model)
     with torch.no_grad():
         for shard in shards_of(state):
@@ -48,6 +50,11 @@ def load_into(state: TrainState, source: HFSource, model: ModelConfig) -> None:
         wake(state)
         with platform.cuda_calls_on_cpu():
             state.optimizer.reload_model_params()  # the fp32 master copies follow the new weights
+
+
+def _as_there(source: HFSource, model: ModelConfig) -> ModelConfig:
+    """The same model with the vocabulary that the source has rows for."""
+    return dataclasses.replace(model, vocab_size=source.fields["vocab_size"])
 
 
 def shards_of(state: TrainState) -> Iterator[ShardedTensor]:
@@ -93,7 +100,7 @@ def content_of(source: HFSource, model: ModelConfig) -> dict[str, ShardedTensor]
     Raises:
         CheckpointError: the weights are damaged or do not fit.
     """
-    everything = whole_model(model)
+    everything, model = whole_model(model), _as_there(source, model)
     weights = source.check(everything, model)
     content = {}
     for index, stored in enumerate(share_of_rank(everything)):

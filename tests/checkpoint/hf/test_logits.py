@@ -14,6 +14,7 @@ from tests.model.test_families import as_row
 from tests.tiny import Words, one_process, vocabulary
 
 LENGTH = 33
+IN_PLACE = {"logit_shift": 0}  # all logits of a text, as transformers returns them
 
 
 def imported(folder, **changes: object):
@@ -56,7 +57,7 @@ def test_qwen3(tmp_path, tied: bool, experts: bool) -> None:
     tokens = tokens_below(300)
     with torch.no_grad():
         expected = theirs(input_ids=tokens[None]).logits[0]
-    check_close(logits(tmp_path / "hf", tokens), expected)
+    check_close(logits(tmp_path / "hf", tokens, **IN_PLACE), expected)
 
 
 def test_qwen3_under_larger_blocks(tmp_path) -> None:
@@ -68,7 +69,17 @@ def test_qwen3_under_larger_blocks(tmp_path) -> None:
     mask = torch.where(block[None] <= block[:, None], 0.0, torch.finfo(torch.float32).min)[None, None]
     with torch.no_grad():
         expected = theirs(input_ids=tokens[None], attention_mask=mask).logits[0]
-    check_close(logits(tmp_path / "hf", tokens, block_size=4), expected)
+    check_close(logits(tmp_path / "hf", tokens, block_size=4, **IN_PLACE), expected)
+
+
+def test_qwen3_predicts_the_next_token(tmp_path) -> None:
+    """As it is imported, the logits of a token are those at the position before it."""
+    theirs = qwen3(tied=False)
+    theirs.save_pretrained(tmp_path / "hf")
+    tokens = tokens_below(300)
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens[None]).logits[0]
+    check_close(logits(tmp_path / "hf", tokens)[1:], expected[:-1])
 
 
 @pytest.mark.parametrize("kind", ["llada", "dream", "llada2"])
@@ -89,4 +100,4 @@ def test_sdar_is_qwen3_with_blocks(tmp_path) -> None:
     config = theirs.config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
     plain = write(tmp_path / "qwen3", config, read(folder))
     tokens = tokens_below(300)
-    assert torch.equal(logits(folder, tokens), logits(plain, tokens, block_size=4))
+    assert torch.equal(logits(folder, tokens), logits(plain, tokens, block_size=4, **IN_PLACE))

@@ -69,7 +69,8 @@ class Family:
         read: fields of ModelConfig from a config.json; refuses what our layers do not follow.
         write: fields of config.json that a model decides; an export keeps all others of its source.
         mask_id: of the mask token where config.json names none; None where the tokenizer says.
-        with_blocks: name of the family that a model of this one belongs to once its block size is not 1.
+        with_blocks: name of the family that a model of this one belongs to once its block size is not 1 and it predicts
+            tokens in their own place.
         ignored: endings of tensor names that carry nothing to import.
     """
 

@@ -1,5 +1,8 @@
 """Qwen3, dense and with experts; as a start, too, of the way from autoregressive to block diffusion.
 
+A model that has learned blocks and still predicts a token at the position before it stays one of this family, with its
+block size in config.json; one that predicts a token in its own place is SDAR's.
+
 Source: transformers' Qwen3 and Qwen3-MoE (configuration and modelling files, 5.x); arXiv 2505.09388.
 """
 
@@ -68,7 +71,12 @@ def read_shape(config: HFConfig) -> dict[str, Any]:
 
 
 def read(config: HFConfig) -> dict[str, Any]:
-    return read_shape(config) | dict(qk_layernorm=True, block_size=1, rotary_base=config.rotary_base(10000.0))
+    return read_shape(config) | dict(
+        qk_layernorm=True,
+        block_size=config.get("block_size", default=1),
+        logit_shift=1,
+        rotary_base=config.rotary_base(10000.0),
+    )
 
 
 def read_experts(config: HFConfig) -> dict[str, Any]:
@@ -105,7 +113,8 @@ def write_shape(model: ModelConfig) -> dict[str, Any]:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    return write_shape(model) | dict(model_type="qwen3", attention_bias=False)
+    blocks = {} if model.block_size == 1 else {"block_size": model.block_size}
+    return write_shape(model) | dict(model_type="qwen3", attention_bias=False, **blocks)
 
 
 def write_experts(model: ModelConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ BLOCK_SIZE, MASK_ID = 4, 151669
 
 
 def read(config: HFConfig) -> dict[str, Any]:
-    return qwen3.read(config) | dict(block_size=config.get("block_size", default=BLOCK_SIZE))
+    return qwen3.read(config) | dict(block_size=config.get("block_size", default=BLOCK_SIZE), logit_shift=0)
 
 
 def read_moe(config: HFConfig) -> dict[str, Any]:

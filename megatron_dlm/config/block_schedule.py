@@ -1,8 +1,8 @@
 """Which block size a model is trained in at which step.
 
-A schedule is written as '1:200 4:200 32': 200 steps in blocks of 1, 200 in blocks of 4, then blocks of 32 to the end of
-the run. An autoregressive model becomes one of block diffusion more gently so (LLaDA2.0, arXiv 2512.15745; NBDiff, arXiv
-2512.06776), and small blocks grow large ones. 'full' is one block for the whole sequence.
+A schedule is written as '1:200 4:200 32': 200 steps in blocks of 1, 200 in blocks of 4, then blocks of 32 to the end
+of the run. An autoregressive model becomes one of block diffusion more gently so (LLaDA2.0, arXiv 2512.15745; NBDiff,
+arXiv 2512.06776), and small blocks grow large ones. 'full' is one block for the whole sequence.
 """
 
 from __future__ import annotations
