@@ -40,7 +40,7 @@ weights() {
 # finished SAVE STEP: whether a run has come so far.
 finished() { [ -e "$1/$LATEST" ] && [ "$(<"$1/$LATEST")" -ge "$2" ]; }
 
-dry_run() { case " $* " in *" --dry-run "* | *" --help "*) true ;; *) false ;; esac; }
+dry_run() { case " $* " in *" --dry-run "* | *" --help "* | *" --status "*) true ;; *) false ;; esac; }
 
 # launch COMMAND FLAG...: replaces this shell by the job, or by the one rank of it that this shell was started for.
 launch() {

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_dlm.__main__ import main
 from megatron_dlm.commands import sft, tracerl
@@ -14,10 +15,11 @@ from megatron_dlm.config.objective import with_method
 from megatron_dlm.config.sections import pick
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT = "sft_8b"
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
-ALL = [file.stem for file in FILES]
-NAMES = [name for name in ALL if name != SFT]
+SECTIONS_OF = {file.stem: yaml.safe_load(file.read_text()) for file in FILES}
+SFT = [name for name, sections in SECTIONS_OF.items() if "sft" in sections and "stages" not in sections]
+NAMES = [name for name, sections in SECTIONS_OF.items() if "rl" in sections and "stages" not in sections]
+ALL = [*SFT, *NAMES]
 
 MATH = {
     "rollout.rollout_batch_size": 128,
@@ -119,7 +121,7 @@ PUBLISHED = {
 
 def read(name: str) -> dict:
     flags = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
-    if name == SFT:
+    if name in SFT:
         return parse("sft", pick(*sft.SECTIONS), flags)
     config = parse("tracerl", pick(*tracerl.SECTIONS), flags)
     return config | {"rl": with_method(config["rl"])}
@@ -142,11 +144,15 @@ def test_passes_a_dry_run_on_64_processes(name: str, capsys, tmp_path, monkeypat
     for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     file = str(ROOT / "configs" / f"{name}.yaml")
-    command = "sft" if name == SFT else "tracerl"
+    command = "sft" if name in SFT else "tracerl"
     assert main([command, "--config", file, "--dry-run", "--dry-run-world-size", "64"]) == 0
     said = capsys.readouterr().out
     assert f"64 processes = {LAYOUTS.get(name, 'tensor 2 x pipeline 1 x data 32')}" in said
-    assert "4,096 responses" in said or "448 responses" in said or "2,000 updates of 256 samples" in said
+    if name in SFT:
+        settings = read(name)["sft"]
+        assert f"{settings.train_iters:,} updates of {settings.global_batch_size:,} samples" in said
+    else:
+        assert "4,096 responses" in said or "448 responses" in said
     assert "Not here: checkpoints/" in said or "Not here: runs/" in said
     assert not list(tmp_path.iterdir())
 
@@ -165,15 +171,65 @@ def test_a_whole_response_fits_a_row(name: str) -> None:
     assert prompt + response + copies * (response + 2 * block) <= rl.max_tokens_per_row
 
 
-def test_two_of_the_longest_samples_fit_a_row() -> None:
-    """Each with its noisy copy."""
-    config = read(SFT)["sft"]
-    assert 4 * config.seq_length <= config.max_tokens_per_row
+@pytest.mark.parametrize("name", SFT)
+def test_the_longest_sample_fits_a_row(name: str) -> None:
+    """With its noisy copy; with room for another one, but for the longest."""
+    config = read(name)["sft"]
+    copies = 2 if config.seq_length > 4096 else 4
+    assert copies * config.seq_length <= config.max_tokens_per_row
 
 
 def test_phase_2_begins_where_phase_1_ends() -> None:
     first, second = (read(f"block_expansion_4_to_8_phase{n}")["checkpoint"] for n in (1, 2))
     assert second.load == first.save and second.finetune
+
+
+RECIPES = {
+    # 50 billion tokens, noised throughout, in blocks of 4
+    "recipe_sdar_cpt": {"sft.noise_prompt": True, "model.block_size": 4, "model.logit_shift": 0},
+    "recipe_sdar_sft": {"sft.noise_prompt": False, "sft.seq_length": 20480, "optimizer.lr": 1e-5},
+    "recipe_fast_dllm_v2": {"model.block_size": 32, "model.logit_shift": 1, "sft.complementary_masks": True},
+    "recipe_llada2_wsd": {"model.block_size": 32, "sft.noise_prompt": True},
+    "recipe_llada2_sft": {"sft.min_mask_ratio": 0.3, "sft.max_mask_ratio": 0.8, "sft.complementary_masks": True},
+    "recipe_nemotron": {
+        "model.block_size": 64,
+        "sft.train_iters": 12500,
+        "sft.global_batch_size": 512,
+        "optimizer.lr_wsd_decay_iters": 2500,
+        "optimizer.adam_beta2": 0.95,
+    },
+    "recipe_stable_diffcoder": {"model.block_size": 4, "sft.max_loss_weight": 4, "sft.mask_at_least_one": True},
+    "block_growth_jump": {"model.block_size": 64, "sft.block_size_schedule": None, "optimizer.lr": 1e-5},
+    "block_growth_progressive": {"model.block_size": 64, "optimizer.lr": 1e-5},
+    "sft_8b": {},
+}
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_recipes_have_the_numbers_of_their_papers(name: str) -> None:
+    config = read(name)
+    found = {key: getattr(config[key.split(".")[0]], key.split(".")[1]) for key in RECIPES[name]}
+    assert found == RECIPES[name]
+
+
+def test_amounts_and_sizes_of_recipes() -> None:
+    cpt, nemotron = read("recipe_sdar_cpt")["sft"], read("recipe_nemotron")["sft"]
+    assert cpt.train_iters * cpt.global_batch_size * cpt.seq_length == pytest.approx(50e9, rel=0.01)
+    assert 1.0 / nemotron.ar_loss_coef == pytest.approx(0.3, rel=1e-3)  # diffusion against autoregressive
+    sizes = [stage.split(":")[0] for stage in read("recipe_llada2_wsd")["sft"].block_size_schedule]
+    assert sizes == ["1", "4", "32", "64", "full", *(str(2048 >> n) for n in range(7))]
+    grown = [stage.split(":")[0] for stage in read("block_growth_progressive")["sft"].block_size_schedule]
+    assert grown == ["8", "16", "32", "64"]
+    assert read("block_growth_jump")["sft"].train_iters == read("block_growth_progressive")["sft"].train_iters
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("recipe_sdar_cpt", "recipe_sdar_sft"), ("recipe_llada2_wsd", "recipe_llada2_sft")]
+)
+def test_fine_tuning_begins_where_pre_training_ends(first: str, second: str) -> None:
+    one, other = read(first), read(second)
+    assert other["checkpoint"].load == one["checkpoint"].save and other["checkpoint"].finetune
+    assert one["model"] == other["model"]
 
 
 def test_parity_differs_from_the_published_run_in_the_switches_alone() -> None:

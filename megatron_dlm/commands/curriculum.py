@@ -144,9 +144,16 @@ def _redo_from(plan: Plan, name: str) -> None:
 
 
 def _config_of(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The file of --config, whose form is that of curricula, and all other arguments."""
-    path, rest, words = None, [], iter(argv)
+    """The file of --config, whose form is that of curricula, and all other arguments, with those of --set together."""
+    path, rest, changes, changing, words = None, [], [], False, iter(argv)
     for word in words:
+        if word == "--set":  # which may be given several times, in a script and behind it
+            changing = True
+            continue
+        changing = changing and not word.startswith("--")
+        if changing:
+            changes.append(word)
+            continue
         if word == "--config":
             path = next(words, None)
             if path is None:
@@ -155,7 +162,7 @@ def _config_of(argv: Sequence[str]) -> tuple[str | None, list[str]]:
             path = word.partition("=")[2]
         else:
             rest.append(word)
-    return path, rest
+    return path, [*rest, "--set", *changes] if "--set" in argv else rest
 
 
 def _say(text: str) -> None:

@@ -88,5 +88,5 @@ def main(argv: list[str]) -> None:
 
 def check_with_model(config: dict[str, Any], model: ModelConfig, world_size: int) -> None:
     """Refuse what does not fit the resolved model."""
-    check_sft(config["sft"], model)
+    check_sft(config["sft"], model, config["parallel"])
     check_lora_of_model(config["lora"], model)

@@ -67,7 +67,7 @@ def check_stages(plan: Plan, world_size: int | None) -> Checked:
         while root.parent is not None:
             root = stages[root.parent]
         try:
-            told[stage.name] = _check(stage, root, plan, world_size)
+            told[stage.name] = _check(stage, root, world_size)
         except UserError as error:
             raise type(error)(f"Stage {stage.name}: {error}") from None
         missing = _missing(stage, plan.stages[:place], plan.save)
@@ -112,7 +112,7 @@ def apart(action: Callable[[], Checked]) -> Checked:
     return Checked(*said)
 
 
-def _check(stage: Stage, root: Stage, plan: Plan, world_size: int | None) -> list[str]:
+def _check(stage: Stage, root: Stage, world_size: int | None) -> list[str]:
     """What a stage comes to, in lines."""
     if stage.until is not None:
         _check_metric(stage, stage.until, "until")
@@ -128,7 +128,8 @@ def _check(stage: Stage, root: Stage, plan: Plan, world_size: int | None) -> lis
     stands_in = stage.parent is not None and bool(root.start)
     visit = Visit(stage, 1, None if stands_in else stage.parent)
     with tempfile.TemporaryDirectory() as folder:
-        words = arguments(visit, plan.save, resumes=False)
+        # A place where nothing is: what an earlier start has left of a stage says nothing of how the next one begins
+        words = arguments(visit, str(Path(folder) / "run"), resumes=False)
         path = Path(folder) / "stage.yaml"
         yaml_file.write(content, path)
         at = words.index("--config")

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
             words.apply_chat_template,
             session.grid,
             model.max_position_embeddings,
+            settings.canvas_length or 0,
         )
         budget = row_budget(lines, settings.max_tokens_per_row, session.grid)
         open_outputs(config, is_main)
@@ -97,6 +98,7 @@ def _identity(config: dict[str, Any], model: ModelConfig, lines: list):
         flags={
             "--tokens-per-step": settings.tokens_per_step,
             "--trace-block-size": settings.trace_block_size,
+            "--canvas-length": settings.canvas_length,
             **shape,
         },
     )

@@ -45,7 +45,7 @@ class BlockSchedule:
         if sizes[-1] != final:
             raise ConfigError(
                 f"--block-size-schedule {' '.join(stages)} ends in blocks of {sizes[-1] or FULL}, and the model's are "
-                f"of {final or FULL}. End with the size that the model is to have (--block-size)."
+                f"of {final or FULL}. Use a last size that is the model's (--block-size)."
             )
         return cls(sizes, tuple(accumulate(steps[:-1])))
 

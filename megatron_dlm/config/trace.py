@@ -18,6 +18,9 @@ class TraceConfig:
     """Tokens of a block that one step unmasks, those with the highest probability."""
     trace_block_size: int | None = None
     """Under full attention, tokens of a block, counted from the first response token; blocks go one after the other."""
+    canvas_length: int | None = None
+    """Under full attention: tokens that a response is written on, as --canvas-length of sft. The masks behind it are
+    shown to the model; without it a text ends with its response."""
     max_tokens_per_row: int | None = None
     """Token budget of a packed row, noisy copies included; what the longest response needs, and at least 4096, when it
     is not given."""

@@ -62,7 +62,7 @@ def check_score(settings: ScoreConfig, checkpoint: LoadConfig, block_size: int |
 def check_trace(settings: TraceConfig, checkpoint: LoadConfig) -> None:
     """Refuse settings of `trace` that no model could work with."""
     _files(settings, checkpoint, "input")
-    at_least(settings, 1, "tokens_per_step", "trace_block_size", "max_tokens_per_row", "lines_at_once")
+    at_least(settings, 1, "tokens_per_step", "trace_block_size", "canvas_length", "max_tokens_per_row", "lines_at_once")
 
 
 def check_trace_of_model(settings: TraceConfig, model: ModelConfig) -> int:
@@ -72,6 +72,11 @@ def check_trace_of_model(settings: TraceConfig, model: ModelConfig) -> int:
         Tokens of a block that is decoded.
     """
     given = settings.trace_block_size
+    if not model.full_attention and settings.canvas_length is not None:
+        raise ConfigError(
+            f"--canvas-length {settings.canvas_length} is for models of full attention, and this one has blocks of "
+            f"{model.block_size}. Leave it out."
+        )
     if not model.full_attention and given is not None:
         raise ConfigError(
             f"--trace-block-size {given} is for models of full attention; the blocks of others are those of "

@@ -5,10 +5,11 @@ The rules of these checks are those of `validate`.
 
 from __future__ import annotations
 
-from megatron_dlm.config.block_schedule import BlockSchedule
+from megatron_dlm.config.block_schedule import FULL, BlockSchedule
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.sft_objective import MASKED, SFTObjectiveConfig, with_objective
 from megatron_dlm.config.validate import at_least, fits_positions, needs_data, within
@@ -19,8 +20,8 @@ _OF_MASKS = (
 )
 
 
-def check_sft(sft: SFTConfig, model: ModelConfig) -> None:
-    """Refuse fine-tuning settings that cannot work with this model."""
+def check_sft(sft: SFTConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse fine-tuning settings that cannot work with this model and layout."""
     needs_data(sft.data_path, "--data-path", "training file")
     at_least(sft, 1, "train_iters", "global_batch_size", "max_tokens_per_row", "seq_length")
     if sft.num_workers not in (None, 0, 1):
@@ -30,6 +31,11 @@ def check_sft(sft: SFTConfig, model: ModelConfig) -> None:
         )
     _check_objective(sft)
     _check_attention(sft, model)
+    if parallel.context_parallel_size > 1 and any(stage.startswith(FULL) for stage in sft.block_size_schedule or ()):
+        raise ConfigError(
+            f"--context-parallel-size {parallel.context_parallel_size} shares rows out by their blocks, and "
+            f"--block-size-schedule has steps of full attention. Leave out one of the two."
+        )
     if sft.seq_length is not None:
         fits_positions(sft.seq_length, f"--seq-length {sft.seq_length}", model)
 

@@ -9,7 +9,7 @@ and those n are shown whose true token it gives the highest probability under th
                    all. The last block is filled with pad tokens, as in fine-tuning, and these are unmasked with the
                    others.
   full attention   A copy is the whole text, with all masks that are left, and blocks go one after the other, counted
-                   from the first response token. Behind the response stands nothing.
+                   from the first response token. Behind the response stands nothing, or what is left of its canvas.
 
 Invariants (tests/evaluation/test_collect.py):
   - step maps are those of a naive loop over one block of one response at a time;
@@ -103,8 +103,9 @@ class Unmasking:
         if self.way.full_attention and hidden.any():
             asked = hidden & (self.block == self.block[hidden.argmax()])
         prompt = len(self.given.prompt_ids)
-        mask = Mask(hidden, asked, np.ones(len(hidden)))
-        views = views_of(prompt, len(self._tokens), self.way.grid, [mask])
+        behind = self.given.length - len(self._tokens)
+        hidden, asked = np.pad(hidden, (0, behind), constant_values=True), np.pad(asked, (0, behind))
+        views = views_of(prompt, self.given.length, self.way.grid, [Mask(hidden, asked, np.ones(len(hidden)))])
         return Item(self._group, self._tokens, prompt, views, self.way.grid)
 
     def unmask(self, index: np.ndarray, logprob: np.ndarray) -> None:
@@ -159,7 +160,8 @@ def _collect_part(session: Session, state: TrainState, lines: Sequence[Given], w
     found = [(number, everything[number].steps(), everything[number].logprob) for number in mine]
     speaks = groups.tp_rank == 0 and groups.is_pipeline_first
     received = exchange_objects({0: found} if speaks else {})
-    return [trace_of(lines[number], way, steps, logprob) for number, steps, logprob in sorted(received, key=_first)]
+    pad_id = session.tokenizer.pad_id
+    return [trace_of(lines[number], way, *found, pad_id) for number, *found in sorted(received, key=_first)]
 
 
 def _first(found: tuple) -> int:
@@ -226,25 +228,27 @@ def _forward(vocabulary: Vocabulary, chunk_size: int):
     return forward_step
 
 
-def trace_of(given: Given, way: Way, steps: np.ndarray, logprob: np.ndarray) -> Trace:
-    """The trace of a response.
+def trace_of(given: Given, way: Way, steps: np.ndarray, logprob: np.ndarray, tail_id: int) -> Trace:
+    """The trace of a response. What is left of its last block on a canvas is a tail that no step decides.
 
     Args:
         steps, logprob: [R + tail], as `Unmasking` has them.
     """
     count = len(given.response_ids)
+    left = max(min(-count % way.block_size, given.canvas - count), 0) if way.full_attention and count else 0
+    tail, never = np.full(left, tail_id, dtype=np.int64), np.full(left, steps.max(initial=0) + 1)
     return Trace(
         prompt_ids=given.prompt_ids,
         response_ids=given.response_ids,
-        tail_ids=given.tail_ids,
+        tail_ids=np.concatenate([given.tail_ids, tail]),
         steps=steps[:count],
-        tail_steps=steps[count:],
+        tail_steps=np.concatenate([steps[count:], never]),
         logprobs=logprob[:count],
         sampling_logprobs=logprob[:count],
         weight_versions=np.zeros(count, dtype=np.int64),
         sampling=SamplingParams(
             temperature=1.0,
-            max_new_tokens=max(count, 1),  # under full attention: no masks behind the response
+            max_new_tokens=max(count, given.canvas, 1),  # under full attention: where the masks behind it end
             block_size=way.block_size,
             denoising_steps=-(-way.block_size // way.per_step),
             remasking="static",

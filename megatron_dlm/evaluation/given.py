@@ -29,6 +29,7 @@ class Given:
         record: the JSON object as it was read.
         prompt_ids, response_ids: int64, the stop token included.
         tail_ids: int64, the pad tokens that fill the last block, as in fine-tuning; none under full attention.
+        canvas: under full attention, tokens that the response is written on: what it leaves of them are masks.
     """
 
     where: str
@@ -36,10 +37,12 @@ class Given:
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     tail_ids: np.ndarray
+    canvas: int = 0
 
     @property
     def length(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids) + len(self.tail_ids)
+        """Tokens of the text with what stands behind it."""
+        return len(self.prompt_ids) + max(len(self.response_ids) + len(self.tail_ids), self.canvas)
 
 
 def read_given(
@@ -49,12 +52,14 @@ def read_given(
     apply_chat_template: bool,
     grid: Grid,
     max_length: int,
+    canvas: int = 0,
 ) -> list[Given]:
     """All lines of a file, read as fine-tuning reads them (data/sft_data.py).
 
     Args:
         grid: of attention, absolute.
         max_length: positions of the model.
+        canvas: of `Given`.
 
     Raises:
         DataError: a line cannot be read, has no response, or has more tokens than the model positions.
@@ -67,9 +72,9 @@ def read_given(
         written = len(prompt) + len(response)
         room = -written % grid.block_size if grid.block_size is not None and len(response) else 0
         tail = np.full(room, tokenizer.pad_id, dtype=np.int64)
-        given = Given(where, record, prompt, response, tail)
+        given = Given(where, record, prompt, response, tail, canvas)
         if given.length > max_length:
-            with_tail = "" if grid.block_size is None else " with its last block"
+            with_tail = " with its last block" if grid.block_size else " with its canvas" if canvas else ""
             raise DataError(
                 f"{where}: this text has {given.length} tokens{with_tail}, and the model has {max_length} "
                 "positions (--max-position-embeddings). Leave the line out, or shorten it."

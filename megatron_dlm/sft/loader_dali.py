@@ -58,22 +58,34 @@ class DaliLoader:
         with starting() as self._processes:
             pipeline.build()
         self._pipeline: Any = pipeline
+        self._lent: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def __iter__(self) -> DaliLoader:
         return self
 
     def __next__(self) -> Update:
+        self._take_back()
         with received_from(self._processes):
-            buffer, label = self._pipeline.run(*self._stream())
+            buffer, label = self._pipeline.run()
         label = np.asarray(label[0]).tobytes()
         if self._on_host:  # these are pages that it shares with the other process, and uses again
             return opened(torch.from_numpy(np.array(buffer[0])), label)
-        return opened(torch.from_dlpack(buffer[0]), label)
+        self._lent.append((torch.from_dlpack(buffer[0]), torch.cuda.Event()))
+        return opened(self._lent[-1][0], label)
 
-    def _stream(self) -> list[torch.cuda.Stream]:
-        """On which the buffer is used: nobody waits for its copy but what comes after it there."""
-        return [] if self._on_host else [torch.cuda.current_stream()]
+    def _take_back(self) -> None:
+        """Let the buffer of the update before the last go. DALI knows nothing of kernels that still read it, so it is
+        held until those are done that were launched before its successor was asked for.
+        """
+        if self._lent:
+            self._lent[-1][1].record()
+        if len(self._lent) > 1:
+            self._lent[0][1].synchronize()
+            del self._lent[0]
 
     def close(self) -> None:
+        if self._lent:
+            torch.cuda.synchronize()
+            self._lent = []
         self._pipeline = None  # DALI ends its process when the pipeline goes
         end(self._processes)

@@ -53,7 +53,8 @@ class Session:
         """
         if tokenizer.tokenizer_model is None:
             raise ConfigError("--tokenizer-model is not set. Give the folder of a tokenizer, or --load a checkpoint.")
-        words = Tokenizer(tokenizer.tokenizer_model, tokenizer.mask_token_id, tokenizer.response_prefix)
+        prefix = getattr(tokenizer, "response_prefix", None)  # no field of commands that read token ids only
+        words = Tokenizer(tokenizer.tokenizer_model, tokenizer.mask_token_id, prefix)
         if words.mask_id == model.vocab_size:  # the weights have no row for a mask that the tokenizer was given
             model = dataclasses.replace(model, vocab_size=words.vocab_size)
         resolved = resolve(model, words.vocab_size)

@@ -41,6 +41,14 @@ ENTRIES = [
         absent=("wandb",),
     ),
     Bad(
+        "no DALI",
+        "sft",
+        "--dataloader-type dali",
+        ("--dataloader-type dali", "pip install nvidia-dali"),
+        kind="DependencyError",
+        absent=("nvidia.dali",),
+    ),
+    Bad(
         "no reasoning_gym",
         "tracerl",
         "--prompt-data reasoning_gym:chain_sum",

@@ -12,6 +12,7 @@ from tests.bad_inputs import (
     bench,
     checkpoint,
     config,
+    curricula,
     data,
     environment,
     generation,
@@ -46,6 +47,7 @@ TABLE = [
         rewards,
         runs,
         traces,
+        curricula,
     )
     for entry in module.ENTRIES
 ]

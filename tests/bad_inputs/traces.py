@@ -43,4 +43,5 @@ ENTRIES = [
         write=line("sft.jsonl", {"question": "1", "response": "x " * 200}),
         kind="DataError",
     ),
+    Bad("a canvas for a model with blocks", "trace", "--canvas-length 64", "--canvas-length 64"),
 ]

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.sft_objective import with_objective
 from megatron_dlm.config.validate_sft import check_sft
@@ -66,7 +67,7 @@ def expect(message, words):
     ],
 )
 def test_sft(values, words):
-    expect(run(check_sft, SFTConfig(**{"data_path": ["a.jsonl"], **values}), MODEL), words)
+    expect(run(check_sft, SFTConfig(**{"data_path": ["a.jsonl"], **values}), MODEL, ParallelConfig()), words)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_sft(values, words):
     ],
 )
 def test_sft_under_full_attention(values, words):
-    expect(run(check_sft, SFTConfig(**{"data_path": ["a.jsonl"], **values}), FULL), words)
+    expect(run(check_sft, SFTConfig(**{"data_path": ["a.jsonl"], **values}), FULL, ParallelConfig()), words)
 
 
 def test_an_objective_fills_what_the_user_did_not_say():
@@ -86,3 +87,10 @@ def test_an_objective_fills_what_the_user_did_not_say():
     assert (elbo.mask_ratio_per, elbo.min_mask_ratio, elbo.max_mask_ratio) == ("block", 1e-3, 1.0)
     assert (given.mask_ratio_per, given.min_mask_ratio, given.max_mask_ratio) == ("token", 0.1, 0.7)
     assert (elbo.max_loss_weight, given.max_loss_weight) == (10.0, 1.0)
+
+
+def test_full_attention_for_a_while_goes_with_whole_rows():
+    sft = SFTConfig(data_path=["a.jsonl"], block_size_schedule=["full:5", "4"])
+    shared = ParallelConfig(context_parallel_size=2)
+    expect(run(check_sft, sft, MODEL, ParallelConfig()), None)
+    expect(run(check_sft, sft, MODEL, shared), ["--context-parallel-size 2", "--block-size-schedule"])

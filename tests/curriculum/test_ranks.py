@@ -20,7 +20,7 @@ CHECK = {"name": "check", "command": "evaluate", "gate": GATE}
 
 
 class Companion:
-    """The stages of a rank that writes nothing. Attributes: code: with which they end. hangs: until they are told to."""
+    """Stages that write nothing. Attributes: code: with which they end. hangs: until they are told to."""
 
     def __init__(self, code: int = 0, hangs: bool = False) -> None:
         self.code, self.hangs, self.sent = code, hangs, []

@@ -91,7 +91,8 @@ def test_samples_come_back_as_they_are_read(made, files, tiny) -> None:
 
 
 @pytest.mark.parametrize("seq_length", [5, 7, 11, 16, 64])
-def test_what_is_too_long_is_cut_or_left_out_as_in_files(made, files, tiny, seq_length: int) -> None:
+def test_what_is_too_long_is_cut_or_left_out_as_in_files(made, files, tiny, seq_length: int, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_dlm.data.indexed._DOCUMENTS_AT_ONCE", 7)
     samples, left_out = load_sft(files, tiny, "Q: {question}", seq_length=seq_length)
     indexed = IndexedSamples(made[0], tiny, seq_length)
     assert [indexed[n] for n in range(len(indexed))] == samples and indexed.left_out == left_out

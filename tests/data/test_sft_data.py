@@ -8,6 +8,7 @@ import pytest
 
 from megatron_dlm.config.errors import DataError
 from megatron_dlm.data.sft_data import load_sft
+from megatron_dlm.data.tokenizer import Tokenizer, opened, without_opening
 
 
 def _load(tmp_path, tokenizer, *records, **options):
@@ -118,3 +119,20 @@ def test_a_step_map_is_never_cut(tmp_path, tiny):
 def test_sentences(tmp_path, tiny, record, words):
     with pytest.raises(DataError, match=words):
         _load(tmp_path, tiny, {"question": "1+1=", "response": "2"}, record)
+
+
+@pytest.mark.parametrize("response", ["<think>\nso</think> 2", "so</think> 2", "  <think>so</think> 2"])
+def test_what_every_response_begins_with_stands_in_the_prompt(tmp_path, tiny_folder, response):
+    thinks = Tokenizer(tiny_folder, response_prefix="<think>\n")
+    (sample,), _ = _load(tmp_path, thinks, {"question": "1+1=", "response": response})
+    assert thinks.decode(list(sample.prompt_ids)) == "1+1=<think>\n"
+    assert thinks.decode(list(sample.response_ids[:-1])) == "so</think> 2"
+    (sample,), _ = _load(tmp_path, thinks, {"prompt": "1+1=", "response": response})
+    assert thinks.decode(list(sample.prompt_ids)) == "1+1=", "a prompt that is taken as it stands"
+    assert thinks.decode(list(sample.response_ids[:-1])) == response
+
+
+def test_a_template_that_opens_the_response_does_it_once():
+    assert opened("user: x\nassistant: <think>\n", "<think>\n") == "user: x\nassistant: <think>\n"
+    assert opened("assistant:", "<think>\n") == "assistant:<think>\n" and opened("x", "") == "x"
+    assert without_opening("<think> a", "") == "<think> a" and without_opening("a <think>", "<think>") == "a <think>"

@@ -81,7 +81,7 @@ def naive(model, given: Given, size: int, per_step: int, full: bool) -> tuple[li
             step += 1
             shown = tokens[:start] + [MASK_ID if place in hidden else tokens[place] for place in range(start, end)]
             if full:
-                shown += [MASK_ID] * (len(tokens) - end)
+                shown += [MASK_ID] * (max(len(tokens), prompt + given.canvas) - end)
             block = torch.zeros(len(shown)) if full else torch.arange(len(shown)) // size
             sees = block[None, :] <= block[:, None]
             slots = torch.tensor([max(place - model.logit_shift, 0) for place in hidden])
@@ -99,7 +99,8 @@ def naive(model, given: Given, size: int, per_step: int, full: bool) -> tuple[li
 def assert_naive(model, lines: list[Given], found: list[Trace], way: Way) -> None:
     for given, trace in zip(lines, found, strict=True):
         steps, logprobs = naive(model, given, way.block_size, way.per_step, way.full_attention)
-        assert trace.all_steps.tolist() == steps
+        assert trace.all_steps.tolist()[: len(steps)] == steps
+        assert all(step > max(steps, default=0) for step in trace.all_steps[len(steps) :])  # of a canvas: never shown
         np.testing.assert_allclose(trace.logprobs, logprobs[: len(trace.steps)], rtol=0, atol=1e-10)
 
 
@@ -116,12 +117,12 @@ def test_step_maps_are_those_of_the_naive_loop(tmp_path, size: int, per_step: in
     assert size == 1 or sum((np.diff(trace.steps) < 0).sum() for trace in found) > 8
 
 
-@pytest.mark.parametrize("size, per_step, shift", [(4, 1, 0), (4, 3, 1), (32, 2, 0)])
-def test_under_full_attention_too(tmp_path, size: int, per_step: int, shift: int) -> None:
+@pytest.mark.parametrize("size, per_step, shift, canvas", [(4, 1, 0, 0), (4, 3, 1, 0), (32, 2, 0, 0), (4, 2, 0, 13)])
+def test_under_full_attention_too(tmp_path, size: int, per_step: int, shift: int, canvas: int) -> None:
     changes = dict(full_attention=True, block_size=None, logit_shift=shift)
     session, state = open_model(fp64=True, **changes)
     way = Way(session.grid, size, per_step)
-    lines = lines_of(tmp_path / "in.jsonl", way.grid, texts())
+    lines = [dataclasses.replace(given, canvas=canvas) for given in lines_of(tmp_path / "in.jsonl", way.grid, texts())]
     assert not any(len(given.tail_ids) for given in lines)
     assert_naive(make_model(**changes), lines, collected(session, state, lines, way, 64), way)
 
@@ -144,11 +145,11 @@ def model():
     return open_model(fp64=True)
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_score_finds_what_was_recorded(tmp_path, full: bool) -> None:
+@pytest.mark.parametrize("full, canvas", [(False, 0), (True, 0), (True, 20)])
+def test_score_finds_what_was_recorded(tmp_path, full: bool, canvas: int) -> None:
     session, state = open_model(fp64=True, full_attention=full or None, block_size=None if full else 4)
     way = Way(session.grid, 4, 2)
-    lines = lines_of(tmp_path / "in.jsonl", way.grid, texts())
+    lines = [dataclasses.replace(one, canvas=canvas) for one in lines_of(tmp_path / "in.jsonl", way.grid, texts())]
     traces = collected(session, state, lines, way)
     records = [given_record(given, trace, 2, Words()) for given, trace in zip(lines, traces)]
     write_jsonl(tmp_path / "out.jsonl", records)

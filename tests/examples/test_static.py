@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dlm.config.curriculum_run import CurriculumRunConfig
 from megatron_dlm.config.flags import build_parser
 from megatron_dlm.config.sections import pick, pick_parts
 from tests.examples.recorder import EXAMPLES, ROOT, SCRIPTS
@@ -23,7 +24,7 @@ def shellcheck() -> str | None:
 
 def test_all_examples_are_here() -> None:
     named = {"tracerl_8b.sh", "tracerl_8b_value.sh", "sft_8b.sh", "tracerl_30b_a3b.sh", "block_expansion_8b.sh"}
-    assert set(SCRIPTS) == named | {"evaluate.sh"}
+    assert named | {"evaluate.sh", "long_cot_curriculum.sh"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -71,6 +72,7 @@ def test_every_flag_is_one_of_the_command(script: str) -> None:
     (command,) = {word for _, word in re.findall(r"^ *(launch|run) (\w+) ", text, flags=re.MULTILINE)}
     sections = {"sft": pick(*sft.SECTIONS), "tracerl": pick(*tracerl.SECTIONS)}
     sections["evaluate"] = pick_parts(*evaluate.SECTIONS)
+    sections["curriculum"] = {"curriculum_run": CurriculumRunConfig}
     parser, _ = build_parser(command, sections[command])
     flags = set(re.findall(r"(?<!\S)(--[a-z0-9-]+)", text))
     assert flags and flags <= parser._option_string_actions.keys()

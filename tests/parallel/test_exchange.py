@@ -9,7 +9,7 @@ from tests.harness import pool
 def exchange(tp: int) -> tuple:
     import torch.distributed as dist
 
-    from megatron_dlm.parallel.exchange import broadcast_object, exchange_objects, gather_objects
+    from megatron_dlm.parallel.exchange import broadcast_object, exchange_objects, gather_objects, most_anywhere
     from megatron_dlm.parallel.groups import initialize
 
     groups = initialize(ParallelConfig(tensor_model_parallel_size=tp), seed=1)
@@ -24,18 +24,20 @@ def exchange(tp: int) -> tuple:
         nothing,
         gather_objects(("from", rank), here),
         broadcast_object(rank, size - 1, here),
+        most_anywhere(groups.rank, -groups.rank, 1 << 40),
     )
 
 
 @pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 1), (4, 1), (4, 2)])
 def test_objects_reach_whom_they_were_sent_to(world: int, tp: int) -> None:
-    for ranks, rank, received, nothing, gathered, broadcast in pool(world).run(exchange, tp):
+    for ranks, rank, received, nothing, gathered, broadcast, most in pool(world).run(exchange, tp):
         assert received == [
             f"{sender}->{rank} #{n}" * 10 for sender in range(len(ranks)) for n in range((sender + rank) % 3)
         ]
         assert nothing == []
         assert gathered == [("from", other) for other in range(len(ranks))]
         assert broadcast == len(ranks) - 1
+        assert most == [world - 1, 0, 1 << 40]
 
 
 def marks(rank_that_sets: int) -> list[bool]:

@@ -34,6 +34,22 @@ def test_rows_stay_and_what_was_not_seen_does_not_count() -> None:
     assert rates.rates.tolist() == [1.0, 0.0, 0.25] and rates.visits.tolist() == [1, 0, 1] and len(rates) == 2
 
 
+def test_those_of_another_run_count_as_one_visit(tmp_path) -> None:
+    earlier, rates = PassRates(0.7), PassRates(0.7)
+    for accuracy in (1.0, 0.5, 0.5, 0.25):
+        earlier.visit({"often": accuracy})
+    earlier.visit({"once": 1.0})
+    earlier.write(tmp_path)
+    rates.begin_with(tmp_path, "--pass-rates")
+    often, once, new = rates.rows(["often", "once", "new"])
+    assert rates.visits[[often, once, new]].tolist() == [1, 1, 0]
+    assert rates.rates[often] == earlier.rates[earlier.rows(["often"])[0]] and rates.rates[once] == 1.0
+    rates.visit({"once": 0.0})
+    assert rates.rates[once] == 0.5, "what this run sees counts as much"
+    with pytest.raises(CheckpointError, match="holds no pass rates"):
+        rates.begin_with(tmp_path / "nowhere", "--pass-rates")
+
+
 def test_a_checkpoint_keeps_them_to_the_last_bit(tmp_path) -> None:
     rng, rates = np.random.default_rng(1), PassRates(0.7)
     rates.rows(["never"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +47,30 @@ def test_exit_interval() -> None:
 def test_exit_duration() -> None:
     pace, saved, said = make(exit_duration_in_mins=1e-9)
     assert run(pace, 9) == 1 and (1, True) in saved and said[0].startswith("Stopping after 0.0 minutes")
+
+
+def test_an_exit_metric_ends_the_run_and_is_remembered() -> None:
+    one_process()
+    pace, saved, said = make(exit_metric="eval/accuracy", exit_metric_at_least=0.5)
+    seen = [{}, {"eval/accuracy": 0.4}, {"train/loss": 9.0}, {"eval/accuracy": float("nan")}, {"eval/accuracy": 0.5}]
+    with pace:
+        assert [pace.after(step, metrics) for step, metrics in enumerate(seen, start=1)] == [False] * 4 + [True]
+    assert saved[-1] == (5, True) and said == ["Stopping because eval/accuracy has reached 0.5 (0.5), at step 5."]
+    assert pace.progress() == {"exit_metric": {"metric": "eval/accuracy", "value": 0.5, "step": 5}}
+    assert make()[0].progress() == {}
+
+
+def test_a_run_that_has_ended_so_knows_it() -> None:
+    from megatron_dlm.commands.common import ended_before
+
+    said = []
+    report = SimpleNamespace(say=said.append)
+    restored = {"exit_metric": {"metric": "m", "value": 0.6, "step": 5}}
+    asks = lambda **settings: ended_before(report, TrainingRunConfig(**settings), restored)
+    assert asks(exit_metric="m", exit_metric_at_least=0.5) and "reached 0.6 at step 5" in said[0]
+    assert not asks(exit_metric="m", exit_metric_at_least=0.7), "more is asked for"
+    assert not asks(exit_metric="n", exit_metric_at_least=0.5) and not asks()
+    assert not ended_before(report, TrainingRunConfig(exit_metric="m", exit_metric_at_least=0.5), {})
 
 
 def test_sigterm_ends_the_step_at_hand_and_saves() -> None:
