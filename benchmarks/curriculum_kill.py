@@ -85,9 +85,9 @@ class Job:
 
     def kill(self) -> None:
         """SIGKILL to the launcher and the controllers; their stages, which get none, have to end with them."""
-        below = children(self.process.pid)
-        stages = [pid for pid in below if not _is_controller(pid)]
-        for pid in (self.process.pid, *(pid for pid in below if pid not in stages)):
+        jobs = [self.process.pid, *(pid for pid in children(self.process.pid) if _is_controller(pid))]
+        stages = [pid for job in jobs for pid in children(job) if b"stage.yaml" in _command_line(pid)]
+        for pid in jobs:
             _end(pid)
         self.process.wait()
         deadline = time.monotonic() + 30
@@ -207,8 +207,10 @@ def _tensors(save: Path) -> dict:
     import torch
 
     from megatron_dlm import platform
+    from megatron_dlm.commands.common import quiet_libraries
     from megatron_dlm.config.parallel import ParallelConfig
 
+    quiet_libraries()
     platform.install()
     from megatron.core import dist_checkpointing
 
@@ -230,10 +232,14 @@ def _end(pid: int) -> None:
 
 
 def _is_controller(pid: int) -> bool:
+    return b"\0curriculum\0" in _command_line(pid)
+
+
+def _command_line(pid: int) -> bytes:
     try:
-        return b"\0curriculum\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False
+        return b""
 
 
 def _is_there(pid: int) -> bool:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
+from math import comb
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
@@ -32,17 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, required=True, help="folder to write")
     add("--seed", type=int, default=1)
     add("--terms", type=int, default=4, help="of a sum")
-    add("--num-train", type=int, default=20_000, help="supervised samples, and as many for a second stage")
+    add("--num-train", type=int, default=20_000, help="supervised samples")
+    add("--num-more", type=int, default=20_000, help="supervised samples for a second stage")
     add("--num-test", type=int, default=500, help="held-out problems")
     options = parser.parse_args(argv)
-    questions = draw(options.seed, options.terms, options.num_test + 2 * options.num_train)
+    wanted = options.num_test + options.num_train + options.num_more
+    if 2 * wanted > comb(len(OPERANDS) + options.terms - 1, options.terms):  # drawn until all of them differ
+        parser.error(f"there are too few sums of {options.terms} two-digit numbers for {wanted} samples")
+    questions = draw(options.seed, options.terms, wanted)
     heldout = [
         {"question": _question(terms), "ground_truth_answer": str(sum(terms))}
         for terms in questions[: options.num_test]
     ]
-    samples = [
-        {"question": _question(terms), "response": worked_out(terms)} for terms in questions[options.num_test :]
-    ]
+    samples = [{"question": _question(terms), "response": worked_out(terms)} for terms in questions[options.num_test :]]
     first, more = samples[: options.num_train], samples[options.num_train :]
     size = write(Split(first, heldout[:1], heldout), options.output, smallest_vocabulary(WHOLE_TOKENS))
     write_jsonl(options.output / "more.jsonl", more)
@@ -62,12 +66,10 @@ def draw(seed: int, terms: int, count: int) -> list[tuple[int, ...]]:
 
 def worked_out(terms: Sequence[int]) -> str:
     """The response to a sum: each step, and the answer in a box."""
-    steps, total = [], terms[0]
-    for one in terms[1:]:
-        steps.append(f"{total}+{one}=")
-        total += one
-        steps.append(f"{total};")
-    return "".join(steps[:-2]) + f"{total - terms[-1]}+{terms[-1]}=\\boxed{{{total}}}"
+    sums = list(accumulate(terms))
+    steps = [f"{before}+{one}=" for before, one in zip(sums, terms[1:])]
+    done = "".join(f"{step}{after};" for step, after in zip(steps[:-1], sums[1:]))
+    return f"{done}{steps[-1]}\\boxed{{{sums[-1]}}}"
 
 
 def _question(terms: Sequence[int]) -> str:

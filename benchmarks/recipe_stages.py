@@ -23,21 +23,22 @@ KEPT, DROPPED = "shift kept", "shift dropped"
 KEPT_SLOWLY, DROPPED_SLOWLY = "shift kept, blocks 1 2 4", "shift dropped, blocks 1 2 4"
 JUMP, STEPWISE, STAY = "blocks of 16 at once", "blocks of 8, then 16", "blocks of 4 as before"
 FULL, RANDOM, SLICED, TRACED = "full attention", "random masking", "sliced semi-AR", "trace"
-BASE = DROPPED
-"""The block-4 model that grows, and that becomes one of full attention: SDAR's way."""
+BASE = KEPT
+"""The block-4 model that grows, and that becomes one of full attention."""
 
 WAYS = ("static", "dynamic")
 
 
 @dataclass(slots=True)
 class Chain:
-    """The stages of one seed. `models` by name; `evaluations` by model and block of decoding."""
+    """The stages of one seed. `models` by name, each after those it is made of; `evaluations` by model and block of
+    decoding.
+    """
 
     options: argparse.Namespace
     seed: int
     data: Stage
     models: dict[str, Stage] = field(default_factory=dict)
-    others: list[Stage] = field(default_factory=list)
     evaluations: dict[tuple[str, int], Stage] = field(default_factory=dict)
 
     def learn(self, name: str, since: str | None, steps: int, rate: float, *flags: object, **more: object) -> None:
@@ -66,10 +67,13 @@ class Chain:
         )
 
     def stages(self) -> Iterator[Stage]:
-        """All of them, each after those that it builds on."""
-        yield self.data
-        yield from sorted([*self.models.values(), *self.others], key=_depth)
-        yield from self.evaluations.values()
+        """All of them, each after those that it builds on, and evaluations as soon as there is something to evaluate.
+        Some come more than once.
+        """
+        for name, model in self.models.items():
+            yield from model.after
+            yield model
+            yield from (stage for (of, _), stage in self.evaluations.items() if of == name)
 
 
 def chain(seed: int, options: argparse.Namespace) -> Chain:
@@ -77,11 +81,12 @@ def chain(seed: int, options: argparse.Namespace) -> Chain:
     made = options.output / f"data-seed{seed}"
     arguments = ("benchmarks/long_sums.py", "--output", str(made / "result"), "--seed", str(seed))
     arguments += ("--terms", str(options.terms), "--num-test", str(options.eval_prompts))
+    arguments += ("--num-more", str(options.objective_steps * options.batch))
     found = Chain(options, seed, Stage(f"data, seed {seed}", made, arguments))
     new = ("--model-preset", "tiny", "--init-method-std", 0.08, "--tokenizer-model", found.data.result / "tokenizer")
     causal = ("--block-size", 1, "--logit-shift", 1, "--sft-objective", "ar")
     found.learn(AR, None, options.ar_steps, 2e-3, *new, *causal)
-    found.learn(BASE, AR, options.switch_steps, options.lr, "--block-size", 4, "--logit-shift", 0)
+    found.learn(BASE, AR, options.switch_steps, options.lr, "--block-size", 4)
     if "conversion" in options.parts:
         _conversion(found, causal)
     if "growth" in options.parts:
@@ -96,7 +101,7 @@ def _conversion(chain: Chain, causal: tuple[object, ...]) -> None:
     steps, rate = options.switch_steps, options.lr
     slowly = ("--block-size", 4, "--block-size-schedule", f"1:{steps // 4}", f"2:{steps // 4}", "4")
     chain.learn(GOES_ON, AR, steps, rate, *causal)
-    chain.learn(KEPT, AR, steps, rate, "--block-size", 4)
+    chain.learn(DROPPED, AR, steps, rate, "--block-size", 4, "--logit-shift", 0)
     chain.learn(DROPPED_SLOWLY, AR, steps, rate, *slowly, "--logit-shift", 0)
     chain.learn(KEPT_SLOWLY, AR, steps, rate, *slowly)
     for name in (AR, GOES_ON):
@@ -132,7 +137,6 @@ def _objectives(chain: Chain) -> None:
         *("--output", folder / "traces.jsonl", "--tokens-per-step", 2, "--trace-block-size", 4),
         after=[chain.models[FULL]],
     )
-    chain.others.append(traces)
     random = ("--sft-objective", "random_masking", "--mask-draws", draws)
     sliced = ("--sft-objective", "semi_ar", "--slice-size", SLICE)
     traced = ("--sft-objective", "trace", "--shrinkage", SLICE // 2)
@@ -141,10 +145,6 @@ def _objectives(chain: Chain) -> None:
     chain.learn(TRACED, FULL, steps, rate, *canvas, *traced, samples=folder / "traces.jsonl", after=[traces])
     for name in (FULL, RANDOM, SLICED, TRACED):
         chain.evaluate(name, 4, "--no-prefix-cache")
-
-
-def _depth(stage: Stage) -> int:
-    return 1 + max((_depth(one) for one in stage.after), default=0)
 
 
 def _file_name(name: str) -> str:

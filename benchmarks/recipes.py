@@ -16,8 +16,8 @@ For each seed a tiny autoregressive model learns sums that are worked out step b
 
 Held-out problems are decoded greedily, one token per step (static) and all that are surer than 0.9 (dynamic).
 
---output keeps every run (settings, log, metrics.jsonl, checkpoint), report.md and figures.json. What is there already is
-not run again. Exit code 1: a run failed; the report is of the others. 2: the command line cannot work.
+--output keeps every run (settings, log, metrics.jsonl, checkpoint), report.md and figures.json. What is there already
+is not run again. Exit code 1: a run failed; the report is of the others. 2: the command line cannot work.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--terms", type=positive, default=4, help="of a sum; a response is about 11 tokens for each but the first")
     add("--eval-prompts", type=positive, default=300, help="held-out problems")
     add("--batch", type=positive, default=64, help="samples per optimizer step")
-    add("--ar-steps", type=positive, default=400, help="of the autoregressive model")
-    add("--switch-steps", type=positive, default=200, help="from autoregressive to blocks of 4")
+    add("--ar-steps", type=positive, default=600, help="of the autoregressive model")
+    add("--switch-steps", type=positive, default=250, help="from autoregressive to blocks of 4")
     add("--growth-steps", type=positive, default=100, help="from blocks of 4 to 16")
     add("--full-steps", type=positive, default=100, help="from blocks of 4 to full attention, before the objectives")
     add("--objective-steps", type=positive, default=60, help="on new samples, for each objective")
     add("--draws", type=positive, default=3, help="masks of a sample in an update of random masking")
     add("--lr", type=float, default=1e-3, help="of what follows the autoregressive model")
-    add("--objective-lr", type=float, default=3e-4, help="on new samples")
+    add("--objective-lr", type=float, default=1e-3, help="on new samples")
     add("--at-once", type=positive, default=2, help="runs at the same time")
     add("--threads", type=positive, default=1, help="of each run")
     add("--device", choices=("cpu", "auto"), default="cpu", help="auto takes a GPU where there is one")
@@ -128,7 +128,9 @@ def plan(chains: Sequence[Chain]) -> list[Stage]:
         wanted: set[Path] = set()
         for stage in one.evaluations.values():
             wanted |= _needed(stage)
-        whole |= {stage.folder: stage for stage in one.stages() if stage.folder in wanted}
+        for stage in one.stages():
+            if stage.folder in wanted:
+                whole.setdefault(stage.folder, stage)
     return list(whole.values())
 
 

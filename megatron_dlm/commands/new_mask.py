@@ -23,10 +23,7 @@ def check_mask_init(checkpoint: CheckpointConfig) -> None:
 
 def introduce_mask(state, checkpoint: CheckpointConfig, session, seed: int, say: Callable[[str], None]) -> None:
     """Give the mask's embedding its start (--mask-embedding-init), and say which, where a run starts from weights of
-    another one. Collective; after `restore`.
-
-    Raises:
-        ConfigError: the setting names no single token.
+    another one. Collective; after `restore` and `check_mask_token`.
     """
     from megatron_dlm.checkpoint.mask_embedding import KEEP, MEAN, NORMAL, set_row
 
@@ -39,7 +36,7 @@ def introduce_mask(state, checkpoint: CheckpointConfig, session, seed: int, say:
         how = KEEP if learned or session.model.is_autoregressive else MEAN
     if how == KEEP:
         return
-    wanted = how if how in (MEAN, NORMAL) else _token(words, how)
+    wanted = how if how in (MEAN, NORMAL) else words.encode(how)[0]
     trained = min(words.vocab_size, session.model.vocab_size if stored is None else stored.vocab_size)
     set_row(state, words.mask_id, trained, wanted, seed)
     start = {MEAN: "the mean of the others", NORMAL: "a draw from the distribution of the others"}
@@ -68,13 +65,25 @@ def _known(checkpoint: CheckpointConfig) -> tuple[ModelConfig | None, int | None
     return ModelConfig(**{name: value for name, value in stored.items() if name in fields}), mask_id
 
 
-def _token(words, text: str) -> int:
-    ids = words.encode(text)
-    if len(ids) != 1 or ids[0] == words.mask_id:
+def check_mask_token(checkpoint: CheckpointConfig, words) -> None:
+    """Refuse a start that is none of the known ones and no single token either, before any weight is read.
+
+    Args:
+        words: the tokenizer of the run.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    how = checkpoint.mask_embedding_init
+    if how in (None, "keep", "mean", "normal"):
+        return
+    ids = words.encode(how)
+    if ids == [words.mask_id]:
         raise ConfigError(
-            f"--mask-embedding-init {text} is {len(ids)} tokens of this tokenizer. Give a single one other than the "
-            "mask, or keep, mean or normal."
-            if len(ids) != 1
-            else f"--mask-embedding-init {text} is the mask token itself. Give another one, or keep, mean or normal."
+            f"--mask-embedding-init {how} is the mask token itself. Give another one, or keep, mean or normal."
         )
-    return ids[0]
+    if len(ids) != 1:
+        raise ConfigError(
+            f"--mask-embedding-init {how} is {len(ids)} tokens of this tokenizer. Give a single one, or keep, mean or "
+            "normal."
+        )

@@ -14,7 +14,7 @@ from megatron_dlm.commands.common import (
     running,
 )
 from megatron_dlm.commands.dry_run import dry_run, sft_plan
-from megatron_dlm.commands.new_mask import check_mask_init, introduce_mask
+from megatron_dlm.commands.new_mask import check_mask_init, check_mask_token, introduce_mask
 from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.model import ModelConfig
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     with running():
         session = Session.open(config["model"], config["parallel"], words, run.seed)
         check_with_model(config, session.model, session.groups.world_size)
+        check_mask_token(config["checkpoint"], session.tokenizer)
         longest = sft.seq_length or session.model.max_position_embeddings
         samples = open_samples(
             sft.data_path,

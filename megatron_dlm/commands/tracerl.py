@@ -22,7 +22,7 @@ from megatron_dlm.commands.common import (
 )
 from megatron_dlm.commands.dry_run import dry_run, rl_plan, updates_of
 from megatron_dlm.commands.models import open_models
-from megatron_dlm.commands.new_mask import check_mask_init, introduce_mask
+from megatron_dlm.commands.new_mask import check_mask_init, check_mask_token, introduce_mask
 from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.checkpoint import CheckpointConfig
 from megatron_dlm.config.curriculum import CurriculumConfig
@@ -106,6 +106,7 @@ def main(argv: list[str]) -> None:
     with running():
         session = Session.open(config["model"], config["parallel"], words, run.seed)
         check_with_model(config, session.model, session.groups.world_size)
+        check_mask_token(config["checkpoint"], session.tokenizer)
         tensor_size = rollout.rollout_tensor_model_parallel_size or config["parallel"].tensor_model_parallel_size
         together(lambda: check_backend(rollout, session.model, tensor_size))
         together(lambda: check_attention(rollout, session.model))

@@ -29,7 +29,7 @@ class SFTConfig(SFTObjectiveConfig):
     """Longest sample in tokens, prompt and response together; longer ones are left out and counted. The model's
     positions when it is not given."""
     num_workers: int | None = None
-    """Processes beside each training process that prepare its rows ahead, 1 or 0; 1 on a GPU and 0 on a CPU when it is
-    not given."""
+    """Processes beside each training process that prepare its rows ahead, 1 or 0; when it is not given, 1 on a GPU or
+    with DALI, and 0 on a CPU."""
     dataloader_type: Literal["default", "dali"] = "default"
     """Who hands rows to the device: our own loader, or NVIDIA DALI. Both hand over the same ones."""

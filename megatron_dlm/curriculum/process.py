@@ -55,6 +55,9 @@ class Child:
 
     def poll(self) -> int | None:
         code = self._process.poll()
+        if code:  # helpers of one that came to a bad end have nobody left to work for
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         return code if code is None or code >= 0 else 128 - code
 
     def send(self, signum: int) -> None:

@@ -1,7 +1,7 @@
-"""A process that prepares updates ahead of the training, whoever starts it: torch's DataLoader or DALI.
+"""A process that prepares updates ahead of the training, as torch's DataLoader starts it.
 
     with starting() as processes:
-        ...                               # a library starts its worker, which iterates over Prepared(updates)
+        ...                               # the library starts its worker, which iterates over Prepared(updates)
     with received_from(processes):
         ...                               # the library is asked for the next parcel
     update = opened(buffer, label)
@@ -88,21 +88,16 @@ def received_from(processes: list[BaseProcess]) -> Iterator[None]:
         ResourceError: the process has ended, and nobody asked it to.
     """
     try:
-        _check(processes)  # DALI would wait for ever for one that was killed while it waited
         yield
     except (RuntimeError, OSError, EOFError):
-        _check(processes, patience=1.0)  # its pipes close a little earlier
+        for process in processes:
+            process.join(1.0)  # its pipes close a little earlier
+            if process.exitcode is not None:
+                raise ResourceError(
+                    "The process that prepares rows ahead was killed, as systems do when memory runs out, or room in "
+                    "/dev/shm. Give it more, or do without that process: --num-workers 0."
+                ) from None
         raise
-
-
-def _check(processes: list[BaseProcess], patience: float = 0.0) -> None:
-    for process in processes:
-        process.join(patience)
-        if process.exitcode is not None:
-            raise ResourceError(
-                "The process that prepares rows ahead was killed, as systems do when memory runs out, or room in "
-                "/dev/shm. Give it more, or do without that process: --num-workers 0."
-            )
 
 
 @contextlib.contextmanager

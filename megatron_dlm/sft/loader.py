@@ -6,7 +6,8 @@
 
   InProcess       the training process itself, when an update is asked for
   Ahead           one more process, by torch's DataLoader: rows are ready, in pinned memory, when they are asked for
-  DaliLoader      the same by NVIDIA DALI, which has them on the device already (sft/loader_dali.py)
+  DaliLoader      such a process before a pipeline of NVIDIA DALI, which has rows on the device already when they are
+                  asked for (sft/loader_dali.py)
 
 One process is enough, and as many as there can be: a run's place in its data is that behind the update before, so
 updates are prepared one after the other.
@@ -17,6 +18,7 @@ Invariant (tests/sft/test_loader.py, test_loader_dali.py): all of them hand over
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -73,20 +75,26 @@ class Ahead:
             multiprocessing_context="spawn",  # a process with CUDA, or with gloo's threads, cannot be forked
             generator=torch.Generator(),  # otherwise it would draw from that of the training
         )
-        with starting() as self._processes:
+        with starting() as self.processes:
             self._parcels: Any = iter(loader)
 
     def __iter__(self) -> Ahead:
         return self
 
     def __next__(self) -> Update:
-        with received_from(self._processes):
-            buffer, label = next(self._parcels)
+        buffer, label = next(self.parcels())
         return opened(moved(buffer, self._device), label)
+
+    def parcels(self) -> Iterator[tuple[torch.Tensor, bytes]]:
+        """The updates from here on as they come from the process, on the host (sft/parcel.py)."""
+        while True:
+            with received_from(self.processes):
+                parcel = next(self._parcels)
+            yield parcel
 
     def close(self) -> None:
         self._parcels = None  # DataLoader ends its process when its iterator goes
-        end(self._processes)
+        end(self.processes)
 
 
 def _as_it_is(parcel: tuple[torch.Tensor, bytes]) -> tuple[torch.Tensor, bytes]:
@@ -111,9 +119,8 @@ def check_loader(sft: SFTConfig) -> None:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
         raise DependencyError(
-            f"--dataloader-type dali needs NVIDIA DALI, which cannot be imported here ({error}). Install it (pip "
-            "install nvidia-dali-cuda120; nvidia-dali-cuda130 for CUDA 13), or use --dataloader-type default, which "
-            "hands over the same rows."
+            f"--dataloader-type dali needs NVIDIA DALI, which cannot be imported here ({error}). Run: pip install "
+            "nvidia-dali-cuda120 (with CUDA 13: nvidia-dali-cuda130), or leave the flag out: the rows are the same."
         ) from None
 
 

@@ -90,6 +90,18 @@ ENTRIES = [
     _ckpt("another optimizer", None, ("adam", "sgd", "--no-load-optim"), flags="--optimizer sgd"),
     _ckpt("a distributed optimizer", None, ("distributed", "--no-load-optim"), flags="--use-distributed-optimizer"),
     _ckpt("another precision", None, ("mixed", "--no-load-optim"), flags="--bf16"),
+    Bad(
+        "a mask that begins as several tokens",
+        "resume",
+        "--finetune --mask-embedding-init 7+7",
+        ("--mask-embedding-init 7+7", "3 tokens"),
+    ),
+    Bad(
+        "a start for the mask of weights that are drawn",
+        "sft",
+        "--mask-embedding-init mean",
+        ("--mask-embedding-init mean", "--hf-checkpoint"),
+    ),
     Bad("another stage", "tracerl", "", ("sft", "tracerl", "--finetune"), "--finetune"),
     Bad("a stage back", "resume", "--load rl", ("tracerl", "sft", "--finetune")),
     *(

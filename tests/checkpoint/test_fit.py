@@ -72,3 +72,14 @@ def test_a_larger_block_needs_finetune():
 
 def test_a_checkpoint_that_says_nothing_is_not_compared():
     check_same_model({}, MODEL, "--load ckpt")
+
+
+def test_an_autoregressive_model_may_drop_its_shift_where_training_begins():
+    ahead = dataclasses.replace(MODEL, block_size=1, logit_shift=1)
+    saved, wanted = {"model": dataclasses.asdict(ahead)}, dataclasses.replace(MODEL, logit_shift=0)
+    check_same_model(saved, wanted, "--load ckpt", finetune=True, converts=True)
+    with pytest.raises(CheckpointError, match="--logit-shift 1, and this one 0. Use 1."):
+        check_same_model(saved, wanted, "--load ckpt", finetune=True)
+    in_blocks = {"model": saved["model"] | {"block_size": 4}}
+    with pytest.raises(CheckpointError, match="--logit-shift 1"):
+        check_same_model(in_blocks, wanted, "--load ckpt", finetune=True, converts=True)

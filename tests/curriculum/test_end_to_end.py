@@ -74,6 +74,8 @@ class Stage:
             if len(read_history(self.metrics)) >= self.dies_after:
                 self.started.kill()
         code = self.started.wait(0.02)
+        if code is not None:
+            self.started.kill()  # what it left behind, for it ends without cleaning up
         return code if code is None or code >= 0 else 128 - code
 
     def send(self, signum: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import subprocess
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ def check_a_process_ahead(open_loader, of_each: int = 8) -> None:
     """All that a loader with a process of its own promises, with one process, for they take seconds to start.
 
     Args:
-        open_loader: from updates to a loader with `_processes`.
+        open_loader: from updates to a loader.
     """
     import pytest
 
@@ -94,7 +95,7 @@ def check_a_process_ahead(open_loader, of_each: int = 8) -> None:
 
     random, loader = torch.get_rng_state(), open_loader(Several(of_many_kinds(), of_each))
     try:
-        (process,) = loader._processes
+        (process,) = processes = multiprocessing.active_children()
         expected = [next(kind) for kind in of_many_kinds() for _ in range(of_each)]
         for number, update in enumerate(expected):
             assert content(next(loader)) == content(update), number
@@ -112,7 +113,7 @@ def check_a_process_ahead(open_loader, of_each: int = 8) -> None:
                     next(loader)
     finally:
         loader.close()
-    assert not loader._processes[0].is_alive()
+    assert not any(one.is_alive() for one in processes) and not multiprocessing.active_children()
     loader.close()
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_the_updates_of_the_default_loader() -> None:
     """Of all kinds, through a pipeline that asks for them in this process; each is kept while others come."""
     loader = open_loader(Several(of_many_kinds(), 8), SFTConfig(dataloader_type=DALI, num_workers=0), CPU)
     found = [next(loader) for _ in range(24)]
-    assert not loader._processes
+    assert not multiprocessing.active_children()
     with pytest.raises(Exception, match=MISTAKE):
         next(loader)
     loader.close()
