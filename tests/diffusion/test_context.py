@@ -20,9 +20,7 @@ def causal_item(trace, name: str) -> Item:
     return Item(name, tokens, prompt, causal_views(prompt, len(tokens)), Grid(1))
 
 
-def row_of(
-    seed: int, grid: Grid, groups: int = 3, longest: int = 14, padding: int = 5, causal: bool = False
-) -> Row:
+def row_of(seed: int, grid: Grid, groups: int = 3, longest: int = 14, padding: int = 5, causal: bool = False) -> Row:
     rng = np.random.default_rng(seed)
     traces = [
         trace

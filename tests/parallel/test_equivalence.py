@@ -60,9 +60,9 @@ def make_state(job: Job, with_optimizer: bool):
 
 
 def sft_rows(state):
+    from megatron_dlm.config.sft import SFTConfig
     from megatron_dlm.data.sft_data import Sample
     from megatron_dlm.diffusion.layout import Grid
-    from megatron_dlm.config.sft import SFTConfig
     from megatron_dlm.diffusion.planner import Load, pack
     from megatron_dlm.diffusion.rows import build_row
     from megatron_dlm.sft.objective import sft_forward
