@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--eval-prompts", type=positive, default=300, help="held-out problems")
     add("--batch", type=positive, default=64, help="samples per optimizer step")
     add("--ar-steps", type=positive, default=600, help="of the autoregressive model")
-    add("--switch-steps", type=positive, default=250, help="from autoregressive to blocks of 4")
+    add("--switch-steps", type=positive, default=400, help="from autoregressive to blocks of 4")
     add("--growth-steps", type=positive, default=100, help="from blocks of 4 to 16")
     add("--full-steps", type=positive, default=100, help="from blocks of 4 to full attention, before the objectives")
     add("--objective-steps", type=positive, default=60, help="on new samples, for each objective")

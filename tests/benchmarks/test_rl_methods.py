@@ -166,7 +166,7 @@ def settings(stage: Stage) -> dict:
     if command == "sft":
         names = ("model", "parallel", "tokenizer", "sft", "optimizer", "checkpoint", "logging", "run")
     else:
-        names = tuple(name for name in SECTIONS if name not in ("sft", "generate", "score"))
+        names = tuple(name for name in SECTIONS if name not in ("sft", "generate", "score", "trace", "preprocess"))
     return parse(command, pick(*names), list(stage.arguments[3:]))
 
 
