@@ -79,6 +79,9 @@ def main(argv: list[str]) -> None:
                 return
             introduce_mask(state, config["checkpoint"], session, run.seed, report.say)
             samples.resume(restored)
+            if restored and restored.get("blocks") != sft.block_size_schedule:
+                now, then = (" ".join(one or ["none"]) for one in (sft.block_size_schedule, restored.get("blocks")))
+                report.say(f"--block-size-schedule is {now}; until here it was {then}.")
             trainer = SFTTrainer(session, state, samples, sft, run.seed, restored)
             keep_settings(config, session.groups.is_main)
             progress = lambda: {**trainer.progress(), **pace.progress()}

@@ -63,6 +63,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 """What each objective sets where the user does not. Sources: sft/objectives.py."""
 
+
+def num_masks(config: SFTObjectiveConfig) -> int:
+    """Masks of each sample in an update, over which is averaged."""
+    return config.mask_draws * (2 if config.complementary_masks else 1)
+
+
 MASKED = tuple(name for name, settings in OBJECTIVES.items() if settings)
 """The objectives that draw masks."""
 

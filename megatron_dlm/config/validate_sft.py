@@ -80,7 +80,12 @@ def _check_attention(sft: SFTObjectiveConfig, model: ModelConfig) -> None:
                 "out --full-attention and give --block-size; 'full' may be a step of the schedule."
             )
         return
-    BlockSchedule.read(sft.block_size_schedule, model.block_size)
+    starts = BlockSchedule.read(sft.block_size_schedule, model.block_size).starts
+    if starts and starts[-1] >= sft.train_iters:
+        raise ConfigError(
+            f"--block-size-schedule comes to its last size after {starts[-1]} steps, and --train-iters is "
+            f"{sft.train_iters}. Shorten the schedule, or train longer."
+        )
     for name in ("slice_size", "canvas_length"):
         if getattr(sft, name) != getattr(SFTObjectiveConfig(), name):
             raise ConfigError(

@@ -33,7 +33,7 @@ def arguments(visit: Visit, save: str, resumes: bool) -> list[str]:
         flag, name = stage.command.saves_in
         words += [flag, str(Path(folder) / name)] if name else [flag, folder]
     if stage.until is not None:
-        words += ["--exit-metric", stage.until.metric, "--exit-metric-at-least", f"{stage.until.at_least:g}"]
+        words += ["--exit-metric", stage.until.metric, "--exit-metric-at-least", repr(stage.until.at_least)]
     if visit.rates is not None:
         words += ["--pass-rates", str(Path(save) / visit.rates)]
     if visit.value is not None:

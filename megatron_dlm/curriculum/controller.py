@@ -27,7 +27,7 @@ from megatron_dlm.curriculum.plan import Plan, Stage
 from megatron_dlm.curriculum.process import KILL_SECONDS, TERM_SECONDS, Child, Signals, Start
 from megatron_dlm.curriculum.progress import Done, End, Visit, following
 from megatron_dlm.curriculum.ranks import Alone, new_part
-from megatron_dlm.curriculum.state import left_over, read_state, saved_step, write_state
+from megatron_dlm.curriculum.state import State, aside_folder, left_over, read_state, saved_step, write_state
 from megatron_dlm.training.history import read_history
 
 _POLL = 0.1  # seconds
@@ -91,17 +91,19 @@ class Controller:
             self.say(f"The curriculum is done: {_counted(len(state.done), 'stage')} in {save}.")
             return {"gates": len(judged)}
         visit = found
-        if state.running == visit.folder and _was_complete(
-            visit.stage
-        ):  # and a crash came before that was written down
+        begun, output = state.running == visit.folder, _output(visit.stage)
+        if begun and output is not None and output.exists():  # and a crash came before that was written down
             self._finish(0.0)
             return self._next(len(judged))
-        _clear(visit, save)
         if left_over(save, state, visit.stage.name, visit.round):
             raise TrainingError(
                 f"{Path(save) / visit.folder} holds a checkpoint that this run has not written. Move the folder away, "
                 "or give save another one."
             )
+        if begun:
+            _clear(visit, save)
+        elif output is not None:
+            _make_room(output, state, save, visit.stage.name)
         resumes = can_resume(visit, save)
         state.running = visit.folder
         write_state(save, state)
@@ -191,10 +193,32 @@ def last_metrics(folder: Path, step: int | None = None) -> dict[str, Any]:
     return records[-1] if records else {}
 
 
-def _was_complete(stage: Stage) -> bool:
+def _output(stage: Stage) -> Path | None:
+    """The file that is there when the stage has done all its work, if it writes such a one."""
     where = stage.command.complete_at
     path = where and stage.get(*where)
-    return bool(path) and Path(path).exists()
+    return Path(path) if path else None
+
+
+def _make_room(output: Path, state: State, save: str, name: str) -> None:
+    """Set aside what an earlier round of a stage has written where the next one is to write; note that the file which
+    will be there is this run's.
+
+    Raises:
+        TrainingError: another program has written it.
+    """
+    ours = str(output) in state.outputs
+    if output.exists() and not ours:
+        raise TrainingError(
+            f"Stage {name} is to write {output}, which is there and was not written by this run. Move it away, or give "
+            "output another name."
+        )
+    if output.exists():
+        aside = aside_folder(save)
+        aside.mkdir(parents=True, exist_ok=True)
+        shutil.move(output, aside / output.name)
+    if not ours:
+        state.outputs.append(str(output))
 
 
 def _clear(visit: Visit, save: str) -> None:

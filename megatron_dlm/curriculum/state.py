@@ -33,10 +33,12 @@ _DAMAGED = (
 
 @dataclass(slots=True)
 class State:
-    """Attributes: done: finished visits, in order. running: name of the folder that is at work, if one is."""
+    """Attributes: done: finished visits, in order. running: name of the folder that is at work, if one is. outputs:
+    files outside the run's folder that its stages have written, or begun to write."""
 
     done: list[Done] = field(default_factory=list)
     running: str | None = None
+    outputs: list[str] = field(default_factory=list)
 
 
 def read_state(save: str | Path) -> State:
@@ -56,7 +58,7 @@ def read_state(save: str | Path) -> State:
     try:
         if content["version"] != _VERSION:
             raise ValueError(content["version"])
-        return State([Done(**visit) for visit in content["done"]], content["running"])
+        return State([Done(**visit) for visit in content["done"]], content["running"], content["outputs"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path} {_DAMAGED}") from None
 
@@ -72,6 +74,7 @@ def write_state(save: str | Path, state: State) -> None:
     content = {
         "version": _VERSION,
         "running": state.running,
+        "outputs": state.outputs,
         "done": [dataclasses.asdict(visit) for visit in state.done],
     }
     try:
@@ -138,12 +141,17 @@ def discard_from(save: str | Path, state: State, names: Sequence[str], asked: st
         raise ConfigError(f"--redo-from {asked}: this run has not begun that stage. Leave it out.")
     state.done, state.running = state.done[:first], None
     write_state(save, state)  # first: a folder that is left over is found and told, a record without folder is not
-    aside = Path(save) / DISCARDED / time.strftime("%Y%m%d-%H%M%S")
+    aside = aside_folder(save)
     for name in dict.fromkeys(gone):
         if (Path(save) / name).exists():
             aside.mkdir(parents=True, exist_ok=True)
             (Path(save) / name).rename(aside / name)
     return list(dict.fromkeys(gone))
+
+
+def aside_folder(save: str | Path) -> Path:
+    """Where to set things aside now."""
+    return Path(save) / DISCARDED / time.strftime("%Y%m%d-%H%M%S")
 
 
 def left_over(save: str | Path, state: State, stage: str, round: int) -> bool:

@@ -147,7 +147,8 @@ def open_samples(
     check_weights(weights, paths)
     sources: dict[str, Source] = {}
     for number, path in enumerate(paths):
-        name = f"{path} ({number})" if path in sources else path  # a file that is named twice counts twice
+        name = os.path.normpath(path)  # a place in it is kept under this name
+        name = f"{name} ({number})" if name in sources else name  # a file that is named twice counts twice
         if is_indexed(path):
             sources[name] = IndexedSamples(path, tokenizer, seq_length)
         else:

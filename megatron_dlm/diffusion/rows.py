@@ -25,8 +25,8 @@ class Targets:
     """The N tokens of a row that are predicted; each a tensor [N].
 
     slot: int64, where in the row the token is hidden (or stands, in finished text), see `Row.read_slots`; in a part
-        of a row (diffusion/context.py) where the model reads it. label: int64, the token. weight: float64, its share of the
-        update's loss.
+        of a row (diffusion/context.py) where the model reads it. label: int64, the token. weight: float64, its share
+        of the update's loss.
     response: int64, which item (an id that the caller gave). index: int64, offset of the token in that item's response.
     """
 

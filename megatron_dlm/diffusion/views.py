@@ -21,10 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-import torch
 
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.trace import Trace, shrink
 
 
@@ -265,23 +263,6 @@ def views_of(prompt_length: int, length: int, grid: Grid, masks: Sequence[Mask])
     columns = [np.concatenate(column) for column in zip(*found)]
     order = np.argsort(columns[0], kind="stable")
     return Views(*(column[order] for column in columns))
-
-
-def masked_views(
-    prompt_length: int, length: int, grid: Grid, schedule: MaskSchedule, stream: int, predict_until: int
-) -> Views:
-    """One view per block with masks drawn from the schedule.
-
-    Args:
-        prompt_length, length: of the text.
-        stream: keys.stream(...) of this sample at this step.
-        predict_until: tokens from this position on (padding of the last block) may be hidden but are not predicted.
-    """
-    response = np.arange(prompt_length, length)
-    block = np.asarray(grid.block_of(response, prompt_length))
-    hidden, weight = schedule.draw(stream, torch.from_numpy(response), torch.from_numpy(block))
-    mask = Mask(hidden.numpy(), response < predict_until, weight.numpy())
-    return views_of(prompt_length, length, grid, [mask])
 
 
 def causal_views(first: int, end: int) -> Views:

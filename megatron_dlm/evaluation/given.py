@@ -134,7 +134,8 @@ def given_record(given: Given, trace: Trace, tokens_per_step: int, tokenizer: To
     made = trace_record(trace, 0, 0, tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True))
     made = {name: value for name, value in made.items() if name not in _OF_A_DRAW}
     made["finish_reason"] = "stop" if tokenizer.eos_id in trace.response_ids[-1:] else "length"
-    return given.record | made | {"tokens_per_step": tokens_per_step}
+    kept = {name: value for name, value in given.record.items() if name != "sampling_logprobs"}  # of another order
+    return kept | made | {"tokens_per_step": tokens_per_step}
 
 
 def add_totals(totals: dict[str, float], traces: Sequence[Trace]) -> dict[str, float]:
@@ -142,7 +143,7 @@ def add_totals(totals: dict[str, float], traces: Sequence[Trace]) -> dict[str, f
     sums = {
         "lines": len(traces),
         "tokens": sum(len(trace.response_ids) for trace in traces),
-        "steps": sum(trace.num_steps for trace in traces),
+        "steps": sum(len(np.unique(trace.steps)) for trace in traces),
         "logprob": float(sum(trace.logprobs.sum() for trace in traces)),
     }
     return {name: totals.get(name, 0) + value for name, value in sums.items()}

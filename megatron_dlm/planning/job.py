@@ -19,7 +19,7 @@ from megatron_dlm.config.plan import PlanConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sft import SFTConfig
-from megatron_dlm.config.sft_objective import MASKED, with_objective
+from megatron_dlm.config.sft_objective import MASKED, num_masks, with_objective
 from megatron_dlm.config.value import optimizer_config
 from megatron_dlm.diffusion.context import shared_length
 from megatron_dlm.diffusion.planner import row_multiple
@@ -170,7 +170,9 @@ def job_of(config: dict[str, Any], model: ModelConfig, world_size: int) -> Job:
     if "rl" not in config:
         sft = config["sft"]
         longest = min(sft.seq_length or model.max_position_embeddings, sft.max_tokens_per_row)
-        texts = _texts(plan, longest // 4, longest - longest // 4, *_copies(sft, model, plan))
+        prompt = longest // 4
+        response = plan.plan_response_length or (longest - prompt) // 2
+        texts = _texts(plan, prompt, longest - prompt, *_copies(sft, model, plan, max(1, response)))
         return Job(
             **common,
             texts=texts,
@@ -198,13 +200,15 @@ def job_of(config: dict[str, Any], model: ModelConfig, world_size: int) -> Job:
     )
 
 
-def _copies(sft: SFTConfig, model: ModelConfig, plan: PlanConfig) -> tuple[float, float]:
+def _copies(sft: SFTConfig, model: ModelConfig, plan: PlanConfig, response: int) -> tuple[float, float]:
     """Noisy copies of a text that an objective of fine-tuning makes, and how often they predict a token."""
     objective = with_objective(sft)
     if sft.sft_objective in MASKED:
-        copies = float(sft.mask_draws * (2 if sft.complementary_masks else 1))
+        copies = float(num_masks(sft))
         ratio = 0.5 if sft.complementary_masks else (objective.min_mask_ratio + objective.max_mask_ratio) / 2
         predicted = copies * ratio
+        if sft.sft_objective == "semi_ar" and model.full_attention:  # a copy of the text for each slice
+            copies *= -(-response // sft.slice_size)
     else:
         steps = (model.block_size or 1) / plan.plan_tokens_per_step / sft.shrinkage
         copies, predicted = (0.0 if sft.sft_objective == "ar" else max(1.0, steps)), 1.0

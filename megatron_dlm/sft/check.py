@@ -43,11 +43,13 @@ def check_samples(samples: Samples, sft: SFTConfig, model: ModelConfig) -> None:
             f"{len(samples)} samples have none. Write them with `megatron-dlm trace`, or choose another objective."
         )
     blocks = BlockSchedule.read(sft.block_size_schedule, model.block_size)
-    check_budget(max(largest_piece(*lengths, sft, blocks) for lengths in samples.longest_items), sft.max_tokens_per_row)
     if sft.canvas_length is not None:
-        longest = max(prompt for prompt, _ in samples.longest_items)
-        what = f"--canvas-length {sft.canvas_length} behind a prompt of {longest} tokens"
-        fits_positions(longest + sft.canvas_length, what, model)
+        prompt = max(prompt for prompt, _ in samples.longest_items)
+        what = f"--canvas-length {sft.canvas_length} behind a prompt of {prompt} tokens"
+        fits_positions(prompt + sft.canvas_length, what, model)
+    longest = max(largest_piece(*lengths, sft, blocks) for lengths in samples.longest_items)
+    check_budget(longest, sft.max_tokens_per_row)
+    fits_positions(longest, f"A sample of {longest} tokens with its last block filled", model)
 
 
 def largest_piece(prompt: int, response: int, sft: SFTConfig, blocks: BlockSchedule) -> int:

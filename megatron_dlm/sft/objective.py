@@ -10,6 +10,7 @@ objective (--ar-loss-coef, their weight) have no part in it.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_dlm.diffusion.rows import Row
@@ -43,8 +44,9 @@ def sft_forward(
                 model.module, output, targets.label, 1.0, vocabulary, loss_chunk_size, confidence_coef > 0
             )
             loss = -(targets.weight.to(logprob.dtype) * logprob).sum() / num_tokens
-            own = targets.response < (2**62 if causal_from is None else causal_from)
-            ours = own.to(logprob.dtype)
+            ours = torch.ones_like(logprob)
+            if causal_from is not None:
+                ours = (targets.response < causal_from).to(logprob.dtype)
             metrics = {"targets": ours.sum(), "nll": -(ours * logprob).sum(), "right": (ours * right).sum()}
             if causal_from is not None:
                 metrics |= {"causal_targets": (1 - ours).sum(), "causal_nll": ((ours - 1) * logprob).sum()}

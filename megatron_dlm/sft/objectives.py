@@ -18,7 +18,8 @@ that weighs. With D tokens to learn in an update, the loss of all of them is
 
 Whatever draws masks can draw them in complementary pairs (Fast-dLLM v2, arXiv 2509.26328), of a band of ratios, with at
 least one token hidden in each block (Stable-DiffCoder, arXiv 2601.15892), and several times; their weights are divided
-by the number of masks.
+by the number of masks. With at least one token the loss of Elbo is no bound any more: blocks in which the draw hides
+nothing are learned too, with the weight of their small ratio.
 
 Invariants (tests/sft/test_objectives.py): each loss is that of a plain loop over single blocks; that of Elbo over all
 masks, weighed by their probability, is the bound written out.

@@ -52,7 +52,9 @@ class Text:
         prompt = 0 if noise_prompt else len(sample.prompt_ids)
         filled = padded_length(prompt, written, grid)
         tokens = np.array([*sample.prompt_ids, *sample.response_ids, *[pad_id] * (filled - written)], dtype=np.int64)
-        shown = filled if grid.block_size is not None or canvas is None else max(filled, prompt + canvas)
+        shown = filled
+        if grid.block_size is None and canvas is not None:
+            shown = max(filled, len(sample.prompt_ids) + canvas)
         return cls(sample, grid, prompt, tokens, written, filled if loss_on_pad else written, shown)
 
     @property

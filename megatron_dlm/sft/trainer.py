@@ -10,6 +10,7 @@ from megatron_dlm import platform
 from megatron_dlm.config.block_schedule import BlockSchedule
 from megatron_dlm.config.log import LoggingConfig
 from megatron_dlm.config.sft import SFTConfig
+from megatron_dlm.config.sft_objective import num_masks
 from megatron_dlm.sft.loader import Loader, open_loader
 from megatron_dlm.sft.objective import sft_forward
 from megatron_dlm.sft.updates import Place, Sampler, Update, Updates
@@ -59,7 +60,7 @@ class SFTTrainer:
 
     def progress(self) -> dict[str, Any]:
         """What a resumed run needs besides the TrainState; JSON can hold it."""
-        return {"consumed_samples": self.consumed, **self.place}
+        return {"consumed_samples": self.consumed, "blocks": self.sft.block_size_schedule, **self.place}
 
     def take(self) -> Update:
         """The next update, its rows on the device; its samples are then consumed."""
@@ -76,7 +77,8 @@ class SFTTrainer:
         sft, session = self.sft, self.session
         causal_from = update.causal_from if sft.ar_loss_coef else None
         chunk = session.parallel.loss_chunk_size
-        return sft_forward(session.vocabulary, update.num_predicted, chunk, causal_from, sft.confidence_coef)
+        confidence = sft.confidence_coef / num_masks(sft)  # of each mask: the weights have that in them
+        return sft_forward(session.vocabulary, update.num_predicted, chunk, causal_from, confidence)
 
     def step(self) -> tuple[StepResult, Update]:
         """One optimizer step: its result, and what was learned."""

@@ -149,20 +149,20 @@ def sft_items(samples: Sequence[Sample], step: int, seed: int, grid: Grid, sft: 
     objective, beside = open_objective(sft), Autoregressive()
     seen: Counter[str] = Counter()  # a sample that comes twice in an update gets masks of its own each time
     items, causal, num_predicted = [], [], 0
-    for sample in samples:
+    for number, sample in enumerate(samples):
         occasion = (step, sample.key, seen[sample.key]) if sft.redraw_masks else (sample.key,)
         seen[sample.key] += 1
         text = lay_out(sample, objective, grid, sft, pad_id)
         num_predicted += text.num_predicted
         views = objective.views(text, stream(seed, "sft-mask", *occasion), step)
         if len(views.block):
-            items.append(item_of(_group(sample, text), text, views))
+            items.append(item_of(_group(number, text), text, views))
         if sft.ar_loss_coef:
             text = lay_out(sample, beside, grid, sft, pad_id)
             views = beside.views(text, 0, step)
             if len(views.block):
                 views = dataclasses.replace(views, weight=sft.ar_loss_coef * views.weight)
-                causal.append(item_of(f"causal {_group(sample, text)}", text, views))
+                causal.append(item_of(f"causal {_group(number, text)}", text, views))
     return SFTItems(items + causal, len(items), num_predicted)
 
 
@@ -171,6 +171,9 @@ def lay_out(sample: Sample, objective: Objective, grid: Grid, sft: SFTConfig, pa
     return Text.of(sample, objective.grid(grid), pad_id, sft.loss_on_pad, sft.noise_prompt, sft.canvas_length)
 
 
-def _group(sample: Sample, text: Text) -> str:
-    """What may share a prompt; where nothing is shared each text is a group of its own, for groups travel together."""
-    return repr(sample.prompt_ids) if text.grid.shared_prompt(text.prompt_length) else sample.key
+def _group(number: int, text: Text) -> str:
+    """What may share a prompt; where nothing is shared each sample of the update is a group of its own, for groups
+    travel together.
+    """
+    shared = text.grid.shared_prompt(text.prompt_length)
+    return repr(text.sample.prompt_ids) if shared else f"sample {number}"

@@ -63,6 +63,7 @@ def expect(message, words):
         (dict(canvas_length=64), ["--canvas-length 64 is for models of full attention"]),
         (dict(sft_objective="trace", noise_prompt=True), ["--noise-prompt"]),
         (dict(block_size_schedule=["1:5", "4"]), None),
+        (dict(block_size_schedule=["1:5", "4"], train_iters=5), ["after 5 steps, and --train-iters is 5"]),
         (dict(block_size_schedule=["1:5", "8"]), ["--block-size-schedule 1:5 8 ends in blocks of 8"]),
     ],
 )

@@ -136,6 +136,44 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path) -> None:
         run(plan_of(tmp_path, {"name": "a"}), Pretender())
 
 
+def test_a_folder_that_looks_like_a_stages_is_not_cleared(tmp_path) -> None:
+    """The name of a stage may be that of an older run."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "latest_checkpointed_iteration.txt").write_text("3")
+    with pytest.raises(TrainingError, match="has not written"):
+        run(plan_of(tmp_path, {"name": "a", "command": "make"}), Pretender())
+    assert (tmp_path / "a" / "latest_checkpointed_iteration.txt").read_text() == "3"
+
+
+def writes(save: Path, output: Path):
+    wrote = {"name": "maps", "command": "write", "writing": {"output": str(output)}}
+    return plan_of(save, {"name": "b"}, wrote, CHECK | {"gate": GATE | LOOP}, {"name": "c"})
+
+
+def test_a_file_of_an_earlier_round_is_set_aside(tmp_path) -> None:
+    output, world = tmp_path / "maps.jsonl", Pretender([0.1, 0.9])
+    assert run(writes(tmp_path / "run", output), world) == 0
+    assert [visit.folder for visit in read_state(tmp_path / "run").done][:5] == ["b", "maps", "check", "b@2", "maps@2"]
+    assert output.read_text() == f"{tmp_path}/run/b@2"
+    (aside,) = (tmp_path / "run" / "discarded").glob("*/maps.jsonl")
+    assert aside.read_text() == f"{tmp_path}/run/b"
+
+
+def test_a_file_of_somebody_else_is_not_taken_for_a_stages(tmp_path) -> None:
+    output = tmp_path / "maps.jsonl"
+    output.write_text("mine")
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="was not written by this run"):
+            run(writes(tmp_path / "run", output), Pretender([0.9]))
+    assert output.read_text() == "mine" and len(read_state(tmp_path / "run").done) == 1
+
+
+def test_until_keeps_all_digits(tmp_path) -> None:
+    world = Pretender()
+    run(plan_of(tmp_path, {"name": "a", "until": {"metric": "eval/score", "at_least": 1234564.5}}), world)
+    assert world.log[0][-1] == "1234564.5"
+
+
 def test_status_in_the_middle(tmp_path) -> None:
     plan = loop(tmp_path)
     assert "begins a" in status(plan)

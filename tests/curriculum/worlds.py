@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_dlm.config.checkpoint import CheckpointConfig, LoadConfig
 from megatron_dlm.config.curriculum import CurriculumConfig
 from megatron_dlm.config.log import LoggingConfig, ReportConfig
@@ -36,6 +38,14 @@ class Model:
     """Width."""
 
 
+@dataclass(slots=True)
+class Writing:
+    """What a stage writes."""
+
+    output: str | None = None
+    """File."""
+
+
 TRAINING = {
     "model": Model,
     "learning": Learning,
@@ -48,6 +58,8 @@ READING = {"model": Model, "checkpoint": LoadConfig, "logging": ReportConfig, "r
 COMMANDS = {
     "learn": Command("learn", TRAINING, True, ("learning", "steps"), gives_weights=True),
     "evaluate": Command("evaluate", READING),
+    "write": Command("write", READING | {"writing": Writing}, complete_at=("writing", "output")),
+    "make": Command("make", {"model": Model}, gives_weights=True, reads_weights=False, saves_in=("--save", "")),
 }
 GATE = {"metric": "eval/score", "at_least": 0.5}
 
@@ -79,7 +91,7 @@ class Pretender:
 
 class Pretended:
     def __init__(self, world: Pretender, words: list[str]) -> None:
-        self.world, self.flags = world, dict(zip(words, [*words[1:], ""]))
+        self.world, self.words, self.flags = world, words, dict(zip(words, [*words[1:], ""]))
         self.folder = Path(self.flags["--config"]).parent
         self.trains, self.code = "--save" in self.flags, None
         latest = self.folder / "latest_checkpointed_iteration.txt"
@@ -89,6 +101,15 @@ class Pretended:
 
     def poll(self) -> int | None:
         if self.code is not None:
+            return self.code
+        if self.words[0] == "make":
+            self.latest.write_text("1")
+            self.code = 0
+            return self.code
+        if self.words[0] == "write":
+            output = Path(yaml.safe_load(Path(self.flags["--config"]).read_text())["writing"]["output"])
+            self.code = 2 if output.exists() else 0
+            output.write_text(self.flags["--load"])
             return self.code
         if not self.trains:
             score = self.world.scores.pop(0)

@@ -1,7 +1,7 @@
 """Slow and obvious versions of what the diffusion core does, and builders of random traces and items.
 
 The oracles use Python loops over tokens, blocks and steps, and call nothing of the code that they judge.
-`random_trace`, `random_group` and `trace_item` build what a rollout would hand over; other tests import them.
+`random_trace`, `random_group`, `trace_item` and `masked_views` build what is handed to them; other tests import them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from megatron_dlm.diffusion.layout import Grid
+from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.trace import SamplingParams, Trace
-from megatron_dlm.diffusion.views import Item, trace_views
+from megatron_dlm.diffusion.views import Item, Mask, Views, trace_views, views_of
 
 VOCAB = 50  # ordinary tokens; the two ids after them are the mask and the padding token
 MASK_ID = VOCAB
@@ -79,6 +81,17 @@ def random_trace(
         finish_reason="stop",
         num_forwards=step,
     )
+
+
+def masked_views(
+    prompt_length: int, length: int, grid: Grid, schedule: MaskSchedule, stream: int, predict_until: int
+) -> Views:
+    """One view per block with masks drawn from the schedule. Tokens from `predict_until` on are not predicted."""
+    response = np.arange(prompt_length, length)
+    block = np.asarray(grid.block_of(response, prompt_length))
+    hidden, weight = schedule.draw(stream, torch.from_numpy(response), torch.from_numpy(block))
+    mask = Mask(hidden.numpy(), response < predict_until, weight.numpy())
+    return views_of(prompt_length, length, grid, [mask])
 
 
 def trace_item(trace: Trace, grid: Grid, shrinkage: int = 1) -> Item:

@@ -12,13 +12,14 @@ from megatron_dlm.diffusion.layout import CLEAN, Grid, visible
 from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.trace import Trace
-from megatron_dlm.diffusion.views import Item, masked_views
+from megatron_dlm.diffusion.views import Item
 from tests.diffusion.oracles import (
     MASK_ID,
     PAD_ID,
     VOCAB,
     expected_fingerprints,
     fingerprints,
+    masked_views,
     random_group,
     random_trace,
     row_fingerprints,

@@ -11,8 +11,8 @@ from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.rows import build_row
 from megatron_dlm.diffusion.trace import Trace
-from megatron_dlm.diffusion.views import Item, Views, largest_part, masked_views, split_views, trace_views
-from tests.diffusion.oracles import MASK_ID, PAD_ID, block_index, random_trace, states
+from megatron_dlm.diffusion.views import Item, Views, largest_part, split_views, trace_views
+from tests.diffusion.oracles import MASK_ID, PAD_ID, block_index, masked_views, random_trace, states
 
 GRIDS = [Grid(size, anchor) for size in (1, 2, 4, 8) for anchor in ("absolute", "response")] + [Grid(None)]
 

@@ -14,9 +14,9 @@ from megatron_dlm import platform
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.masking import MaskSchedule
 from megatron_dlm.diffusion.rows import build_row
-from megatron_dlm.diffusion.views import Item, largest_part, masked_views, split_views
+from megatron_dlm.diffusion.views import Item, largest_part, split_views
 from megatron_dlm.model.policy import label_logprobs, policy_scores
-from tests.diffusion.oracles import MASK_ID, PAD_ID, block_index, random_group, states, trace_item
+from tests.diffusion.oracles import MASK_ID, PAD_ID, block_index, masked_views, random_group, states, trace_item
 from tests.tiny import allowed_logprobs, explicit_logits, furthest, gradients, make_model, vocabulary
 
 PER_MODULUS = [(block, remainder) for block in (1, 2, 4, 8) for remainder in range(block)]

@@ -90,6 +90,14 @@ def test_what_an_objective_makes_of_a_text(settings, copies, predicted):
     assert (texts.copies, texts.predicted) == (copies, pytest.approx(predicted))
 
 
+def test_slices_under_full_attention_are_copies_of_the_text():
+    model = resolve(ModelConfig(model_preset="dream-7b"), None)
+    plan, sft = PlanConfig(plan_prompt_length=100, plan_response_length=300), SFTConfig(sft_objective="semi_ar")
+    sections = dict(plan=plan, parallel=ParallelConfig(), optimizer=OptimizerConfig(), sft=sft)
+    texts = job_of(sections, model, 1).texts
+    assert (texts.copies, texts.predicted) == (19, 0.5)  # slices of 16
+
+
 @pytest.mark.parametrize(("tokens", "typical"), [(100, 30), (90, 30), (10, 30), (1, 1)])
 def test_groups_fill_a_row(tokens, typical):
     lengths = group_lengths(tokens, typical)

@@ -73,7 +73,7 @@ def case() -> tuple[list, dict[int, Rewarded], list[Row], list[Row]]:
         **{
             field.name: getattr(item.views, field.name)[parity::2]
             for field in dataclasses.fields(item.views)
-            if getattr(item.views, field.name) is not None
+            if isinstance(getattr(item.views, field.name), np.ndarray)
         },
     )
     apart = [

@@ -44,6 +44,12 @@ def test_the_longest_sample_has_to_fit_a_row() -> None:
         check_samples(Known(), SFTConfig(max_tokens_per_row=30, block_size_schedule=["8:3", "4"]), model_config())
 
 
+def test_the_last_block_has_to_fit_the_model() -> None:
+    check_samples(Known(), SFTConfig(block_size_schedule=["32:3", "4"]), model_config(max_position_embeddings=32))
+    with pytest.raises(ConfigError, match="64 positions are needed, and this model has 32"):
+        check_samples(Known(), SFTConfig(block_size_schedule=["64:3", "4"]), model_config(max_position_embeddings=32))
+
+
 def test_the_canvas_has_to_fit_the_model() -> None:
     model = model_config(None, full_attention=True, max_position_embeddings=64)
     check_samples(Known(), SFTConfig(canvas_length=55), model)

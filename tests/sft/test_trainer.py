@@ -82,6 +82,16 @@ def test_a_finished_run_does_nothing_more() -> None:
     assert trainer.consumed == 0 and saved == [(2, True)]
 
 
+@pytest.mark.parametrize("masks", [dict(mask_draws=4), dict(complementary_masks=True)], ids=str)
+def test_more_masks_weigh_no_more(masks: dict) -> None:
+    """Neither in the objective nor in what makes sure: all tokens are hidden, and a complement hides nothing."""
+    sft = dataclasses.replace(SFT, min_mask_ratio=1 - 1e-9, confidence_coef=2.0, loss_on_pad=False)
+    one, more = (make_trainer(settings).step()[0] for settings in (sft, dataclasses.replace(sft, **masks)))
+    share = 0.5 if "complementary_masks" in masks else 1.0
+    assert more.metrics["loss"] == pytest.approx(share * one.metrics["loss"], rel=1e-5)
+    assert one.metrics["right_entropy"] > 0
+
+
 @pytest.mark.parametrize("redraw", [True, False])
 def test_masks_that_stay_are_the_same_in_every_epoch(redraw: bool) -> None:
     """Batches of all samples; without learning, fixed masks give the same loss at each step."""
