@@ -24,7 +24,7 @@ from benchmarks.common import PACKED, PER_STEP, records
 from megatron_dlm.diffusion.planner import ROW_MULTIPLE, Load, pack
 from megatron_dlm.diffusion.rows import build_row
 from megatron_dlm.diffusion.trace import Trace
-from megatron_dlm.diffusion.views import Item, Views
+from megatron_dlm.diffusion.views import Item
 from megatron_dlm.rl.methods import TARGET, counts_of
 from megatron_dlm.rl.rows import RLRow, Told, build_rows
 from megatron_dlm.rl.update import UpdateSettings, plan_updates
@@ -88,5 +88,4 @@ def one_item_per_round(response: int, item: Item) -> list[Item]:
 
 def _with_views(item: Item, name: str, chosen: Sequence[int]) -> Item:
     """The item with some of its views, in a group of its own."""
-    picked = Views(*(getattr(item.views, field.name)[np.asarray(chosen)] for field in dataclasses.fields(Views)))
-    return dataclasses.replace(item, group=f"{item.group} {name}", views=picked)
+    return dataclasses.replace(item, group=f"{item.group} {name}", views=item.views.chosen(np.asarray(chosen)))

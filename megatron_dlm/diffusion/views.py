@@ -58,12 +58,10 @@ class Views:
         sizes = (self.position >= 0).sum(axis=1)
         return np.zeros_like(sizes) if self.clean else sizes
 
-    def between(self, start: int, end: int) -> Views:
-        """Views number `start` to `end` alone."""
+    def chosen(self, which: slice | np.ndarray) -> Views:
+        """Some of the views alone: a slice of them, or their numbers."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: value[start:end] for name, value in columns.items() if isinstance(value, np.ndarray)}
-        )
+        return replace(self, **{name: value[which] for name, value in columns.items() if isinstance(value, np.ndarray)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +213,7 @@ def split_views(item: Item, budget: int) -> list[Item]:
     while start < len(ends):
         before = int(ends[start - 1]) if start else 0
         end = max(start + 1, int(np.searchsorted(clean + ends, budget + before, side="right")))
-        parts.append(replace(item, views=item.views.between(start, end)))
+        parts.append(replace(item, views=item.views.chosen(slice(start, end))))
         start = end
     return parts
 

@@ -289,7 +289,7 @@ def asked(items: list[Item]) -> list[tuple]:
     found = []
     for item in items:
         for view in range(len(item.views.block)):
-            part = dataclasses.replace(item, views=item.views.between(view, view + 1))
+            part = dataclasses.replace(item, views=item.views.chosen(slice(view, view + 1)))
             row = build_row([(7, part)], needs(part), MASK_ID, PAD_ID)
             targets = zip(*(getattr(row.targets, name).tolist() for name in ("label", "weight", "response", "index")))
             found.append((row.tokens.tolist(), row.layout.position.tolist(), list(targets)))
@@ -319,7 +319,7 @@ def test_a_split_item_asks_for_the_same_in_rows_that_hold_it(grid: Grid) -> None
             end = 0
             for part in parts[:-1]:  # nothing is cut that would have fitted
                 start, end = end, end + len(part.views.block)
-                assert needs(dataclasses.replace(item, views=item.views.between(start, end + 1))) > budget
+                assert needs(dataclasses.replace(item, views=item.views.chosen(slice(start, end + 1)))) > budget
             split += len(parts) > 2
     assert split > 3
 

@@ -68,14 +68,7 @@ def case() -> tuple[list, dict[int, Rewarded], list[Row], list[Row]]:
         steps, learned = learned_steps(trace, grid, 2), np.ones(len(trace.response_ids), dtype=bool)
         rewarded[n] = Rewarded(outcome_rewards(steps, learned, 1.0 - n), steps, learned)
     one = build_row(items, LENGTH, MASK_ID, PAD_ID)
-    views = lambda item, parity: dataclasses.replace(
-        item.views,
-        **{
-            field.name: getattr(item.views, field.name)[parity::2]
-            for field in dataclasses.fields(item.views)
-            if isinstance(getattr(item.views, field.name), np.ndarray)
-        },
-    )
+    views = lambda item, parity: item.views.chosen(slice(parity, None, 2))
     apart = [
         build_row(
             [(n, dataclasses.replace(item, views=views(item, parity))) for n, item in items], 128, MASK_ID, PAD_ID
