@@ -121,7 +121,7 @@ ENTRIES = [
         absent=("wandb",),
         ranks=2,
     ),
-    Bad("short rows on two processes", "sft", "--max-tokens-per-row 8", "--max-tokens-per-row 8", ranks=2),
+    Bad("short rows on two processes", "sft", "--max-tokens-per-row 4", "--max-tokens-per-row 4", ranks=2),
     Bad(
         "no judge on two processes",
         "evaluate",

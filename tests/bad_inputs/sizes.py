@@ -76,7 +76,7 @@ ENTRIES = [
     Bad("expert parallel rollouts without experts", "tracerl", f"{ROLLOUT_EP} 2", (f"{ROLLOUT_EP} 2", "experts")),
     Bad("no bucket for a refit", "tracerl", "--refit-bucket-mib 0", "--refit-bucket-mib is 0"),
     # ---- rows and texts
-    Bad("rows too short for a sample", "sft", "--max-tokens-per-row 8", "--max-tokens-per-row 8"),
+    Bad("rows too short for a sample", "sft", "--max-tokens-per-row 4", "--max-tokens-per-row 4"),
     Bad("rows too short for a trace", "tracerl", "--max-tokens-per-row 16", "--max-tokens-per-row 16"),
     Bad("samples longer than positions", "sft", "--seq-length 129", ("--seq-length 129", "128")),
     Bad("responses longer than positions", "tracerl", "--rollout-max-response-len 100", ("132", "128")),
