@@ -26,8 +26,8 @@ def check_sft(sft: SFTConfig, model: ModelConfig, parallel: ParallelConfig) -> N
     at_least(sft, 1, "train_iters", "global_batch_size", "max_tokens_per_row", "seq_length")
     if sft.num_workers not in (None, 0, 1):
         raise ConfigError(
-            f"--num-workers is {sft.num_workers}. Rows are prepared in order, by one process beside the training "
-            "process (1) or by none (0)."
+            f"--num-workers is {sft.num_workers}, and rows are prepared in order, by one process beside the training "
+            "process or by none. Use 1 or 0."
         )
     _check_objective(sft)
     _check_attention(sft, model)
