@@ -11,6 +11,9 @@ import pytest
 LONGEST_FIRST = (
     "tests/benchmarks/",
     "tests/bad_inputs/",
+    "tests/multinode/",
+    "tests/examples/",
+    "tests/curriculum/",
     "tests/checkpoint/",
     "tests/parallel/",
     "tests/test_",

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 use_environment test
 # Small tensors and several processes: more threads would only wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Four at a time, each file by one of them, in the order of tests/conftest.py: twice the processors of a small machine,
-# because tests of several processes, of limits and of waits leave a processor idle again and again.
-exec python -m pytest -rfEs --durations 10 --numprocesses "${TEST_PROCESSES:-4}" \
+# Three at a time, each file by one of them, in the order of tests/conftest.py: one more than the processors of a small
+# machine, because tests of several processes, of limits and of waits leave a processor idle again and again.
+exec python -m pytest -rfEs --durations 10 --numprocesses "${TEST_PROCESSES:-3}" \
   --dist loadfile --no-loadscope-reorder "$@"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from safetensors.torch import load_file
 
 from tests.bad_inputs.bench import SFT
 from tests.bad_inputs.conftest import pristine, server  # noqa: F401 (fixtures)
-from tests.command_server import command_server
 from tests.test_rl_commands import RL, folder, metrics_of, moved, run, same  # noqa: F401 (a fixture)
 from tests.test_stopping import tensors
 
@@ -68,12 +66,3 @@ def test_from_fine_tuning_to_a_plain_checkpoint(folder: Path) -> None:  # noqa: 
         run(words + " --temperature 0", folder)
     said = [(folder / f"{name}.jsonl").read_text().splitlines() for name in ("rl-lora", "merged")]
     assert [json.loads(line)["token_ids"] for line in said[0]] == [json.loads(line)["token_ids"] for line in said[1]]
-
-
-def test_a_run_of_two_processes_with_another_layout_in_rollouts(folder: Path) -> None:  # noqa: F811
-    words = RL + LORA + "--load ckpt --finetune --num-rollout 2 --verify-refit --save out-lora --lr 1e-2 "
-    layout = "--tensor-model-parallel-size 2 --sequence-parallel --rollout-tensor-model-parallel-size 1"
-    result = command_server().run(shlex.split(words + layout), folder, ranks=2, limit=300)
-    assert result.codes == [0, 0], result.stderr
-    for record in metrics_of(folder / "out-lora"):
-        assert record["train/train_rollout_logprob_abs_diff"] < 1e-5

@@ -117,8 +117,8 @@ def forked(run: gpu_check.Run, order: Path) -> None:
 
 
 def as_started(run: gpu_check.Run) -> bool:
-    """The runs that the next test starts as a person does: one alone, and one by torchrun."""
-    return (run.precision == "fp32" and run.layout != "TP 2") or platform.is_cuda()
+    """The run that the next test starts as a person does, by torchrun."""
+    return run.layout == "DP 2" or platform.is_cuda()
 
 
 def test_the_cpu_passes_alone_and_in_two_processes(capsys, monkeypatch) -> None:

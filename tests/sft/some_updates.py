@@ -93,9 +93,10 @@ def check_a_process_ahead(open_loader, of_each: int = 8) -> None:
 
     from megatron_dlm.config.errors import ResourceError
 
+    before = set(multiprocessing.active_children())  # other tests' libraries keep some
     random, loader = torch.get_rng_state(), open_loader(Several(of_many_kinds(), of_each))
     try:
-        (process,) = processes = multiprocessing.active_children()
+        (process,) = processes = set(multiprocessing.active_children()) - before
         expected = [next(kind) for kind in of_many_kinds() for _ in range(of_each)]
         for number, update in enumerate(expected):
             assert content(next(loader)) == content(update), number
@@ -113,7 +114,7 @@ def check_a_process_ahead(open_loader, of_each: int = 8) -> None:
                     next(loader)
     finally:
         loader.close()
-    assert not any(one.is_alive() for one in processes) and not multiprocessing.active_children()
+    assert not any(one.is_alive() for one in processes) and set(multiprocessing.active_children()) <= before
     loader.close()
 
 

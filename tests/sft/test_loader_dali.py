@@ -15,9 +15,10 @@ DALI, CPU = "dali", torch.device("cpu")
 
 def test_the_updates_of_the_default_loader() -> None:
     """Of all kinds, through a pipeline that asks for them in this process; each is kept while others come."""
+    before = set(multiprocessing.active_children())
     loader = open_loader(Several(of_many_kinds(), 8), SFTConfig(dataloader_type=DALI, num_workers=0), CPU)
     found = [next(loader) for _ in range(24)]
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
     with pytest.raises(Exception, match=MISTAKE):
         next(loader)
     loader.close()
