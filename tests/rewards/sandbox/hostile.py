@@ -79,7 +79,7 @@ FUNCTIONS = {
     "end of iteration": ("def f(x): raise StopIteration", {"error"}),
     "an error": ("def f(x): return x.y", {"error"}),
     "no function": ("g = 1", {"error"}),
-    "no Python": ("def f(x:", {"error"}),
+    "no Python": ("def f(x:", {"error", "exit"}),  # its error, or its end, whichever is seen first
     "a thread exits": (
         "import threading, os, time\nthreading.Thread(target=lambda: (time.sleep(0.05), os._exit(0))).start()\n"
         "def f(x):\n time.sleep(0.5)\n return 1",
