@@ -1,33 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from megatron_dlm.config.errors import ConfigError
-from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.sft import SFTConfig
 from megatron_dlm.config.sft_objective import with_objective
 from megatron_dlm.config.validate_sft import check_sft
+from tests.config.test_validate_training import MODEL, expect, run
 
-SIZES = dict(num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=4096, vocab_size=1000)
-MODEL, FULL = ModelConfig(**SIZES, block_size=4), ModelConfig(**SIZES, full_attention=True)
-
-
-def run(check, *arguments):
-    """The message of the refusal, or None when the check passes."""
-    try:
-        check(*arguments)
-    except ConfigError as error:
-        assert "\n" not in str(error) and str(error).endswith(".")
-        return str(error)
-
-
-def expect(message, words):
-    """`words` is None where the check must pass."""
-    if words is None:
-        assert message is None
-    else:
-        assert message is not None and all(word in message for word in words), message
+FULL = dataclasses.replace(MODEL, block_size=None, full_attention=True)
 
 
 @pytest.mark.parametrize(
