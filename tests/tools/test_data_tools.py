@@ -1,4 +1,4 @@
-"""The two data tools as a user runs them: what they write, and how they end."""
+"""The data tools as a user runs them: what they write, and how they end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dlm.data.indexed import IndexedSamples
+from megatron_dlm.data.sft_data import load_sft
 from megatron_dlm.data.tokenizer import Tokenizer
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -78,3 +80,16 @@ def test_mistakes_end_in_a_sentence(tool, arguments, words, tmp_path):
     done = _run(tool, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_preprocess_under_the_name_that_megatron_gives_it(tmp_path):
+    done = _run("make_quickstart_data.py", "--output", "data", "--num-train", 20, "--num-test", 5, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = ("--input", "data/sft.jsonl", "--tokenizer-model", "data/tokenizer", "--workers", 1)
+    done = _run("preprocess_data.py", *words, "--output", "indexed", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("20 samples of "), done.stderr
+    found = IndexedSamples(str(tmp_path / "indexed"), Tokenizer(tmp_path / "data" / "tokenizer"), None)
+    read, left_out = load_sft([str(tmp_path / "data" / "sft.jsonl")], Tokenizer(tmp_path / "data" / "tokenizer"))
+    assert [found[n] for n in range(len(found))] == read and left_out == 0
+    done = _run("preprocess_data.py", *words[:2], "--output", "indexed", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
