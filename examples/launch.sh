@@ -99,7 +99,8 @@ find_hosts() {
         refuse "NNODES is $NNODES, and MASTER_ADDR is not set. Set it to the name of the host whose NODE_RANK is 0."
     fi
     if [ -z "${NPROC_PER_NODE:-}" ]; then
-        if nvidia-smi -L 2>/dev/null | grep -q GPU; then NPROC_PER_NODE=gpu; else NPROC_PER_NODE=1; fi
+        # No pipe into grep -q: with pipefail a list that is still being written when grep has left would be no GPU.
+        case $(nvidia-smi -L 2>/dev/null || true) in *GPU*) NPROC_PER_NODE=gpu ;; *) NPROC_PER_NODE=1 ;; esac
     fi
 }
 

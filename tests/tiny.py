@@ -30,6 +30,15 @@ def one_process():
     return initialize(ParallelConfig(), seed=1)
 
 
+def leave_job() -> None:
+    """Ends the job that an earlier test of this process may have begun: commands and plans begin outside of any."""
+    if torch.distributed.is_initialized():
+        from megatron_dlm.parallel.groups import destroy
+
+        destroy()
+        one_process.cache_clear()
+
+
 def model_config(block_size: int = 4, **changes: object) -> ModelConfig:
     from megatron_dlm.model.shape import resolve
 

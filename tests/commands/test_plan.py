@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import torch.distributed as dist
 import yaml
 
 from megatron_dlm.__main__ import main
+from tests.tiny import leave_job
 
 RL = ["plan", "--model-preset", "tiny", "--vocab-size", "512", "--bf16", "--global-batch-size", "32"]
 LAYOUT = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2"]
@@ -18,8 +18,7 @@ LAYOUT = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipelin
 
 @pytest.fixture(autouse=True)
 def an_empty_folder(tmp_path, monkeypatch):
-    if dist.is_initialized():
-        pytest.skip("this process is part of a job")
+    leave_job()
     monkeypatch.chdir(tmp_path)
     for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)

@@ -57,7 +57,8 @@ def test_one_host(recorder: Recorder) -> None:
 
 
 def test_the_gpus_of_a_host_are_counted(recorder: Recorder, tmp_path: Path) -> None:
-    path = commands_of(tmp_path / "bin", nvidia_smi="echo 'GPU 0: one'; echo 'GPU 1: two'")
+    slowly = "echo 'GPU 0: one'; sleep 0.2; echo 'GPU 1: two'"  # the list is not read only to its first line
+    path = commands_of(tmp_path / "bin", nvidia_smi=slowly)
     recorder.start("sft_8b.sh", PATH=path)
     assert recorder.calls[0].argv[2:5] == ["--standalone", "--nproc-per-node", "gpu"]
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch.distributed as dist
+
+from tests.tiny import leave_job
 
 
 @pytest.fixture(autouse=True)
 def outside_of_any_job() -> None:
-    if dist.is_initialized():
-        from megatron_dlm.parallel.groups import destroy
-        from tests.tiny import one_process
-
-        destroy()
-        one_process.cache_clear()
+    leave_job()
