@@ -24,6 +24,8 @@ KEPT, DROPPED = "shift kept", "shift dropped"
 DROPPED_SLOWLY = "shift dropped, blocks 1 2 4"
 JUMP, STEPWISE, STAY = "blocks of 16 at once", "blocks of 8, then 16", "blocks of 4 as before"
 FULL, RANDOM, SLICED, TRACED = "full attention", "random masking", "sliced semi-AR", "trace"
+RANDOM_ONCE = "random masking, one mask"
+OBJECTIVES = (RANDOM, RANDOM_ONCE, SLICED, TRACED)
 BASE = KEPT
 """The block-4 model that grows, and that becomes one of full attention."""
 
@@ -125,11 +127,11 @@ def _growth(chain: Chain) -> None:
 
 def _objectives(chain: Chain) -> None:
     options, more = chain.options, chain.data.result / "more.jsonl"
-    steps, rate, draws = options.objective_steps, options.objective_lr, options.draws
+    steps, rate = options.objective_steps, options.objective_lr
     canvas = ("--canvas-length", RESPONSE)
     chain.learn(
         *(FULL, BASE, options.full_steps, options.lr, "--full-attention", *canvas),
-        *("--sft-objective", "random_masking", "--mask-draws", draws),
+        *("--sft-objective", "random_masking", "--mask-draws", options.full_draws),
     )
     folder = chain.options.output / f"traces-seed{chain.seed}"
     traces = command(
@@ -137,13 +139,14 @@ def _objectives(chain: Chain) -> None:
         *("--output", folder / "traces.jsonl", "--tokens-per-step", 2, "--trace-block-size", DECODED, *canvas),
         after=[chain.models[FULL]],
     )
-    random = ("--sft-objective", "random_masking", "--mask-draws", draws)
+    random = ("--sft-objective", "random_masking", "--mask-draws")
     sliced = ("--sft-objective", "semi_ar", "--slice-size", SLICE)
     traced = ("--sft-objective", "trace", "--shrinkage", SLICE // 2)
-    chain.learn(RANDOM, FULL, steps, rate, *canvas, *random, samples=more)
+    chain.learn(RANDOM, FULL, steps, rate, *canvas, *random, options.draws, samples=more)
+    chain.learn(RANDOM_ONCE, FULL, steps, rate, *canvas, *random, 1, samples=more)
     chain.learn(SLICED, FULL, steps, rate, *canvas, *sliced, samples=more)
     chain.learn(TRACED, FULL, steps, rate, *canvas, *traced, samples=folder / "traces.jsonl", after=[traces])
-    for name in (FULL, RANDOM, SLICED, TRACED):
+    for name in (FULL, *OBJECTIVES):
         chain.evaluate(name, DECODED, "--no-prefix-cache")
 
 

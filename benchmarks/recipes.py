@@ -68,6 +68,7 @@ COMPARISONS = {
         (names.STEPWISE, 16, names.JUMP, 16),
     ],
     "objectives": [
+        *((one, names.DECODED, names.FULL, names.DECODED) for one in names.OBJECTIVES),
         (names.SLICED, names.DECODED, names.RANDOM, names.DECODED),
         (names.TRACED, names.DECODED, names.RANDOM, names.DECODED),
         (names.TRACED, names.DECODED, names.SLICED, names.DECODED),
@@ -110,11 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--ar-steps", type=positive, default=600, help="of the autoregressive model")
     add("--switch-steps", type=positive, default=400, help="from autoregressive to blocks of 4")
     add("--growth-steps", type=positive, default=100, help="from blocks of 4 to 16")
-    add("--full-steps", type=positive, default=100, help="from blocks of 4 to full attention, before the objectives")
-    add("--objective-steps", type=positive, default=60, help="on new samples, for each objective")
+    add("--full-steps", type=positive, default=500, help="from blocks of 4 to full attention, before the objectives")
+    add("--full-draws", type=positive, default=2, help="masks of a sample in an update of these")
+    add("--objective-steps", type=positive, default=50, help="on new samples, for each objective")
     add("--draws", type=positive, default=5, help="masks of a sample in an update of random masking")
     add("--lr", type=float, default=1e-3, help="of what follows the autoregressive model")
-    add("--objective-lr", type=float, default=1e-3, help="on new samples")
+    add("--objective-lr", type=float, default=3e-4, help="on new samples")
     add("--at-once", type=positive, default=2, help="runs at the same time")
     add("--threads", type=positive, default=1, help="of each run")
     add("--device", choices=("cpu", "auto"), default="cpu", help="auto takes a GPU where there is one")
