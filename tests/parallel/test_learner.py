@@ -49,12 +49,9 @@ JOBS = {
     "split over rows, with a teacher": Job(dict(rl_method="opd"), FULL, 24, teacher=AUTOREGRESSIVE),
 }
 LAYOUTS = {
-    "tp2": (2, dict(tensor_model_parallel_size=2)),
     "tp2 sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "pp2": (2, dict(pipeline_model_parallel_size=2)),
     "dp2": (2, dict()),
     "pp2 vpp2": (2, dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)),
-    "cp2": (2, dict(context_parallel_size=2)),
     "cp2 tp2 sp": (4, dict(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True)),
 }
 SHARED = {name for name, job in JOBS.items() if job.policy != FULL}

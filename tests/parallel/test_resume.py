@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -85,12 +86,23 @@ def run(layout: str, stage: str, load: Path | None, until: int, save: Path | Non
     return [weights for weights, _ in results], results[0][1]
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """By layout and stage: a run to its end, its first half, and the folder of the latter's checkpoint."""
+
+    @functools.cache
+    def both(layout: str, stage: str) -> tuple[tuple, tuple, Path]:
+        folder = tmp_path_factory.mktemp("half")
+        return run(layout, stage, None, LAST), run(layout, stage, None, MIDDLE, folder), folder
+
+    return both
+
+
 @pytest.mark.parametrize("stage", ["sft", "tracerl"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_stopped_and_resumed_is_the_same_to_the_last_bit(tmp_path, layout: str, stage: str) -> None:
-    whole, losses = run(layout, stage, None, LAST)
-    half, first = run(layout, stage, None, MIDDLE, tmp_path)
-    resumed, second = run(layout, stage, tmp_path, LAST)
+def test_stopped_and_resumed_is_the_same_to_the_last_bit(begun, layout: str, stage: str) -> None:
+    (whole, losses), (half, first), folder = begun(layout, stage)
+    resumed, second = run(layout, stage, folder, LAST)
     assert first + second == losses and len(second) == LAST - MIDDLE and 0 not in losses
     for one, before, other in zip(whole, half, resumed, strict=True):
         assert one.keys() == other.keys()
@@ -102,8 +114,7 @@ def test_stopped_and_resumed_is_the_same_to_the_last_bit(tmp_path, layout: str, 
 @pytest.mark.parametrize(
     "before, after", [("1", "tp2 pp2"), ("tp2 pp2", "1"), ("dp2", "cp2 pp2 vpp2"), ("cp2 pp2 vpp2", "dp2")]
 )
-def test_resumed_in_another_layout_the_losses_go_on(tmp_path, before: str, after: str, stage: str) -> None:
-    _, losses = run(before, stage, None, LAST)
-    run(before, stage, None, MIDDLE, tmp_path)
-    _, second = run(after, stage, tmp_path, LAST)
+def test_resumed_in_another_layout_the_losses_go_on(begun, before: str, after: str, stage: str) -> None:
+    (_, losses), _, folder = begun(before, stage)
+    _, second = run(after, stage, folder, LAST)
     assert second == pytest.approx(losses[MIDDLE:], rel=0, abs=1e-5)
