@@ -8,7 +8,6 @@ the process that started it, for another run might go on with its folder.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Protocol
 
-_PDEATHSIG = 1  # prctl's
+from megatron_dlm.platform.parent import ends_with
+
 TERM_SECONDS, KILL_SECONDS = 10.0, 40.0  # after another rank's end: asked to leave; made to
 
 
@@ -38,19 +38,12 @@ class Child:
     """A process of this machine."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        library, parent = ctypes.CDLL(None), os.getpid()
-
-        def die_with_parent() -> None:
-            library.prctl(_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it has gone already
-                os._exit(1)
-
         self._process = subprocess.Popen(
             [sys.executable, "-u", "-m", "megatron_dlm", *words],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=ends_with(os.getpid()),
         )
 
     def poll(self) -> int | None:

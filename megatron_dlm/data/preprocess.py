@@ -12,7 +12,6 @@ Invariants (tests/data/test_preprocess.py):
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -47,9 +46,9 @@ from megatron_dlm.data.indexed_format import ENDINGS, FORMAT, VERSION, read_desc
 from megatron_dlm.data.jsonl import nothing_in
 from megatron_dlm.data.sft_data import nothing_fits
 from megatron_dlm.data.tokenizer import KINDS, Tokenizer
+from megatron_dlm.platform.parent import ends_with
 
 _ALSO_READ = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-_PDEATHSIG = 1
 
 
 def preprocess(settings: PreprocessConfig, words: TokenizerConfig, bar: Callable[[int, str], Any]) -> str:
@@ -127,9 +126,7 @@ def _begin(recipe: Recipe, stop: Any, parent: int) -> None:
     global _own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent says when to stop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
-    if os.getppid() != parent:  # it has gone before that
-        os._exit(1)
+    ends_with(parent)()
     _own = recipe, stop
 
 

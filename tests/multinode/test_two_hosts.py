@@ -92,11 +92,11 @@ def same(one: Path, other: Path) -> bool:
     return all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("layout, by_torchrun", [("tp", True), ("pp", False), ("dp", False)])
+@pytest.mark.parametrize("layout, by_torchrun", [("tp", True), ("pp", False)])
 def test_tracerl_over_two_hosts_is_that_of_one(hosts, layout: str, by_torchrun: bool) -> None:
     """Rollout, update, refit and checkpoint: the same losses, the same weights and optimizer to the last bit."""
     folder, a, b = hosts
-    words = RL + {"tp": TP, "pp": PP, "dp": "--use-distributed-optimizer "}[layout] + "--num-rollout 2 --verify-refit "
+    words = RL + {"tp": TP, "pp": PP}[layout] + "--num-rollout 2 --verify-refit "
     two, one = f"{layout}-two", f"{layout}-one"
     if by_torchrun:
         port = free_port()
