@@ -24,8 +24,8 @@ KEPT, DROPPED = "shift kept", "shift dropped"
 DROPPED_SLOWLY = "shift dropped, blocks 1 2 4"
 JUMP, STEPWISE, STAY = "blocks of 16 at once", "blocks of 8, then 16", "blocks of 4 as before"
 FULL, RANDOM, SLICED, TRACED = "full attention", "random masking", "sliced semi-AR", "trace"
-RANDOM_ONCE = "random masking, one mask"
-OBJECTIVES = (RANDOM, RANDOM_ONCE, SLICED, TRACED)
+RANDOM_ONCE, TRACED_FINELY = "random masking, one mask", "trace, step by step"
+OBJECTIVES = (RANDOM, RANDOM_ONCE, SLICED, TRACED, TRACED_FINELY)
 BASE = KEPT
 """The block-4 model that grows, and that becomes one of full attention."""
 
@@ -52,7 +52,8 @@ class Chain:
         after = [self.data if since is None else self.models[since], *more.get("after", ())]
         self.models[name] = command(
             *(f"{name}, seed {self.seed}", folder, "sft", "--seed", self.seed, *begin, "--data-path", samples),
-            *("--global-batch-size", self.options.batch, "--max-tokens-per-row", 4608, "--adam-beta2", 0.99),
+            *("--global-batch-size", more.get("batch", self.options.batch), "--max-tokens-per-row", 4608),
+            *("--adam-beta2", 0.99),
             *("--lr", rate, "--lr-decay-style", "cosine", "--min-lr", rate / 20, "--lr-warmup-iters", steps // 20),
             *("--train-iters", steps, "--log-interval", 50, "--save", folder / "result", "--no-save-optim", *flags),
             after=after,
@@ -141,11 +142,15 @@ def _objectives(chain: Chain) -> None:
     )
     random = ("--sft-objective", "random_masking", "--mask-draws")
     sliced = ("--sft-objective", "semi_ar", "--slice-size", SLICE)
-    traced = ("--sft-objective", "trace", "--shrinkage", SLICE // 2)
+    merged = SLICE // 2  # steps of two tokens, so that a copy learns about as many as a slice has
+    traced = ("--sft-objective", "trace", "--shrinkage")
     chain.learn(RANDOM, FULL, steps, rate, *canvas, *random, options.draws, samples=more)
     chain.learn(RANDOM_ONCE, FULL, steps, rate, *canvas, *random, 1, samples=more)
     chain.learn(SLICED, FULL, steps, rate, *canvas, *sliced, samples=more)
-    chain.learn(TRACED, FULL, steps, rate, *canvas, *traced, samples=folder / "traces.jsonl", after=[traces])
+    of_traces = dict(samples=folder / "traces.jsonl", after=[traces])
+    chain.learn(TRACED, FULL, steps, rate, *canvas, *traced, merged, **of_traces)
+    fewer = max(1, options.batch // merged)  # samples, of which each has that many more copies
+    chain.learn(TRACED_FINELY, FULL, steps, rate, *canvas, *traced, 1, batch=fewer, **of_traces)
     for name in (FULL, *OBJECTIVES):
         chain.evaluate(name, DECODED, "--no-prefix-cache")
 

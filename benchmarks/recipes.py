@@ -12,7 +12,8 @@ For each seed a tiny autoregressive model learns sums that are worked out step b
   growth       blocks of 4 grow to 16, at once (SDAR) or by way of 8 (TDAR), in equally many steps;
   objectives   with full attention, three ways to learn new samples: random masking, slices behind finished text, and
                the steps of traces that the model prefers (Table 1 of TraceRL, arXiv 2509.06949), on about as many
-               tokens of rows: --draws gives random masking several masks of a sample.
+               tokens of rows: --draws gives random masking several masks of a sample, traces of which each step has a
+               copy of its own are fewer. Beside them random masking with one mask, a fifth of these tokens.
 
 Held-out problems are decoded greedily, one token per step (static) and all that are surer than 0.9 (dynamic).
 
@@ -71,7 +72,9 @@ COMPARISONS = {
         *((one, names.DECODED, names.FULL, names.DECODED) for one in names.OBJECTIVES),
         (names.SLICED, names.DECODED, names.RANDOM, names.DECODED),
         (names.TRACED, names.DECODED, names.RANDOM, names.DECODED),
-        (names.TRACED, names.DECODED, names.SLICED, names.DECODED),
+        (names.TRACED_FINELY, names.DECODED, names.RANDOM, names.DECODED),
+        (names.TRACED_FINELY, names.DECODED, names.TRACED, names.DECODED),
+        (names.TRACED_FINELY, names.DECODED, names.SLICED, names.DECODED),
     ],
 }
 """What is compared with what, seed by seed: (model, block, other model, its block)."""
