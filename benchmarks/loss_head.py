@@ -1,11 +1,13 @@
 """Memory and time of the loss head: in chunks (model/head.py) against the table of all logits.
 
     python -m benchmarks.loss_head [--targets 2048 8192] [--vocab-size 37984] [--hidden-size 4096] [--dtypes bf16 fp32]
-                                   [--chunk-sizes 0 128 512 2048] [--with-entropy] [--memory-gb 8] [--threads 1]
+                                   [--chunk-sizes 0 128 512 2048] [--heads torch triton] [--with-entropy]
+                                   [--memory-gb 8] [--threads 1]
 
 One forward and backward pass of the sum of the labels' log-probabilities, from hidden states and a weight of random
 numbers; `--vocab-size` is that of one rank's shard (151936 / TP for the models with 8 billion parameters). Chunk size 0
-is the table. Peak memory is what the passes add to hidden states and weight: their gradients, and all that is in
+is the table. `--heads`: who works on a chunk's logits (--loss-head of the commands); both on a GPU that has
+triton, else torch. Peak memory is what the passes add to hidden states and weight: their gradients, and all that is in
 between. On CUDA it is the allocator's and the time is that of the clock; on the CPU it is resident memory, and the time
 is that of the processor, since others may use it too. A table that would take more than `--memory-gb` is left
 out. Exit code 1 if log-probabilities or gradients differ by more than rounding.
@@ -26,6 +28,7 @@ from benchmarks.memory import HighWater
 from megatron_dlm import platform
 from megatron_dlm.model.head import label_policy
 from megatron_dlm.model.policy import Vocabulary, by_chunks, entropy, label_logprobs, policy_scores
+from megatron_dlm.platform.kernels import by_triton
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TABLES = 3  # of fp32, N x V elements, that the table's loss has at its peak, besides logits and gradients
@@ -45,7 +48,10 @@ class Measured:
     results: tuple[Tensor, ...]
 
 
-def measure(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, with_entropy: bool) -> Measured:
+def measure(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, with_entropy: bool, fused: bool = False
+) -> Measured:
+    """One forward and one backward pass. `fused`: chunks by Triton's kernels."""
     vocabulary = Vocabulary(len(weight) - 1, 0)
     clock = time.perf_counter if platform.is_cuda() else time.process_time
 
@@ -58,7 +64,7 @@ def measure(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, wit
         start = now()
         if chunk_size:
             logprob, entropies = label_policy(
-                hidden, weight, labels, TEMPERATURE, vocabulary, None, chunk_size, with_entropy
+                hidden, weight, labels, TEMPERATURE, vocabulary, None, chunk_size, with_entropy, fused
             )
         else:
             scores = policy_scores(torch.nn.functional.linear(hidden, weight), TEMPERATURE, vocabulary)
@@ -91,13 +97,15 @@ def compare(args: argparse.Namespace, name: str, targets: int) -> bool:
         tensor.requires_grad_()
     base: Measured | None = None
     equal = True
-    for chunk_size in args.chunk_sizes:
-        label = f"{name}  N {targets:6}  {f'chunk {chunk_size}' if chunk_size else 'table':>11}"
+    ways = [(size, head) for size in args.chunk_sizes for head in (args.heads if size else ["torch"])]
+    for chunk_size, head in ways:
+        way = f"chunk {chunk_size}" + " triton" * (head == "triton") if chunk_size else "table"
+        label = f"{name}  N {targets:6}  {way:>18}"
         needed = table_bytes(targets, args.vocab_size, args.hidden_size, hidden.element_size())
         if not chunk_size and needed > args.memory_gb * 1e9:
             print(f"{label}  left out: {needed / 1e9:.1f} GB", flush=True)
             continue
-        found = measure(hidden, weight, labels, chunk_size, args.with_entropy)
+        found = measure(hidden, weight, labels, chunk_size, args.with_entropy, head == "triton")
         seconds, ratios = found.forward + found.backward, ""
         if base is None:
             base, of = found, "table" if not chunk_size else f"chunk {chunk_size}"
@@ -121,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--with-entropy", action="store_true", help="the loss has the policy's entropy, too")
     parser.add_argument("--memory-gb", type=float, default=8.0, help="leave tables out that take more than this")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU")
+    both = ["torch", "triton"] if by_triton("--heads", "auto") else ["torch"]
+    parser.add_argument("--heads", nargs="+", choices=["torch", "triton"], default=both, help="who works on a chunk")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(

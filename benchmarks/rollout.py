@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", **several, help="rounds_per_sync; 4 1 8 on a GPU and 1 elsewhere if not given")
     add("--attention-backends", nargs="+", choices=BACKENDS, default=["auto"], help="attention_backend")
     add("--cuda-graphs", action="store_true", help="measured with them, too; needs a GPU and FlashAttention")
+    add("--samplers", nargs="+", choices=("torch", "triton"), help="triton torch on a GPU with triton, torch elsewhere")
     add("--without", nargs="*", choices=FEATURES, default=list(FEATURES), help="measured with each of these off, too")
     model = parser.add_argument_group("model", "Random weights; a size that is given beats the preset's.")
     add = model.add_argument
@@ -169,6 +171,8 @@ def _job(options: argparse.Namespace) -> Job:
     options.block_size = options.block_size or sizes.pop("block_size", 4)
     options.denoising_steps = options.denoising_steps or options.block_size
     options.rounds = options.rounds or ([4, 1, 8] if options.device == "cuda" else [1])
+    has_triton = options.device == "cuda" and importlib.util.find_spec("triton") is not None
+    options.samplers = options.samplers or (["triton", "torch"] if has_triton else ["torch"])
     _check(options, sizes)
     model = ModelConfig(
         **sizes | dict(block_size=options.block_size, bf16=options.dtype == "bf16", fp64=options.dtype == "fp64")
@@ -225,7 +229,7 @@ def _check(options: argparse.Namespace, sizes: dict[str, Any]) -> None:
 
 def _engines(options: argparse.Namespace, job: Job) -> list[Contestant]:
     """The engine, and its variants."""
-    total = options.prompts * options.samples
+    total, fused = options.prompts * options.samples, lambda name: name == "triton"
     base = EngineOptions(
         max_running_requests=options.batches[0],
         max_length=job.longest,
@@ -233,6 +237,7 @@ def _engines(options: argparse.Namespace, job: Job) -> list[Contestant]:
         page_size=options.page_sizes[0],
         rounds_per_sync=options.rounds[0],
         attention_backend=options.attention_backends[0],
+        fused_sampler=fused(options.samplers[0]),
     )
     found = [(ENGINE, base)]
     found += [(FEATURES[name], dataclasses.replace(base, **{name: False})) for name in options.without]
@@ -241,6 +246,7 @@ def _engines(options: argparse.Namespace, job: Job) -> list[Contestant]:
     found += [(f"pages of {n}", dataclasses.replace(base, page_size=n)) for n in options.page_sizes[1:]]
     found += [(f"{n} rounds", dataclasses.replace(base, rounds_per_sync=n)) for n in options.rounds[1:]]
     found += [(name, dataclasses.replace(base, attention_backend=name)) for name in options.attention_backends[1:]]
+    found += [(f"sampler {one}", dataclasses.replace(base, fused_sampler=fused(one))) for one in options.samplers[1:]]
     if options.cuda_graphs:
         found.append(("CUDA graphs", dataclasses.replace(base, attention_backend="flash", cuda_graphs=True)))
     # Few sequences at a time are as slow as the plain loop: eight turns of them say enough, and whole groups.

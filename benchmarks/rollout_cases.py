@@ -45,6 +45,7 @@ SIZES: dict[str, dict[str, object]] = {
         vocab_size=8192,
         rotary_base=1e4,
     ),
+    "1.7b": PRESETS["sdar-1.7b"],
     "4b": PRESETS["sdar-4b"],
     "8b": PRESETS["sdar-8b"],
 }

@@ -7,11 +7,13 @@ process's memory is that of one layout, and gives them their turns.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from benchmarks.common import PACKED
 from megatron_dlm import platform
 from megatron_dlm.commands.common import prepare_process
 from megatron_dlm.config.model import ModelConfig
@@ -34,6 +36,7 @@ class Job:
             shorter by a few, so that every remainder modulo the block occurs.
         rollout: how responses are drawn; `remasking` is set per measurement.
         max_tokens_per_row: row budget of all layouts.
+        parallel: how the trained model computes.
     """
 
     model: ModelConfig
@@ -44,6 +47,7 @@ class Job:
     rollout: RolloutConfig
     max_tokens_per_row: int
     seed: int
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ class Bench:
         from megatron_dlm.rollout.rig import RolloutRig
 
         self.job = job
-        self.session = open_session(job.model, ParallelConfig(), job.seed)
+        self.session = open_session(job.model, job.parallel, job.seed)
         # The weights hardly move, so that every repetition does the same work.
         self.state = build_state(self.session, OptimizerConfig(lr=1e-7), 10_000, job.head_scale)
         self.rig = RolloutRig.open(
@@ -158,6 +162,22 @@ class Bench:
             self.rig.refit()
             platform.synchronize()
         return Updated(watch.seconds, peak.bytes, len(rows), length, tokens, metrics["loss"])
+
+    def differences(self, traces: list[Trace]) -> Tensor:
+        """How far the log-probabilities of the rollout are from those of the training model, one per token."""
+        from benchmarks.common import made_up_advantages
+        from benchmarks.layouts import lay_out
+        from megatron_dlm.rl.update import with_old_logprobs
+
+        session, settings, words = self.session, self._settings(), self.session.tokenizer
+        advantages = made_up_advantages(traces)
+        rows, length, _ = lay_out(PACKED, traces, advantages, settings, session.groups, words.mask_id, words.pad_id)
+        again = with_old_logprobs(self.state, rows, length, session.vocabulary, settings)
+        both = [
+            (row.old_logprob.float().cpu() - known.rollout_logprob.float().cpu()).abs()
+            for row, known in zip(again, rows)
+        ]
+        return torch.cat(both)
 
     def _settings(self):
         from megatron_dlm.diffusion.layout import Grid

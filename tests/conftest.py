@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
+import torch
+
+# Kernels in Triton run in its interpreter where there is no GPU; triton looks at this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Where most of the time goes. With several processes (tests/run.sh) each takes the next file when it has done with one:
 # a long one at the end would be waited for by the others.

@@ -11,7 +11,7 @@
 
 Workers keep their default process group; after each case the model-parallel groups are torn down, so that every case
 may ask for another layout. A worker's exception is raised in the test with its traceback; after a failure or a timeout
-the pool is ended and the next `pool(n)` starts a fresh one.
+the pool is ended and the next `pool(n)` starts a fresh one. `pool(n, STAND_IN)` has the packages of tests/stand_in too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
-_pools: dict[int, Pool] = {}
+STAND_IN = str(_ROOT / "tests" / "stand_in")
+_pools: dict[tuple, Pool] = {}
 
 # Workers are replaced now and then: gloo keeps polling threads of groups that are gone, a dozen for each case, and
 # hundreds of them in some twenty processes take a third of the machine. They are forked with all imports made; what a
@@ -52,12 +53,12 @@ class WorkerError(AssertionError):
 class Pool:
     """`world_size` worker processes that run one case after the other."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, *paths: str) -> None:
+        self.world_size, self.key = world_size, (world_size, *paths)
         self.cases_left = CASES_PER_POOL
         key = os.urandom(16)
         with Listener(("127.0.0.1", 0), backlog=world_size, authkey=key) as listener:
-            _nursery().fork(
+            _nursery(*paths).fork(
                 {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
                 listener.address[1],
                 key,
@@ -95,7 +96,7 @@ class Pool:
         return results
 
     def close(self) -> None:
-        _pools.pop(self.world_size, None)
+        _pools.pop(self.key, None)
         for link in self.connections:
             link.close()
         for pid in self.pids:
@@ -106,10 +107,10 @@ class Pool:
 class Nursery:
     """One process that has imported everything and forks workers: imports cost seconds, forks do not."""
 
-    def __init__(self) -> None:
+    def __init__(self, *paths: str) -> None:
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-            "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, sys.path)]), "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": os.pathsep.join([*paths, str(_ROOT), *filter(None, sys.path)]), "PYTHONWARNINGS": "ignore",
         }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.harness"], cwd=_ROOT, env=environment, stdin=subprocess.PIPE, text=True
@@ -125,8 +126,8 @@ class Nursery:
 
 
 @functools.cache
-def _nursery() -> Nursery:
-    nursery = Nursery()
+def _nursery(*paths: str) -> Nursery:
+    nursery = Nursery(*paths)
     atexit.register(nursery.close)
     return nursery
 
@@ -140,11 +141,12 @@ def free_port() -> int:
             return port
 
 
-def pool(world_size: int) -> Pool:
-    """The pool of this world size, started when first asked for."""
-    if world_size not in _pools:
-        _pools[world_size] = Pool(world_size)
-    return _pools[world_size]
+def pool(world_size: int, *paths: str) -> Pool:
+    """The pool of this world size, started when first asked for; its workers find packages in `paths` first."""
+    key = (world_size, *paths)
+    if key not in _pools:
+        _pools[key] = Pool(*key)
+    return _pools[key]
 
 
 @atexit.register

@@ -44,7 +44,7 @@ from megatron_dlm.training.optimizer import forget_stored_rates
 from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
 
-_EXTRA = "_extra_state"
+_EXTRA = "._extra_state"  # in the names of those, of experts with a number behind it
 
 
 def save(
@@ -151,17 +151,19 @@ def load(
     check_adapters(there, adapters_of(state), str(folder), with_optimizer)
     wake(state)
     with merged_afterwards(state, there):
-        _fill(state, folder, run, there, with_optimizer)
+        loaded = _fill(state, folder, run, there, with_optimizer)
     if state.optimizer is not None and not with_optimizer:
-        state.optimizer.reload_model_params()  # the fp32 master copies follow the new weights
+        # The fp32 master copies follow the new weights, as exactly as these were stored.
+        exact = loaded if state.config.fp8_param and state.config.num_moe_experts is None else None
+        state.optimizer.reload_model_params(state_dict=exact)
     state.iteration = run["updates"]
     return run["extra"]
 
 
 def _fill(
     state: TrainState, folder: Path, run: dict[str, Any], there: dict[str, Any] | None, with_optimizer: bool
-) -> None:
-    """Read the tensors. `there`: what the checkpoint says of its adapters."""
+) -> dict[str, Any]:
+    """Read the tensors, and return them. `there`: what the checkpoint says of its adapters."""
     content = {
         chunk: {name: value for name, value in tensors.items() if not is_new(name, there)}
         for chunk, tensors in _model_content(state).items()
@@ -176,13 +178,16 @@ def _fill(
             loaded = dist_checkpointing.load(content, str(folder))
         for index, chunk in enumerate(state.unwrapped_chunks()):
             missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-            if unexpected or not all(name.endswith(_EXTRA) or is_new(name, there) for name in missing):
+            if unexpected or not all(_EXTRA in name or is_new(name, there) for name in missing):
                 raise RuntimeError(f"the model and what was read for it differ: {missing}, {unexpected}")
         if "optimizer" in content:
             optimizer_state.put(state.optimizer, loaded["optimizer"])
             forget_stored_rates(state.optimizer, state.scheduler)
             state.scheduler.num_steps = 0  # megatron-core adds the stored steps to those already taken
             state.scheduler.load_state_dict(loaded["scheduler"])
+            if state.config.fp8_param:
+                optimizer_state.write_weights(state.optimizer, state.chunks)
+    return loaded
 
 
 def _metadata(state: TrainState) -> dict[str, Any]:
@@ -201,7 +206,7 @@ def _model_content(state: TrainState) -> dict[str, Any]:
     content = {}
     for index, chunk in enumerate(state.unwrapped_chunks()):
         everything = chunk.sharded_state_dict(metadata=metadata)
-        content[f"model{index}"] = {name: value for name, value in everything.items() if not name.endswith(_EXTRA)}
+        content[f"model{index}"] = {name: value for name, value in everything.items() if _EXTRA not in name}
     return content
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -71,6 +72,16 @@ def put(optimizer: MegatronOptimizer, loaded: Any) -> None:
         host_optimizer.take_settings(inner, settings)
     _make_state(optimizer)
     _separate_steps(optimizer)
+
+
+def write_weights(optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel]) -> None:
+    """Let the weights follow the master weights, as after a step. Weights in FP8 are stored in another type, from which
+    they come back with other scales. Collective.
+    """
+    for part in _parts(optimizer):
+        part._copy_main_params_to_model_params()
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

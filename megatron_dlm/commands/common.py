@@ -20,10 +20,12 @@ from megatron_dlm.config import yaml_file
 from megatron_dlm.config.errors import ConfigError, Interrupted, UserError
 from megatron_dlm.config.eval import EvalConfig
 from megatron_dlm.config.log import ReportConfig
+from megatron_dlm.config.profile import ProfileConfig
 from megatron_dlm.config.rollout import EngineConfig
 from megatron_dlm.config.run import TrainingRunConfig
 from megatron_dlm.config.tokenizer import TokenizerConfig
 from megatron_dlm.config.validate import check_files, check_launch
+from megatron_dlm.config.validate_profile import check_profile_here, place_of_traces
 from megatron_dlm.data.jsonl import write_jsonl
 
 if TYPE_CHECKING:
@@ -100,16 +102,25 @@ def open_outputs(config: dict[str, Any], is_main: bool) -> None:
     Raises:
         ConfigError: one of them cannot, or --save is not the same folder on all hosts.
     """
+    if "profile" in config:
+        _check_profile_here(config["profile"])
     together(lambda: _open_outputs(config) if is_main else None)
     save = getattr(config.get("checkpoint"), "save", None)
     if save is not None:
         check_shared("--save", save, is_main)
 
 
+def _check_profile_here(profile: ProfileConfig) -> None:
+    import torch.distributed as dist
+
+    check_profile_here(profile, dist.get_world_size(), platform.is_cuda())
+
+
 def _open_outputs(config: dict[str, Any]) -> None:
     check_files(config)
     folders = [("checkpoint", "save"), ("rl", "save_debug_rollout_data")]
     folders += [("logging", "wandb_save_dir"), ("logging", "tensorboard_dir")]
+    folders += [("profile", "profile_dir"), ("profile", "memory_snapshot_dir")]
     # These appear at the end: what is there stays until then
     written_whole = [(name, "output") for name in ("generate", "score", "trace")]
     for section, name in [*folders, ("logging", "metrics_jsonl"), ("eval", "save_eval_samples"), *written_whole]:
@@ -219,6 +230,15 @@ def ended_before(report, run: TrainingRunConfig, restored: Mapping[str, Any]) ->
         f"(--exit-metric-at-least {run.exit_metric_at_least:g})."
     )
     return True
+
+
+@contextmanager
+def profiled(config: Mapping[str, Any], groups, say: Callable[[str], None]) -> Iterator[None]:
+    """Around what a command spends its time with: --profile and its neighbours (training/profile.py)."""
+    from megatron_dlm.training.profile import profiling
+
+    with profiling(config["profile"], place_of_traces(config), groups.rank, say):
+        yield
 
 
 @contextmanager

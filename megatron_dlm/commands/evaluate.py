@@ -12,6 +12,7 @@ from megatron_dlm.commands.common import (
     open_outputs,
     open_report,
     prepare_process,
+    profiled,
     read_prompts,
     running,
     together,
@@ -23,6 +24,7 @@ from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sections import pick_parts
+from megatron_dlm.config.validate_profile import check_profile
 from megatron_dlm.config.validate_reward import check_judge
 from megatron_dlm.config.validate_rollout import check_rollout_layout
 from megatron_dlm.config.validate_training import (
@@ -33,7 +35,7 @@ from megatron_dlm.config.validate_training import (
     check_tokenizer,
 )
 
-SECTIONS = ("model", "parallel", "tokenizer", "eval", "rollout", "reward", "checkpoint", "logging", "run")
+SECTIONS = ("model", "parallel", "tokenizer", "eval", "rollout", "reward", "checkpoint", "logging", "profile", "run")
 
 
 def main(argv: list[str]) -> None:
@@ -49,6 +51,7 @@ def main(argv: list[str]) -> None:
     from megatron_dlm.rewards.endpoint import open_endpoint
     from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
     from megatron_dlm.rollout.attention.backends import check_attention
+    from megatron_dlm.rollout.holdings import generating
     from megatron_dlm.rollout.rig import RolloutRig
     from megatron_dlm.rollout.sglang.check import check_backend
     from megatron_dlm.training.setup import Session
@@ -77,7 +80,8 @@ def main(argv: list[str]) -> None:
             )
             with make_scorer(reward.reward, reward.reward_workers, reward.reward_timeout, endpoint, code) as scorer:
                 evaluator = Evaluator(rig, scorer, session.tokenizer, prompts, evaluation, rollout, config["run"].seed)
-                metrics = evaluator(report, state.iteration)
+                with profiled(config, session.groups, report.say), generating(rig, "eval"):
+                    metrics = evaluator(report, state.iteration)
             report.record(state.iteration, metrics)
             name = (config["checkpoint"].load or config["checkpoint"].hf_checkpoint).rstrip("/").split("/")[-1]
             report.say(table([(name, metrics)], list(ways_of(evaluation))))
@@ -89,6 +93,7 @@ def check_settings(config: dict[str, Any]) -> None:
     if config["eval"].eval_prompt_data is None:
         raise ConfigError("--eval-prompt-data is not set. Give the prompts to evaluate on.")
     check_logging(config["logging"])
+    check_profile(config)
     check_tokenizer(config["tokenizer"])
     check_reward(config["reward"])
     check_judge(config["reward"])

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_dlm.commands.common import open_outputs, open_report, prepare_process, running, together, write_output
+from megatron_dlm.commands.common import (
+    open_outputs,
+    open_report,
+    prepare_process,
+    profiled,
+    running,
+    together,
+    write_output,
+)
 from megatron_dlm.commands.weights import complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import CapacityConfig, EngineConfig
 from megatron_dlm.config.sections import pick_parts
 from megatron_dlm.config.validate_generation import check_generate
+from megatron_dlm.config.validate_profile import check_profile
 from megatron_dlm.config.validate_rollout import check_rollout_layout
 from megatron_dlm.config.validate_training import check_logging, check_tokenizer
 
-SECTIONS = ("model", "parallel", "tokenizer", "generate", "checkpoint", "logging", "run")
+SECTIONS = ("model", "parallel", "tokenizer", "generate", "checkpoint", "logging", "profile", "run")
 
 
 def main(argv: list[str]) -> None:
@@ -23,12 +32,14 @@ def main(argv: list[str]) -> None:
     parallel = ParallelConfig(**dataclasses.asdict(config["parallel"]))
     check_generate(settings, config["checkpoint"])
     check_logging(config["logging"])
+    check_profile(config)
     check_tokenizer(words)
     prepare_process()
     complete(config)
     from megatron_dlm.evaluation.generate import check_room, describe, generate_records, read_prompt_lines, summarize
     from megatron_dlm.evaluation.line_sampling import sampling_of_line, sampling_params
     from megatron_dlm.rollout.attention.backends import check_attention
+    from megatron_dlm.rollout.holdings import generating
     from megatron_dlm.rollout.rig import RolloutRig
     from megatron_dlm.training.setup import Session
 
@@ -50,7 +61,8 @@ def main(argv: list[str]) -> None:
             capacity["max_running_requests"] = min(settings.max_running_requests, len(lines) * settings.num_samples)
             engine = EngineConfig(**capacity, rollout_block_size=settings.rollout_block_size)
             rig = RolloutRig.open(session, state, engine, longest, 0)  # responses included
-            records = generate_records(rig, tokenizer, lines, settings.num_samples, sampling, seed, report)
+            with profiled(config, session.groups, report.say), generating(rig, "rollout"):
+                records = generate_records(rig, tokenizer, lines, settings.num_samples, sampling, seed, report)
             together(lambda: write_output(settings.output, records) if session.groups.is_main else None)
             if session.groups.is_main:
                 metrics = summarize(records)

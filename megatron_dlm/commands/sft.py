@@ -11,6 +11,7 @@ from megatron_dlm.commands.common import (
     open_outputs,
     open_report,
     prepare_process,
+    profiled,
     running,
 )
 from megatron_dlm.commands.dry_run import dry_run, sft_plan
@@ -19,7 +20,9 @@ from megatron_dlm.commands.weights import checkpointer, complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.sections import pick
+from megatron_dlm.config.validate_fp8 import check_fp8_weights, check_lora_layers
 from megatron_dlm.config.validate_lora import check_lora, check_lora_of_model, check_lora_weights
+from megatron_dlm.config.validate_profile import check_profile
 from megatron_dlm.config.validate_sft import check_sft
 from megatron_dlm.config.validate_training import (
     check_checkpoint,
@@ -29,7 +32,7 @@ from megatron_dlm.config.validate_training import (
     check_tokenizer,
 )
 
-SECTIONS = ("model", "parallel", "tokenizer", "sft", "optimizer", "lora", "checkpoint", "logging", "run")
+SECTIONS = ("model", "parallel", "tokenizer", "sft", "optimizer", "lora", "checkpoint", "logging", "profile", "run")
 
 
 def main(argv: list[str]) -> None:
@@ -40,7 +43,10 @@ def main(argv: list[str]) -> None:
     check_checkpoint(config["checkpoint"])
     check_mask_init(config["checkpoint"])
     check_lora_weights(config["lora"], config["checkpoint"])
+    check_lora_layers(config["lora"], config["parallel"])
+    check_fp8_weights(config["parallel"], config["checkpoint"])
     check_logging(config["logging"])
+    check_profile(config)
     check_run(run)
     check_tokenizer(words)
     if run.dry_run:
@@ -87,7 +93,8 @@ def main(argv: list[str]) -> None:
             progress = lambda: {**trainer.progress(), **pace.progress()}
             save = checkpointer(session, state, config["checkpoint"], STAGE, progress, report.say)
             pace = Pace(run, save, report.say)
-            trainer.run(report, config["logging"], pace)
+            with profiled(config, session.groups, report.say):
+                trainer.run(report, config["logging"], pace)
 
 
 def check_with_model(config: dict[str, Any], model: ModelConfig, world_size: int) -> None:

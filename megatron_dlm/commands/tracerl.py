@@ -16,6 +16,7 @@ from megatron_dlm.commands.common import (
     open_outputs,
     open_report,
     prepare_process,
+    profiled,
     read_prompts,
     running,
     together,
@@ -34,7 +35,9 @@ from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sections import pick
 from megatron_dlm.config.validate_curriculum import check_curriculum
+from megatron_dlm.config.validate_fp8 import check_fp8_weights, check_lora_layers
 from megatron_dlm.config.validate_lora import check_lora, check_lora_of_model, check_lora_weights
+from megatron_dlm.config.validate_profile import check_profile
 from megatron_dlm.config.validate_reward import check_judge, check_shaping
 from megatron_dlm.config.validate_rl import check_rl, check_sections
 from megatron_dlm.config.validate_rollout import check_rollout_layout
@@ -66,6 +69,7 @@ SECTIONS = (
     "lora",
     "checkpoint",
     "logging",
+    "profile",
     "run",
 )
 
@@ -79,7 +83,10 @@ def main(argv: list[str]) -> None:
     check_checkpoint(config["checkpoint"])
     check_mask_init(config["checkpoint"])
     check_lora_weights(config["lora"], config["checkpoint"])
+    check_lora_layers(config["lora"], config["parallel"])
+    check_fp8_weights(config["parallel"], config["checkpoint"])
     check_logging(config["logging"])
+    check_profile(config)
     check_run(run)
     check_tokenizer(words)
     check_reward(reward)
@@ -186,7 +193,9 @@ def main(argv: list[str]) -> None:
                 save = checkpointer(session, state, where, STAGE, progress, report.say, supply.files, models.value)
                 pace = Pace(run, save, report.say)
                 logging = config["logging"]
-                trainer.run(report, pace, evaluate if evaluator else None, logging.log_interval, logging.log_memory)
+                every, memory = logging.log_interval, logging.log_memory
+                with profiled(config, session.groups, report.say):
+                    trainer.run(report, pace, evaluate if evaluator else None, every, memory)
 
 
 def check_with_model(config: dict[str, Any], model: ModelConfig, world_size: int) -> None:

@@ -96,7 +96,7 @@ _REFUSED = {
         "config_logger_dir",
         "moe_router_bias_update_rate",
     ),
-    "Transformer Engine, low precision and CUDA graphs are not supported yet": (
+    "flags of this package choose layers and precision, and CUDA graphs are not supported in training": (
         "transformer_impl",
         "use_te_*",
         "tp_comm_*",

@@ -22,9 +22,10 @@ class PlanConfig:
     """Tokens of a typical response; half of the longest when it is not given."""
     plan_tokens_per_step: float = 2.0
     """Tokens that a denoising step unmasks on average; at least as many as --denoising-steps asks for."""
-    plan_attention: Literal["dense", "flash"] = "dense"
-    """Attention in training: dense keeps masks and padded copies for the backward pass, as training does today; flash
-    stands for kernels that keep queries, keys, values and the output only."""
+    plan_attention: Literal["auto", "dense", "flash"] = "auto"
+    """Attention in training: dense keeps masks and padded copies for the backward pass; flash stands for kernels that
+    keep queries, keys, values and the output only. auto is dense with --attention-backend dense, and flash otherwise,
+    as training is on GPUs."""
     plan_reserve_gib: float = 4.0
     """Memory of each device, in GiB, that is left to the driver, to the buffers of communication and to gaps between
     tensors."""

@@ -28,6 +28,9 @@ class CapacityConfig:
     responses of different block sizes, and for engines that share experts."""
     rollout_cuda_graphs: bool = False
     """Capture these rounds as CUDA graphs; with --rollout-attention-backend flash, on a GPU."""
+    rollout_sampler: Literal["auto", "torch", "triton"] = "auto"
+    """What draws tokens and decides which of them are unmasked: torch's operations, or kernels in Triton, which read
+    the logits once; top-k, top-p and float64 are torch's in both. auto is triton on a GPU that has it."""
     longest_first: bool = False
     """Start the responses that have most tokens left before others; those of an earlier step come before new ones."""
     rollout_attention_backend: Literal["auto", "sdpa", "flex", "flash", "flashinfer"] = "auto"

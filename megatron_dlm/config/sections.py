@@ -18,6 +18,7 @@ from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
 from megatron_dlm.config.plan import PlanConfig
 from megatron_dlm.config.preprocess import PreprocessConfig
+from megatron_dlm.config.profile import ProfileConfig, TrainingProfileConfig
 from megatron_dlm.config.reward import JudgeConfig, RewardConfig
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.config.rollout import EngineConfig, RolloutConfig
@@ -35,6 +36,7 @@ SECTIONS: dict[str, type] = {
     "lora": LoraConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "profile": TrainingProfileConfig,
     "tokenizer": TokenizerConfig,
     "sft": SFTConfig,
     "rollout": RolloutConfig,
@@ -55,6 +57,7 @@ PARTS: dict[str, type] = {
     "parallel": LayoutConfig,
     "checkpoint": LoadConfig,
     "logging": ReportConfig,
+    "profile": ProfileConfig,
     "rollout": EngineConfig,
     "reward": JudgeConfig,
     "eval": EvalConfig,

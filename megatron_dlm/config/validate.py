@@ -19,6 +19,8 @@ from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.overrides import check_overrides
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.validate_experts import check_experts
+from megatron_dlm.config.validate_fp8 import check_fp8
+from megatron_dlm.config.validate_loss import check_loss_head
 from megatron_dlm.config.validate_recompute import check_recompute
 
 READ = (
@@ -156,6 +158,7 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int
     )
     at_least(parallel, 2, "num_virtual_stages_per_pipeline_rank")
     at_least(parallel, 0, "loss_chunk_size")
+    check_loss_head(parallel, model)
     within(parallel, 1, LONGEST_TIMEOUT, "distributed_timeout_minutes")
     within(parallel, 0, 60 * LONGEST_TIMEOUT, "host_timeout_seconds")
     _check_tensor_parallel(parallel, model)
@@ -170,6 +173,7 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int
     _check_expert_parallel(parallel, model)
     _check_world(parallel, world_size)
     check_recompute(parallel, model)
+    check_fp8(parallel, model)
     for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
         if parallel.overlap_param_gather and not getattr(parallel, name):
             raise ConfigError(

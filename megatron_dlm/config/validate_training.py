@@ -27,6 +27,7 @@ from megatron_dlm.config.validate import (
     only_with,
     within,
 )
+from megatron_dlm.config.validate_fp8 import check_fp8_optimizer
 from megatron_dlm.config.validate_rollout import check_capacity
 from megatron_dlm.config.validate_sampling import (
     check_decoding_block,
@@ -74,6 +75,7 @@ def check_trained(model: ModelConfig, optimizer: OptimizerConfig, parallel: Para
             "--optimizer-cpu-offload needs --bf16 and --use-distributed-optimizer, because it moves the master weights "
             "of bf16 models and their moments. Add both, or leave it out."
         )
+    check_fp8_optimizer(parallel, optimizer)
 
 
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:

@@ -104,12 +104,29 @@ def visible(q: Layout, k: Layout) -> Tensor:
     Source: block diffusion, arXiv 2503.09573, section 3; extended here by groups, responses and views.
     """
     row, col = (slice(None), None), (None, slice(None))
-    same_text = (q.group[row] == k.group[col]) & ((k.response[col] == PROMPT) | (k.response[col] == q.response[row]))
-    own_block = (q.view[row] == k.view[col]) & (q.block[row] == k.block[col])
-    finished_before = (k.view[col] == CLEAN) & (k.block[col] < q.block[row])
-    real = (q.group[row] >= 0) & (k.group[col] >= 0)
-    mask = real & same_text & (own_block | finished_before)
+    columns = ("group", "response", "view", "block")
+    asks, seen = ([getattr(one, name)[at] for name in columns] for one, at in ((q, row), (k, col)))
+    mask = sees(*asks, *seen)
     return mask | _self(q) if q is k else mask  # softmax needs one key per query, padding included
+
+
+def sees(
+    q_group: Tensor,
+    q_response: Tensor,
+    q_view: Tensor,
+    q_block: Tensor,
+    k_group: Tensor,
+    k_response: Tensor,
+    k_view: Tensor,
+    k_block: Tensor,
+) -> Tensor:
+    """The visibility rule for a query and a key, element by element: integers of any shapes that broadcast to bool.
+    Padding sees nothing by it, not even itself.
+    """
+    same_text = (q_group == k_group) & ((k_response == PROMPT) | (k_response == q_response))
+    own_block = (q_view == k_view) & (q_block == k_block)
+    finished_before = (k_view == CLEAN) & (k_block < q_block)
+    return (q_group >= 0) & (k_group >= 0) & same_text & (own_block | finished_before)
 
 
 def predecessors(layout: Layout, slots: Tensor) -> Tensor:

@@ -24,9 +24,13 @@ from megatron_dlm.diffusion.keys import permutation
 ROW_MULTIPLE = 64  # rows are rounded up to this many tokens, so that few shapes occur
 
 
-def row_multiple(tensor_size: int) -> int:
-    """Lengths of rows are multiples of this: few shapes, and as many tokens for every rank of sequence parallelism."""
-    return math.lcm(ROW_MULTIPLE, tensor_size)
+def row_multiple(tensor_size: int, token_multiple: int = 1) -> int:
+    """Lengths of rows are multiples of this: few shapes, and as many tokens for every rank of sequence parallelism.
+
+    Args:
+        token_multiple: what a rank of sequence parallelism has is a multiple of this (FP8).
+    """
+    return math.lcm(ROW_MULTIPLE, tensor_size * token_multiple)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ Invariants (tests/diffusion/test_rows.py):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ class Context:
 @dataclass(frozen=True, slots=True)
 class Row:
     """One packed microbatch: tokens int64 [T], the layout of those T tokens, and its targets. `context`: of a part of a
-    row, whose other parts are on other ranks. `causal`: some targets are tokens of the finished text.
+    row, whose other parts are on other ranks. `causal`: some targets are tokens of the finished text. `made`: what a
+    model keeps with the row while its virtual stages go over it (model/attention_backends.py); no part of its value.
     """
 
     tokens: Tensor
@@ -70,6 +72,7 @@ class Row:
     targets: Targets
     context: Context | None = None
     causal: bool = False
+    made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Row:
         context = None if self.context is None else self.context.to(device)

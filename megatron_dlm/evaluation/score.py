@@ -27,7 +27,7 @@ from megatron_dlm.data.records import content_key
 from megatron_dlm.data.traces import TraceLine
 from megatron_dlm.diffusion.balance import load_of
 from megatron_dlm.diffusion.layout import Grid
-from megatron_dlm.diffusion.planner import pack, row_multiple
+from megatron_dlm.diffusion.planner import pack
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.views import Item, largest_part, split_views, trace_views
 from megatron_dlm.model.head import target_policy
@@ -124,7 +124,7 @@ def _score_part(
     whole = [item for line in lines for item in items_of(line, full)]
     parts = [(number, part) for number, item in enumerate(whole) for part in split_views(item, budget)]
     loads = [load_of(part) for _, part in parts]
-    plan = pack(loads, budget, groups.dp_size, row_multiple(groups.tp_size))
+    plan = pack(loads, budget, groups.dp_size, session.row_multiple)
     temperature = np.array([line.trace.sampling.policy_temperature for line in lines], dtype=np.float64)
     rows = []
     for members in plan.ranks[groups.dp_rank]:

@@ -1,14 +1,15 @@
 """Attention from the layout.
 
 `LayoutAttention` is the core attention that the layer specs name; it owns no rule of its own and asks the row's
-`Attention`. `DenseAttention` is that for a packed row: exact on every device, the oracle of every other backend.
-`ContextAttention` is that for a part of a row, under context parallelism.
+`Attention`. `DenseAttention` is that for a packed row: exact on every device, the oracle of every other backend
+(attention_backends.py). `ContextAttention` is that for a part of a row, under context parallelism, by any backend.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.diffusion.layout import CLEAN, Layout, visible
-from megatron_dlm.diffusion.rows import Context, Row
+from megatron_dlm.diffusion.rows import Context
 from megatron_dlm.model.buckets import by_length
-from megatron_dlm.model.row_params import RowParams
+from megatron_dlm.model.row_params import Attention, RowParams
 
 _SHORT = 48  # tokens; groups up to here share a bucket
 
@@ -54,13 +55,6 @@ class LayoutAttention(MegatronModule):
         **_: object,
     ) -> Tensor:
         return packed_seq_params.attention(self.layer, query, key, value, self.scale)
-
-
-def attention_of(row: Row, group: dist.ProcessGroup) -> DenseAttention | ContextAttention:
-    """The attention of a row, or of a part of one whose other parts are on the other ranks of `group`."""
-    if row.context is None:
-        return DenseAttention(row.layout)
-    return ContextAttention(row.layout, row.context, group)
 
 
 class DenseAttention:
@@ -99,15 +93,24 @@ class ContextAttention:
 
     Each rank sends the keys and values of its clean text, [C, 2 kv heads d] with C the most that a rank has, and
     nothing else; the backward pass sums their gradients where they came from.
+
+    Args:
+        kind: makes the attention of these queries to these keys from the layouts of both.
     """
 
-    def __init__(self, layout: Layout, context: Context, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        context: Context,
+        group: dist.ProcessGroup,
+        kind: Callable[[Layout, Layout], Attention] = DenseAttention,
+    ) -> None:
         self.context, self.group = context, group
         noisy = (layout.view != CLEAN) & (layout.group >= 0)
         self.own = torch.nonzero(noisy)[:, 0]
         columns = (field.name for field in dataclasses.fields(Layout))
         keys = (torch.cat([getattr(context.clean, name), getattr(layout, name)[self.own]]) for name in columns)
-        self.dense = DenseAttention(layout, Layout(*keys))
+        self.inner = kind(layout, Layout(*keys))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if self.context.width:  # of this row some rank has clean text
@@ -115,7 +118,7 @@ class ContextAttention:
         else:
             clean = k[:0], v[:0]
         k, v = (torch.cat([text, x.index_select(0, self.own)]) for text, x in zip(clean, (k, v)))
-        return self.dense(layer, q, k, v, scale)
+        return self.inner(layer, q, k, v, scale)
 
     def _clean_of_all(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """This rank's clean keys and values, [n, 1, kv heads, d] -> those of all ranks, [ranks * C, ...]."""

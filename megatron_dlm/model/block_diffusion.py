@@ -25,17 +25,22 @@ from torch import Tensor
 
 from megatron_dlm.config.lora import LoraConfig
 from megatron_dlm.diffusion.rows import Row
-from megatron_dlm.model.attention import LayoutAttention, attention_of
+from megatron_dlm.model.attention import LayoutAttention
+from megatron_dlm.model.attention_backends import attention_of, served
 from megatron_dlm.model.lora import AdaptableColumn, AdaptableRow, attach, freeze_all_but_adapters
 from megatron_dlm.model.norm import RMSNorm
 from megatron_dlm.model.rotary import RotaryByPosition
-from megatron_dlm.model.row_params import RowParams
+from megatron_dlm.model.row_params import Attention, RowParams
 from megatron_dlm.model.shape import ModelShape, rotary_width
 
 
 def layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
     """One transformer layer: megatron-core's local spec with our attention and norm, and linear layers that can have
-    adapters (model/lora.py)."""
+    adapters (model/lora.py); or its spec of Transformer Engine's parts (model/te.py)."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron_dlm.model.te import te_layer_spec
+
+        return te_layer_spec(config, with_experts)
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if with_experts else None,
         qk_layernorm=config.qk_layernorm,
@@ -107,6 +112,8 @@ class BlockDiffusionModel(GPTModel):
         )
         self.logit_shift = shape.logit_shift
         self.adapters: LoraConfig | None = None  # those that it was given to learn (`adapt`)
+        self.attention_backend = "auto"  # a value of --attention-backend
+        self.fused_head = False  # whether the loss is computed by Triton's kernels (model/head.py)
         wide = config.params_dtype == torch.float64
         self.rotary_pos_emb = RotaryByPosition(
             rotary_width(config.kv_channels, shape.rotary_percent),
@@ -127,9 +134,17 @@ class BlockDiffusionModel(GPTModel):
         The model is read where it predicts a target (`Row.read_slots`).
         """
         slots = row.read_slots(self.logit_shift) if self.post_process else row.targets.slot
-        attention = attention_of(row, self.pg_collection.cp)
-        params = RowParams(position=row.layout.position, slots=slots, attention=attention, headless=headless)
+        params = RowParams(
+            position=row.layout.position, slots=slots, attention=self.attention_of(row), headless=headless
+        )
         return self.forward_tokens(row.tokens, params)
+
+    def attention_of(self, row: Row) -> Attention:
+        """Who sees whom in a row. Made once for all virtual stages of a process."""
+        config, stages = self.config, self.config.virtual_pipeline_model_parallel_size
+        backend = served(self.attention_backend, config.params_dtype, config.kv_channels, row.tokens.device)
+        more_to_come = self.vp_stage is not None and stages is not None and self.vp_stage < stages - 1
+        return attention_of(row, self.pg_collection.cp, backend, more_to_come)
 
     def forward_tokens(self, tokens: Tensor, params: RowParams) -> Tensor:
         """Run this chunk over tokens [T] that see each other as `params` says; the head is evaluated at its slots,

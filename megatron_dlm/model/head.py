@@ -13,15 +13,20 @@ targets:
             fp32. It needs no collective; who copied the hidden states to the ranks sums their gradients.
 
 Between the two there are the hidden states, the weight, and a few numbers for each target. The price is that the logits
-are computed twice. (megatron-core's fused linear cross entropy is for some GPUs only, and has neither temperature,
-nor entropy, nor tokens that are left out.)
+are computed twice. What is done with a tile of logits is memory traffic: torch's operations make several passes over
+a copy in fp32; on GPUs that have triton two kernels (model/head_triton.py) take one pass each (`fused`).
 
-Invariants (tests/model/test_head.py): values and gradients are those of model/policy.py on the whole table, whatever
-the chunk size and the number of shards; nothing of N x V elements is made.
+(megatron-core's fused linear cross entropy is for some GPUs only, and has neither temperature, nor entropy, nor tokens
+that are left out. Liger-Kernel's fused linear head for shards of the vocabulary, from 0.8.3 on, has the former two, but
+one temperature for all targets, and its softmax is over every column: mask and padding would have a probability.)
+
+Invariants (tests/model/test_head.py, test_head_triton.py): values and gradients are those of model/policy.py on the
+whole table, whatever the chunk size and the number of shards; nothing of N x V elements is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -78,8 +83,9 @@ def judged_targets(
     if chunk_size:
         hidden = copy_to_tensor_model_parallel_region(output, group)
         return _LabelPolicy.apply(
-            hidden, model.head_weight(), labels, temperature, vocabulary, group, chunk_size, with_entropy
-        )
+            hidden, model.head_weight(), labels, temperature, vocabulary, group, chunk_size, with_entropy,
+            model.fused_head,
+        )  # fmt: skip
     scores = policy_scores(output, temperature, vocabulary, group)
     logprob = label_logprobs(scores, labels, group)
     entropies = by_chunks(partial(entropy, group=group), scores) if with_entropy else None
@@ -99,6 +105,7 @@ def label_policy(
     group: dist.ProcessGroup | None,
     chunk_size: int,
     with_entropy: bool = False,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each label under the policy (model/policy.py) that a linear head makes of hidden states.
 
@@ -108,37 +115,33 @@ def label_policy(
         temperature: a positive number, or [N] of them; not differentiated.
         group: of the shards; None means unsharded.
         chunk_size: targets whose logits may be there at the same time, at least 1.
+        fused: by Triton's kernels, where there are some for these logits: float64 is left to torch.
 
     Returns:
         The log-probabilities [N] and, if asked for, the entropies of the policy in nats [N], in fp32 or better; the
         same on all ranks, differentiable once in hidden states and weight.
     """
-    return _LabelPolicy.apply(hidden, weight, labels, temperature, vocabulary, group, chunk_size, with_entropy)[:2]
+    return _LabelPolicy.apply(
+        hidden, weight, labels, temperature, vocabulary, group, chunk_size, with_entropy, fused
+    )[:2]  # fmt: skip
 
 
 class _LabelPolicy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature, vocabulary, group, chunk_size, with_entropy):
+    def forward(ctx, hidden, weight, labels, temperature, vocabulary, group, chunk_size, with_entropy, fused):
         first = 0 if group is None else dist.get_rank(group) * len(weight)
         wide = torch.promote_types(weight.dtype, torch.float32)
         if isinstance(temperature, Tensor):
             temperature = temperature.to(wide)
         highest, total, moment, picked = hidden.new_zeros((4, len(hidden)), dtype=wide)
-        # Finite, so that a shard of nothing but padding adds zeros, and not the difference of two infinities.
-        lowest = torch.finfo(wide).min / 4
+        statistics, gradient = _kernels(fused, weight)
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
-            scores = _scores(hidden[part], weight, _part(temperature, part), vocabulary, first)
-            place, here = _places(labels[part], first, len(weight))
-            label_scores = scores.gather(1, place[:, None])[:, 0]
-            picked[part] = torch.where(here, label_scores, torch.zeros_like(label_scores))
-            highest[part] = scores.amax(-1).clamp_(min=lowest)
-            scores.sub_(highest[part, None])
-            weights = scores.exp() if with_entropy else scores.exp_()
-            total[part] = weights.sum(-1)
-            if with_entropy:
-                moment[part] = weights.mul_(exclude_(scores, vocabulary, first, 0.0)).sum(-1)
-            del scores, weights  # before the next tile is made
+            found = statistics(
+                F.linear(hidden[part], weight), labels[part], _part(temperature, part), vocabulary, first, with_entropy
+            )
+            for column, values in zip((highest, total, moment, picked), found):
+                column[part] = values
         if group is not None and dist.get_world_size(group) > 1:
             own = highest.clone()
             dist.all_reduce(highest, dist.ReduceOp.MAX, group)
@@ -151,7 +154,7 @@ class _LabelPolicy(torch.autograd.Function):
         entropies = total.log() - moment / total if with_entropy else None
         scale = temperature if isinstance(temperature, Tensor) else None
         ctx.save_for_backward(hidden, weight, labels, log_normaliser, entropies, scale)
-        ctx.rest = (None if scale is not None else temperature, vocabulary, first, chunk_size)
+        ctx.rest = (None if scale is not None else temperature, vocabulary, first, chunk_size, gradient)
         ctx.set_materialize_grads(False)
         best = picked >= highest
         ctx.mark_non_differentiable(best)
@@ -161,39 +164,97 @@ class _LabelPolicy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, by_logprob, by_entropy, _):
         hidden, weight, labels, log_normaliser, entropies, scale = ctx.saved_tensors
-        number, vocabulary, first, chunk_size = ctx.rest
+        number, vocabulary, first, chunk_size, gradient = ctx.rest
         temperature = number if scale is None else scale
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden, dtype=log_normaliser.dtype) if for_hidden else None
         grad_weight = torch.empty_like(weight) if for_weight else None
-        # The gradient of a score s_j of a target with probabilities p, label l and entropy H is
-        # g (1[j = l] - p_j) - e p_j (log p_j + H), g and e being those of log p_l and H; of a logit that over T.
         by_label = torch.zeros_like(log_normaliser) if by_logprob is None else by_logprob / temperature
         by_mean = None if by_entropy is None else by_entropy / temperature
         run = _run_length(len(hidden), len(weight), chunk_size)
         for start in range(0, len(weight), run):
             rows = weight[start : start + run]
-            logprob = _scores(hidden, rows, temperature, vocabulary, first + start).sub_(log_normaliser[:, None])
-            if by_mean is None:
-                grad = logprob.exp_().mul_(-by_label[:, None])
-            else:
-                grad = logprob.exp()
-                grad.mul_(logprob.add_(entropies[:, None]).mul_(-by_mean[:, None]).sub_(by_label[:, None]))
-            del logprob
-            place, here = _places(labels, first + start, len(rows))
-            grad.scatter_add_(1, place[:, None], torch.where(here, by_label, torch.zeros_like(by_label))[:, None])
-            grad = exclude_(grad, vocabulary, first + start, 0.0).to(weight.dtype)
+            grad = gradient(
+                F.linear(hidden, rows), labels, temperature, log_normaliser, by_label, entropies, by_mean,
+                vocabulary, first + start,
+            )  # fmt: skip
             if for_weight:
                 torch.mm(grad.t(), hidden, out=grad_weight[start : start + run])
             if for_hidden:
                 _add_product_(grad_hidden, grad, rows)
             del grad
-        return (None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, *[None] * 6)
+        return (None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, *[None] * 7)
 
 
-def _scores(hidden: Tensor, rows: Tensor, temperature: Tensor | float, vocabulary: Vocabulary, first: int) -> Tensor:
-    """Policy scores [N, W] of the tokens from `first` on, whose rows of the weight are given."""
-    return scores_of_tokens(F.linear(hidden, rows), temperature, vocabulary, first, overwrite=True)
+def _kernels(fused: bool, weight: Tensor) -> tuple[Callable, Callable]:
+    """What makes statistics, and what makes a gradient, of a tile of logits."""
+    if not fused or weight.dtype == torch.float64:
+        return _statistics, _gradient
+    from megatron_dlm.model import head_triton
+
+    return head_triton.statistics, head_triton.gradient_
+
+
+def _statistics(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor | float,
+    vocabulary: Vocabulary,
+    first: int,
+    with_moment: bool,
+) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
+    """Of each target the highest score, the sums of exp(x) and, with_moment, of x exp(x), x = score - highest, and the
+    label's score, 0 where it is another shard's.
+
+    Args:
+        logits: [n, W] of the tokens from `first` on, which are written over.
+    """
+    scores = scores_of_tokens(logits, temperature, vocabulary, first, overwrite=True)
+    del logits
+    place, here = _places(labels, first, scores.shape[1])
+    picked = scores.gather(1, place[:, None])[:, 0]
+    # Finite, so that a shard of nothing but padding adds zeros, and not the difference of two infinities.
+    highest = scores.amax(-1).clamp_(min=torch.finfo(scores.dtype).min / 4)
+    scores.sub_(highest[:, None])
+    weights = scores.exp() if with_moment else scores.exp_()
+    total, moment = weights.sum(-1), 0.0
+    if with_moment:
+        moment = weights.mul_(exclude_(scores, vocabulary, first, 0.0)).sum(-1)
+    return highest, total, moment, torch.where(here, picked, torch.zeros_like(picked))
+
+
+def _gradient(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor | float,
+    log_normaliser: Tensor,
+    by_label: Tensor,
+    entropies: Tensor | None,
+    by_mean: Tensor | None,
+    vocabulary: Vocabulary,
+    first: int,
+) -> Tensor:
+    """The loss by each of the logits [n, W], in their precision; they are written over.
+
+    The gradient of a score s_j of a target with probabilities p, label l and entropy H is
+    g (1[j = l] - p_j) - e p_j (log p_j + H), g and e being those of log p_l and H; of a logit that over T.
+
+    Args:
+        by_label, by_mean: g / T and e / T.
+    """
+    dtype, width = logits.dtype, logits.shape[1]
+    logprob = scores_of_tokens(logits, temperature, vocabulary, first, overwrite=True)
+    del logits
+    logprob.sub_(log_normaliser[:, None])
+    if by_mean is None:
+        grad = logprob.exp_().mul_(-by_label[:, None])
+    else:
+        grad = logprob.exp()
+        grad.mul_(logprob.add_(entropies[:, None]).mul_(-by_mean[:, None]).sub_(by_label[:, None]))
+    del logprob
+    place, here = _places(labels, first, width)
+    grad.scatter_add_(1, place[:, None], torch.where(here, by_label, torch.zeros_like(by_label))[:, None])
+    return exclude_(grad, vocabulary, first, 0.0).to(dtype)
 
 
 def _part(temperature: Tensor | float, part: slice) -> Tensor | float:

@@ -32,7 +32,7 @@ _NOT_FOLLOWED = frozenset(
         # positions are RotaryByPosition, norms are our RMSNorm
         *("rotary_interleaved", "mrope_section"),
         *("normalization", "layernorm_zero_centered_gamma", "qk_l2_norm"),
-        # layers are those of megatron-core's local spec, with or without experts
+        # layers are those of megatron-core's local or Transformer Engine spec, with or without experts
         *("transformer_impl", "fp8", "fp4", "mtp_num_layers", "heterogeneous_block_specs", "is_hybrid_model"),
         *("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"),
         # processes are the groups' to know
@@ -192,7 +192,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        transformer_impl=parallel.transformer_impl,
     )
+    if parallel.transformer_impl == "transformer_engine":
+        values |= _of_transformer_engine(parallel, with_experts=model.num_experts is not None)
     if parallel.recompute_granularity is not None:
         values |= dict(
             recompute_granularity=parallel.recompute_granularity,
@@ -241,6 +244,27 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         if not model.transformer_overrides:
             raise
         raise refused_overrides(model, error) from error
+
+
+def _of_transformer_engine(parallel: ParallelConfig, with_experts: bool) -> dict[str, object]:
+    """Fields of a model of Transformer Engine's layers."""
+    # Its kernel takes one row of angles per token, which is what RotaryByPosition makes whatever the positions are.
+    values: dict[str, object] = dict(apply_rope_fusion=True)
+    if with_experts:
+        values["moe_grouped_gemm"] = True
+    if parallel.fp8_format is not None:
+        values |= dict(
+            fp8=parallel.fp8_format,
+            fp8_recipe=parallel.fp8_recipe,
+            fp8_param=parallel.fp8_param_gather,
+            fp8_margin=parallel.fp8_margin,
+            fp8_amax_history_len=parallel.fp8_amax_history_len,
+            fp8_amax_compute_algo=parallel.fp8_amax_compute_algo,
+            first_last_layers_bf16=parallel.first_last_layers_bf16,
+            num_layers_at_start_in_bf16=parallel.num_layers_at_start_in_bf16,
+            num_layers_at_end_in_bf16=parallel.num_layers_at_end_in_bf16,
+        )
+    return values
 
 
 def _check_recomputed_norms(modules: Sequence[str]) -> None:

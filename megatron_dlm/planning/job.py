@@ -100,13 +100,17 @@ class Job:
     @property
     def row_length(self) -> int:
         """Tokens of a full row, or under context parallelism of a rank's part of it, rounded as the trainers round."""
-        whole, multiple = self._whole_row, row_multiple(self.parallel.tensor_model_parallel_size)
-        return whole if self.context == 1 else shared_length(whole, self.context, self.model.block_size, multiple)
+        if self.context == 1:
+            return self._whole_row
+        return shared_length(self._whole_row, self.context, self.model.block_size, self._row_multiple)
 
     @property
     def _whole_row(self) -> int:
-        multiple = row_multiple(self.parallel.tensor_model_parallel_size)
-        return -(-self.row_budget // multiple) * multiple
+        return -(-self.row_budget // self._row_multiple) * self._row_multiple
+
+    @property
+    def _row_multiple(self) -> int:
+        return row_multiple(self.parallel.tensor_model_parallel_size, self.parallel.token_multiple)
 
     @property
     def tokens_per_group(self) -> int:
@@ -165,7 +169,7 @@ def job_of(config: dict[str, Any], model: ModelConfig, world_size: int) -> Job:
         parallel=config["parallel"],
         optimizer=config["optimizer"],
         lora=config.get("lora"),
-        dense_attention=plan.plan_attention == "dense",
+        dense_attention=_is_dense(plan, config["parallel"]),
     )
     if "rl" not in config:
         sft = config["sft"]
@@ -227,6 +231,12 @@ def _texts(
         copies,
         predicted,
     )
+
+
+def _is_dense(plan: PlanConfig, parallel: ParallelConfig) -> bool:
+    """Whether the attention of the job is the dense one."""
+    asked = plan.plan_attention if plan.plan_attention != "auto" else parallel.attention_backend
+    return asked == "dense"
 
 
 def _shares_heads(model: ModelConfig) -> bool:

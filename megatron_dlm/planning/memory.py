@@ -16,6 +16,7 @@ from functools import partial
 
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.parallel import with_local_layers
 from megatron_dlm.model.policy import Vocabulary
 from megatron_dlm.planning.attention import PlannedAttention
 from megatron_dlm.planning.job import Job, chunks_in_flight
@@ -129,7 +130,8 @@ def build(job: Job, place: Place, measured: dict) -> BuiltRank:
 
     vocabulary = Vocabulary(job.model.vocab_size, 0)
     with as_rank(place.rank, job.world_size, job.parallel) as groups:
-        session = Session(job.model, job.parallel, None, groups, vocabulary)
+        # Those of Transformer Engine have the same weights, and can be built on a GPU only; FP8 is left out.
+        session = Session(job.model, with_local_layers(job.parallel), None, groups, vocabulary)
         trained: list[tuple[str, OptimizerConfig, Callable, ForwardStep]] = [
             ("policy", job.optimizer, partial(session.train_state, lora=job.lora), policy_loss(job, vocabulary))
         ]

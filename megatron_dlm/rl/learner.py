@@ -82,8 +82,9 @@ class Learner:
             traces: that this rank holds.
             token_rewards: rewards of single tokens, which then make the advantages in the place of those given.
         """
-        groups, words, sharing = self.session.groups, self.session.tokenizer, self.session.sharing
-        settings = dataclasses.replace(settings, rows_multiple=self.session.rows_multiple)
+        session = self.session
+        groups, words, sharing = session.groups, session.tokenizer, session.sharing
+        settings = dataclasses.replace(settings, rows_multiple=session.rows_multiple, row_multiple=session.row_multiple)
         if self.models.value is not None or token_rewards is not None:  # computed from all tokens of a response
             settings = dataclasses.replace(settings, together=True)
         updates = plan_updates(learned, settings, groups, stream(self.seed, "partition", settings.step))

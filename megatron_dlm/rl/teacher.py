@@ -23,13 +23,13 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.config.parallel import fp8_tokens
 from megatron_dlm.diffusion.balance import load_of
 from megatron_dlm.diffusion.layout import CLEAN, PADDING, Grid, Layout, predecessors
 from megatron_dlm.diffusion.planner import pack, row_multiple
 from megatron_dlm.diffusion.rows import Row, build_row
 from megatron_dlm.diffusion.trace import Trace
 from megatron_dlm.diffusion.views import Item, Views, largest_part, split_views, trace_views
-from megatron_dlm.model.attention import DenseAttention
 from megatron_dlm.model.policy import Vocabulary, policy_scores
 from megatron_dlm.model.row_params import RowParams
 from megatron_dlm.parallel.exchange import gather_objects
@@ -100,7 +100,8 @@ class Teacher:
         items = [(index, self._item(trace)) for index, trace in sorted(traces.items())]
         budget = max([self.budget, *(largest_part(item) for _, item in items)])
         parts = [(index, part) for index, item in items for part in split_views(item, budget)]
-        multiple = row_multiple(groups.tp_size)
+        config = self.state.config
+        multiple = row_multiple(groups.tp_size, fp8_tokens(config.fp8, config.fp8_recipe))
         loads = [load_of(part) for _, part in parts]
         plan = pack(loads, budget, 1, multiple)
         built = [build_row([parts[n] for n in members], plan.length, mask_id, pad_id) for members in plan.ranks[0]]
@@ -125,7 +126,7 @@ class Teacher:
         module, layout = model.module, row.layout
         if self.is_autoregressive:
             params = RowParams(
-                position=layout.position, slots=row.targets.slot, attention=DenseAttention(layout), headless=True
+                position=layout.position, slots=row.targets.slot, attention=module.attention_of(row), headless=True
             )
             return module.forward_tokens(row.tokens, params), lambda hidden: hidden.cpu()
         return module.forward_row(row, headless=True), lambda hidden: hidden.cpu()

@@ -33,6 +33,7 @@ from megatron_dlm.rl.supply import Supply
 from megatron_dlm.rl.turns import Turns
 from megatron_dlm.rl.update import UpdateSettings, update_settings
 from megatron_dlm.rollout.rig import RolloutRig
+from megatron_dlm.training import profile
 from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report, Stopwatch
 from megatron_dlm.training.setup import Session
@@ -134,9 +135,10 @@ class TraceRLTrainer:
         """
         watch = Stopwatch()
         during = partial(self.turns.phase, watch=watch)
+        profile.begin_step(self.step_index)
         self.turns.ledger.begin_step()
         rollout, generated, metrics = self.collector.collect(
-            self.step_index, report, partial(during, "rollout"), partial(watch.phase, "reward_time")
+            self.step_index, report, partial(during, "rollout"), partial(self.turns.judging, watch)
         )
         learned, advantages = self._advantages(rollout.candidates)
         metrics |= rollout_metrics(rollout.graded) | learned_metrics(advantages, len(rollout.graded))

@@ -19,13 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from torch import Tensor
-
 from megatron_dlm.config.rl import RLConfig
 from megatron_dlm.platform import memory
 from megatron_dlm.rl.learner import Models
-from megatron_dlm.rollout.engine import Engine
+from megatron_dlm.rollout.holdings import hold_engine
 from megatron_dlm.rollout.rig import RolloutRig
+from megatron_dlm.training import profile
 from megatron_dlm.training.ledger import Ledger, hold_state
 from megatron_dlm.training.report import Stopwatch
 from megatron_dlm.training.sleep import sleep, wake
@@ -55,8 +54,7 @@ class Turns:
         ):
             if state is not None:
                 hold_state(self.ledger, state, prefix)
-        self.ledger.add("rollout weights", self._rollout_weights)
-        self.ledger.add("kv cache", self._kv_cache)
+        hold_engine(self.ledger, rig)
 
     @contextmanager
     def phase(self, name: str, watch: Stopwatch | None = None) -> Iterator[None]:
@@ -74,7 +72,7 @@ class Turns:
                         self.rig.engine.wake()
                     if updated is not None:
                         wake(updated)
-            with timed(name):
+            with profile.phase(name), timed(name):
                 yield
             self.ledger.mark(name)
             if generating and self.offload_rollout:
@@ -82,11 +80,8 @@ class Turns:
                     self.rig.engine.sleep()
                     memory.give_back()
 
-    def _rollout_weights(self) -> list[Tensor]:
-        """None of them counts where the engine reads the training parameters: the ledger has them already."""
-        engine = self.rig.engine
-        return [*engine.model.parameters(), *engine.model.buffers()] if isinstance(engine, Engine) else []
-
-    def _kv_cache(self) -> list[Tensor] | int:
-        engine = self.rig.engine
-        return [engine.cache.storage] if isinstance(engine, Engine) else engine.kv_cache_bytes
+    @contextmanager
+    def judging(self, watch: Stopwatch) -> Iterator[None]:
+        """The phase `reward`, which takes nothing of the device."""
+        with profile.phase("reward"), watch.phase("reward_time"):
+            yield

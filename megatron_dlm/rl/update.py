@@ -52,6 +52,7 @@ class UpdateSettings:
         sees_rollout_states: whether tokens are learned in the very states in which the rollout decided them.
         step: of RL. oldest_version: of the weights whose tokens are learned.
         together: a response stays on one data rank. rows_multiple: of the number of rows (Session.rows_multiple).
+        row_multiple: of their length (Session.row_multiple); 0 for that of full precision.
     """
 
     objective: PolicyObjective
@@ -74,6 +75,7 @@ class UpdateSettings:
     oldest_version: int = 0
     together: bool = False
     rows_multiple: int = 1
+    row_multiple: int = 0
 
     @property
     def head_chunk(self) -> int:
@@ -118,13 +120,17 @@ def plan_updates(
     records: Sequence[Graded], settings: UpdateSettings, groups: Groups, stream: int
 ) -> list[tuple[list[Graded], Plan]]:
     """The updates of this RL step: for each its records and its rows. The same on every rank."""
-    multiple = row_multiple(groups.tp_size)
     updates = []
     for members in partition(len(records), settings.num_updates, stream if settings.shuffle else None):
         chosen = [records[index] for index in members]
         loads = [graded.parts or (graded.load,) for graded in chosen]
         plan = pack_parts(
-            loads, settings.max_tokens_per_row, groups.data_size, multiple, settings.together, settings.rows_multiple
+            loads,
+            settings.max_tokens_per_row,
+            groups.data_size,
+            settings.row_multiple or row_multiple(groups.tp_size),
+            settings.together,
+            settings.rows_multiple,
         )
         updates.append((chosen, plan))
     return updates

@@ -64,6 +64,7 @@ class RunningBatch:
         self.greedy = torch.zeros(num_slots + 1, dtype=torch.bool, device=device)
         self.stops = torch.full((num_slots + 1, 1), -1, dtype=torch.int64, device=device)
         self.widest_block = 1
+        self.filters = False  # whether any request so far has top-k or top-p
 
     # Sequences that come and go -------------------------------------------------------------------------------------
 
@@ -98,6 +99,7 @@ class RunningBatch:
             column[slot] = torch.tensor(values, dtype=column.dtype, device=self.device)
         self._set_stops(slot, [_stops(request.sampling) for request in requests])
         self.widest_block = max(self.widest_block, *(request.sampling.block_size for request in requests))
+        self.filters |= any(one.sampling.top_k > 0 or one.sampling.top_p < 1 for one in requests)
 
     def _set_stops(self, slot: Tensor, stops: list[tuple[int, ...]]) -> None:
         width = max(map(len, stops))
@@ -125,7 +127,7 @@ class RunningBatch:
 
     # One round ------------------------------------------------------------------------------------------------------
 
-    def draw_rules(self, slot: Tensor) -> DrawRules:
+    def draw_rules(self, slot: Tensor | slice) -> DrawRules:
         """For each of N positions, in these slots [N]."""
         return DrawRules(
             greedy=self.greedy[slot],

@@ -1,4 +1,9 @@
-"""From logits to unmasked tokens: the policy, the draw, and which of the drawn tokens are kept."""
+"""From logits to unmasked tokens: the policy, the draw, and which of the drawn tokens are kept.
+
+By operations of torch, or (`fused`) by three kernels in Triton: two for the draw (diffusion/sampling_triton.py), one
+for what is kept of whole blocks (unmask_triton.py). None of these waits for the host. Rows with top-k or top-p are
+drawn by torch in both ways, and so are logits in float64.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +27,30 @@ class Denoiser:
 
     Args:
         vocabulary: what the policy ranges over. tp_group: over which the logits are sharded; None is unsharded.
+        fused: by Triton's kernels, where there are some for it.
     """
 
-    def __init__(self, batch: RunningBatch, vocabulary: Vocabulary, tp_group: dist.ProcessGroup | None) -> None:
-        self.batch, self.vocabulary, self.tp_group = batch, vocabulary, tp_group
+    def __init__(
+        self, batch: RunningBatch, vocabulary: Vocabulary, tp_group: dist.ProcessGroup | None, fused: bool = False
+    ) -> None:
+        self.batch, self.vocabulary, self.tp_group, self.fused = batch, vocabulary, tp_group, fused
         self._rows = max(1, _TABLE_BYTES // (8 * vocabulary.size))  # positions that are worked on at a time
 
-    def rules(self, where: Tensor) -> list[tuple[DrawRules, Asked]]:
-        """By which rules N positions in these slots [N] are drawn, in parts of so many as `draw` works on at a time."""
+    def rules(self, where: Tensor) -> list[tuple[DrawRules, Asked] | None]:
+        """By which rules N positions in these slots [N] are drawn, in parts of so many as `draw` works on at a time;
+        None where the kernels find them. They know no filters: while nobody has any, nobody looks for rows that do.
+        """
+        if self.fused and not self.batch.filters:
+            return [None] * -(-len(where) // self._rows)
         rules = [self.batch.draw_rules(slot) for slot in where.split(self._rows)]
         return [(part, Asked.by(part)) for part in rules]
 
     def draw(
-        self, logits: Tensor, where: Tensor, position: Tensor, rules: list[tuple[DrawRules, Asked]] | None = None
+        self,
+        logits: Tensor,
+        where: Tensor,
+        position: Tensor,
+        rules: list[tuple[DrawRules, Asked] | None] | None = None,
     ) -> Draws:
         """One token for each of N positions, in parts: each makes several tables of its size.
 
@@ -43,14 +59,38 @@ class Denoiser:
             where, position: int64 [N], slots and positions in the text.
             rules: `rules(where)`, if it is known.
         """
-        batch, parts = self.batch, []
+        parts = []
         split = (one.split(self._rows) for one in (logits, where, position))
+        draw_part = self._draw_fused if self.fused and logits.dtype != torch.float64 else self._draw
         for logits_part, slot, place, how in zip(*split, rules or self.rules(where)):
-            uniform = uniforms(batch.stream[slot], place, batch.steps_taken[slot])
-            scores = policy_scores(logits_part, batch.temperature[slot], self.vocabulary, self.tp_group)
-            parts.append(draw(self._whole(scores), uniform, *how))
+            parts.append(draw_part(logits_part, slot, place, how))
+        if len(parts) == 1:
+            return self._agreed(parts[0])
         columns = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws))
         return self._agreed(Draws(*columns))
+
+    def _draw(self, logits: Tensor, slot: Tensor, position: Tensor, how: tuple[DrawRules, Asked] | None) -> Draws:
+        batch = self.batch
+        scores = policy_scores(logits, batch.temperature[slot], self.vocabulary, self.tp_group)
+        uniform = uniforms(batch.stream[slot], position, batch.steps_taken[slot])
+        return draw(self._whole(scores), uniform, *(how or (batch.draw_rules(slot),)))
+
+    def _draw_fused(self, logits: Tensor, slot: Tensor, position: Tensor, how: tuple[DrawRules, Asked] | None) -> Draws:
+        from megatron_dlm.diffusion.sampling_triton import draw_logits
+
+        batch, vocabulary = self.batch, self.vocabulary
+        logits = self._whole(logits)
+        of_slots = batch.draw_rules(slice(None)), batch.stream, batch.steps_taken
+        draws = draw_logits(logits, slot, position, *of_slots, vocabulary.size, vocabulary.mask_id)
+        filtered = None if how is None else how[1].filtered
+        if filtered is not None and len(filtered):
+            slot, position = slot[filtered], position[filtered]
+            uniform = uniforms(batch.stream[slot], position, batch.steps_taken[slot])
+            scores = policy_scores(logits[filtered], batch.temperature[slot], vocabulary)
+            ours = draw(scores, uniform, batch.draw_rules(slot))
+            for field in fields(Draws):
+                getattr(draws, field.name)[filtered] = getattr(ours, field.name)
+        return draws
 
     def _agreed(self, draws: Draws) -> Draws:
         """The draws of the first rank on all tensor-parallel ranks: they must not differ in a single bit, and a kernel
@@ -63,7 +103,7 @@ class Denoiser:
         return Draws(table[0].long(), *table[1:])
 
     def _whole(self, scores: Tensor) -> Tensor:
-        """[N, V / TP] -> [N, V]."""
+        """[N, V / TP] -> [N, V], scores or logits."""
         if self.tp_group is None:
             return scores
         shards = [torch.empty_like(scores) for _ in range(dist.get_world_size(self.tp_group))]
@@ -104,7 +144,7 @@ class Denoiser:
         position: Tensor,
         masked: Tensor,
         version: int,
-        rules: list[tuple[DrawRules, Asked]],
+        rules: list[tuple[DrawRules, Asked] | None],
     ) -> None:
         """The same for whole blocks, in shapes that do not depend on what is chosen.
 
@@ -116,6 +156,11 @@ class Denoiser:
         """
         batch, line = self.batch, slot[:, None]
         draws = self.draw(logits, slot.repeat_interleave(position.shape[1]), position.flatten(), rules)
+        if self.fused:
+            from megatron_dlm.rollout.unmask_triton import WIDEST, unmask
+
+            if position.shape[1] <= WIDEST:
+                return unmask(batch, draws, slot, position, masked, version)
         chosen = select(batch.unmask_rules(slot), draws.confidence.double().view_as(masked), masked)
         values = {
             "tokens": draws.token.view_as(position),

@@ -111,7 +111,7 @@ class Engine:
         self.page_table = torch.zeros((slots + 1, widest), dtype=torch.int64, device=self.device)
         self.page_table[self.batch.spare] = self.cache.scratch
         self.graphs = GraphedForward(self._forward) if options.cuda_graphs else None
-        self.denoiser = Denoiser(self.batch, vocabulary, self.tp_group)
+        self.denoiser = Denoiser(self.batch, vocabulary, self.tp_group, options.fused_sampler)
         self.weight_version = 0
         self.stats = EngineStats()
 

@@ -22,6 +22,7 @@ class EngineOptions:
     rounds_per_sync: denoising rounds that are made before the host looks at what became of them, where nobody waits to
         be let in. On a GPU the device then never waits for the host; sequences that end in between idle.
     cuda_graphs: such rounds are captured and replayed, their width and the number of keys rounded up to few values.
+    fused_sampler: tokens are drawn and unmasked by kernels in Triton (Denoiser).
     longest_first: waiting requests with the most tokens left start first, so that no long one is left over at the end.
     """
 
@@ -38,3 +39,4 @@ class EngineOptions:
     longest_first: bool = False
     rounds_per_sync: int = 1
     cuda_graphs: bool = False
+    fused_sampler: bool = False

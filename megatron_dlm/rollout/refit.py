@@ -35,6 +35,7 @@ from itertools import chain
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor, nn
 
 from megatron_dlm import platform
@@ -151,8 +152,9 @@ class Refit:
 
 
 class _Given(Mapping[str, Tensor]):
-    """What a rank gives of each name: a training tensor, merged with its adapter where it has one. The last merged one
-    is kept, because the parts of a tensor are asked for one after the other.
+    """What a rank gives of each name: a training tensor, merged with its adapter where it has one, and in the type of
+    the engine where it is kept in FP8. The last that was computed is kept, because the parts of a tensor are asked for
+    one after the other.
     """
 
     def __init__(self, stored: dict[str, Tensor], adapters: dict[str, Adapter]) -> None:
@@ -160,11 +162,13 @@ class _Given(Mapping[str, Tensor]):
         self._last: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.adapters:
-            return self.stored[name]
+        stored = self.stored[name]
+        if name not in self.adapters and not is_float8tensor(stored):
+            return stored
         if self._last is None or self._last[0] != name:
             self._last = None  # before the next one is made
-            self._last = (name, self.adapters[name].merged(self.stored[name]))
+            adapter = self.adapters.get(name)
+            self._last = (name, dequantize_fp8_tensor(stored) if adapter is None else adapter.merged(stored))
         return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
@@ -191,9 +195,10 @@ def training_tensors(state: TrainState, rollout_model: nn.Module) -> dict[str, T
 
 def training_shards(state: TrainState, rollout_model: nn.Module) -> list[Shard]:
     """The same as shards."""
-    adapters, groups = adapters_by_weight(state), state.groups.pg_collection
-    shards = [_shard(name, tensor, groups) for name, tensor in training_tensors(state, rollout_model).items()]
-    return [replace(shard, computed=True) if shard.name in adapters else shard for shard in shards]
+    tensors, groups = training_tensors(state, rollout_model), state.groups.pg_collection
+    shards = [_shard(name, tensor, groups) for name, tensor in tensors.items()]
+    computed = {*adapters_by_weight(state), *(name for name, tensor in tensors.items() if is_float8tensor(tensor))}
+    return [replace(shard, computed=True) if shard.name in computed else shard for shard in shards]
 
 
 def _slots(model: nn.Module) -> Iterator[_Slot]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor, nn
 
 from megatron_dlm.config.errors import TrainingError
@@ -155,5 +156,6 @@ def _parts(chunks: Iterable[nn.Module], replicas: torch.distributed.ProcessGroup
                 if isinstance(tensor, ShardedTensor) and tensor.data is not None:
                     offset, whole = tuple(tensor.global_offset), tuple(tensor.global_shape)
                     key = f"{tensor.key}{list(offset[: tensor.prepend_axis_num])}"
-                    mark = fingerprint(tensor.data, offset, whole)
+                    data = dequantize_fp8_tensor(tensor.data) if is_float8tensor(tensor.data) else tensor.data
+                    mark = fingerprint(data, offset, whole)
                     yield Part(key, offset, tuple(tensor.data.shape), name, mark)

@@ -17,6 +17,7 @@ from megatron_dlm.diffusion.trace import SamplingParams, Trace
 from megatron_dlm.rollout.queue import Queue
 from megatron_dlm.rollout.request import Request, rollout_stream
 from megatron_dlm.rollout.rig import RolloutRig
+from megatron_dlm.training import profile
 
 LOOK_EVERY = 8  # passes between two looks at what the other replicas have finished
 
@@ -108,6 +109,7 @@ def roll(
         if engine.idle:
             break
         finished = engine.step()
+        profile.after_pass()
         news, passes = work.end(finished), passes + 1
         if progress is not None and finished:
             progress(len(finished))

@@ -34,6 +34,11 @@ Region = tuple[tuple[int, int], ...]
 
 _SEQUENTIAL = re.compile(r"^(.*\.experts)\.local_experts\.(\d+)\.(.+)$")
 _GROUPED = re.compile(r"^(.*\.experts)\.(linear_fc\d)\.(weight|bias)(\d+)$")
+_FUSED_NORM = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Norms within a layer that Transformer Engine computes together with the product behind them; by their own names."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _FUSED = re.compile(r"\.experts\.weight[12]$")
 
@@ -129,6 +134,8 @@ def canonical(name: str, first_expert: int) -> str:
         prefix, layer, kind, number = match.groups()
         rest = f"{layer}.{kind}"
     else:
+        for fused, alone in _FUSED_NORM.items():
+            name = name.replace(f".{fused}", f".{alone}")
         return name
     return f"{prefix}.{first_expert + int(number)}.{rest}"
 

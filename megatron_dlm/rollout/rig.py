@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dlm import platform
-from megatron_dlm.config.parallel import without_recompute
+from megatron_dlm.config.parallel import with_local_layers, without_recompute
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.diffusion.trace import SamplingParams
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
@@ -135,7 +135,7 @@ def _rollout_model(session: Session, groups: Groups) -> BlockDiffusionModel:
     """A model in the rollout layout, on the meta device: refit gives it the training parameters, or storage."""
     with_experts = session.model.num_experts is not None
     parallel = dataclasses.replace(
-        without_recompute(session.parallel),
+        with_local_layers(without_recompute(session.parallel)),
         tensor_model_parallel_size=groups.tp_size,
         pipeline_model_parallel_size=1,
         num_virtual_stages_per_pipeline_rank=None,

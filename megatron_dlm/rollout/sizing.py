@@ -9,6 +9,7 @@ from megatron_dlm import platform
 from megatron_dlm.config.rollout import EngineConfig
 from megatron_dlm.parallel.groups import Groups
 from megatron_dlm.platform import memory
+from megatron_dlm.platform.kernels import by_triton
 from megatron_dlm.rollout.options import EngineOptions
 
 _TOKENS_PER_PASS = {"cuda": 8192, "cpu": 1024}  # on a CPU the activations of a pass should stay in its cache
@@ -44,6 +45,7 @@ def engine_options(
         full_attention=full_attention,
         attention_backend=rollout.rollout_attention_backend,
         cuda_graphs=rollout.rollout_cuda_graphs,
+        fused_sampler=by_triton("--rollout-sampler", rollout.rollout_sampler),
         longest_first=rollout.longest_first,
         rounds_per_sync=rollout.rollout_rounds_per_sync or _ROUNDS_PER_SYNC[platform.device().type],
     )

@@ -14,6 +14,7 @@ from megatron_dlm.config.sft_objective import num_masks
 from megatron_dlm.sft.loader import Loader, open_loader
 from megatron_dlm.sft.objective import sft_forward
 from megatron_dlm.sft.updates import Place, Sampler, Update, Updates
+from megatron_dlm.training import profile
 from megatron_dlm.training.ledger import Ledger, hold_state
 from megatron_dlm.training.pace import Pace
 from megatron_dlm.training.report import Report
@@ -82,7 +83,8 @@ class SFTTrainer:
 
     def step(self) -> tuple[StepResult, Update]:
         """One optimizer step: its result, and what was learned."""
-        update = self.take()
+        with profile.span("rows"):
+            update = self.take()
         return train_step(self.state, update.rows, self.forward_step(update), update.length), update
 
     def _block_size(self, update: Update) -> dict[str, float]:
@@ -109,8 +111,10 @@ class SFTTrainer:
             bar.update(self.state.iteration)
             while self.state.iteration < self.sft.train_iters:
                 learning_rate = self.state.learning_rate()
+                profile.begin_step(self.state.iteration)
                 ledger.begin_step()
-                result, update = self.step()
+                with profile.phase("train"):
+                    result, update = self.step()
                 ledger.mark("train")
                 now = time.perf_counter()
                 iteration, seconds, last = self.state.iteration, now - last, now

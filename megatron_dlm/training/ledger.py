@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.platform import memory
 from megatron_dlm.platform.memory import DeviceMemory
-from megatron_dlm.training import sleep
+from megatron_dlm.training import profile, sleep
 from megatron_dlm.training.state import TrainState
 
 GIB = 2**30
@@ -132,12 +132,15 @@ class Ledger:
 
     @contextmanager
     def told_in_shortage(self) -> Iterator[None]:
-        """Within it an OutOfMemoryError takes a table of the phases along, as a note; __main__.py prints it."""
+        """Within it an OutOfMemoryError takes a table of the phases along, as a note, and says where more of it was
+        written (profile.py); __main__.py prints both."""
         try:
             yield
         except torch.OutOfMemoryError as error:
             if not getattr(error, "__notes__", None):
-                error.add_note(self.table())
+                error.add_note(table := self.table())
+                if (where := profile.keep_shortage(table)) is not None:
+                    error.add_note(where)
             raise
 
     def table(self) -> str:

@@ -28,6 +28,8 @@ from megatron_dlm.config.validate_schedule import check_length
 from megatron_dlm.parallel.groups import Groups
 from megatron_dlm.training.host_optimizer import keep_on_host
 
+_MAKERS = {"torch": "torch", "transformer_engine": "Transformer Engine", "apex": "Apex", "megatron": "megatron-core"}
+
 
 def build_optimizer(
     chunks: list[DistributedDataParallel],
@@ -57,6 +59,7 @@ def build_optimizer(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=config.fp8_recipe if config.fp8 is not None else None,
     )
     if wanted.optimizer_cpu_offload:
         keep_on_host(megatron)
@@ -100,6 +103,17 @@ def build_scheduler(optimizer: MegatronOptimizer, wanted: OptimizerConfig, train
         wsd_decay_steps=wanted.lr_wsd_decay_iters,
         lr_wsd_decay_style=wanted.lr_wsd_decay_style,
     )
+
+
+def whose(optimizer: MegatronOptimizer) -> str:
+    """Whose code updates the weights: megatron-core takes the fused one of Transformer Engine if that can be imported,
+    else that of Apex, else torch's. (Of an optimizer in host memory it is megatron-core's own, over these.)
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is not None:  # a rank may have no parameter for one of them
+            kind = type(part.optimizer)
+            return f"{kind.__name__} of {_MAKERS.get(kind.__module__.partition('.')[0], kind.__module__)}"
+    return "nothing"
 
 
 def forget_stored_rates(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:

@@ -24,12 +24,16 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.context import Sharing
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import row_multiple
+from megatron_dlm.model.attention_backends import check_attention
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
 from megatron_dlm.model.policy import Vocabulary
 from megatron_dlm.model.shape import model_shape, refused_overrides, resolve, transformer_config
 from megatron_dlm.model.value import ValueModel
 from megatron_dlm.parallel import groups as process_groups
 from megatron_dlm.parallel.groups import Groups
+from megatron_dlm.platform import te
+from megatron_dlm.platform.kernels import by_triton
+from megatron_dlm.training.optimizer import whose
 from megatron_dlm.training.state import TrainState
 
 
@@ -60,6 +64,9 @@ class Session:
         resolved = resolve(model, words.vocab_size)
         check_model(resolved)
         check_parallel(parallel, resolved, _world_size())
+        check_attention(parallel, resolved)
+        by_triton("--loss-head", parallel.loss_head)  # which says what is missing
+        te.require(parallel)
         return cls(
             resolved,
             parallel,
@@ -76,7 +83,7 @@ class Session:
     @property
     def row_multiple(self) -> int:
         """Lengths of rows are multiples of this."""
-        return row_multiple(self.groups.tp_size)
+        return row_multiple(self.groups.tp_size, self.parallel.token_multiple)
 
     @property
     def rows_multiple(self) -> int:
@@ -131,6 +138,7 @@ class Session:
             check_trained(self.model, optimizer, self.parallel)
         config = transformer_config(self.model, self.parallel)
         shape = model_shape(self.model)
+        fused_head = by_triton("--loss-head", self.parallel.loss_head)
 
         def build(pre_process: bool, post_process: bool, vp_stage: int | None) -> BlockDiffusionModel:
             try:
@@ -139,6 +147,7 @@ class Session:
                 if not self.model.transformer_overrides or "memory" in str(error):
                     raise
                 raise refused_overrides(self.model, error) from error
+            model.attention_backend, model.fused_head = self.parallel.attention_backend, fused_head
             model.requires_grad_(optimizer is not None)
             if lora is not None and lora.wanted:
                 model.adapt(lora, seed)
@@ -153,11 +162,22 @@ class Session:
         adapters = f", {learn:,} of them in adapters that learn" if 0 < learn < count else ""
         groups = self.groups
         context = f", context parallel {groups.cp_size}" if groups.cp_size > 1 else ""
+        updated = f"; {whose(state.optimizer)}" if state.optimizer is not None else ""
         attention = "full attention" if self.model.full_attention else f"block size {self.model.block_size}"
         return (
             f"{count:,} parameters on this rank{adapters}; {attention}; tensor x pipeline x data parallel "
-            f"{groups.tp_size} x {groups.pp_size} x {groups.data_size}{context}; {platform.device()}"
+            f"{groups.tp_size} x {groups.pp_size} x {groups.data_size}{context}; {self._layers()}, "
+            f"{check_attention(self.parallel, self.model)} attention{updated}; {platform.device()}"
         )
+
+    def _layers(self) -> str:
+        """Whose layers these are, and what they compute in."""
+        parallel = self.parallel
+        if parallel.transformer_impl == "local":
+            return "plain layers"
+        if parallel.fp8_format is None:
+            return "layers of Transformer Engine"
+        return f"layers of Transformer Engine in FP8 ({parallel.fp8_format}, {parallel.fp8_recipe})"
 
 
 def _world_size() -> int:

@@ -126,6 +126,7 @@ def sleep(state: TrainState) -> None:
     state.sleep, rest.asleep = rest, True  # from here on waking repairs whatever was done
     for storage in chain(freed, moved):
         storage.resize_(0)
+    _forget_copies_in_fp8(state)
     memory.give_back()
 
 
@@ -254,6 +255,15 @@ def _own(tensors: Iterable[Tensor], kept: set[int]) -> None:
 
 def _addresses(state: TrainState) -> list[int]:
     return [parameter.data_ptr() for _, parameter in state.named_parameters()]
+
+
+def _forget_copies_in_fp8(state: TrainState) -> None:
+    """Layers of Transformer Engine keep their weights in FP8 too, from the first row of an update to the next update;
+    whoever needs them makes them again.
+    """
+    for chunk in state.unwrapped_chunks():
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def _refuse_unfinished(state: TrainState) -> None:

@@ -220,6 +220,7 @@ def _wrap(
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
                 overlap_param_gather=parallel.overlap_param_gather,
+                fp8_param_gather=config.fp8_param,
             ),
             module,
             disable_bucketing=index > 0,

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from megatron_dlm import platform
 from megatron_dlm.config.errors import TrainingError
 from megatron_dlm.parallel.exchange import broadcast_object
+from megatron_dlm.training import profile
 from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
 
@@ -69,9 +70,10 @@ def train_step(state: TrainState, rows: Sequence[Any], forward_step: ForwardStep
     """
     if state.optimizer is None:
         raise ValueError("this TrainState has no optimizer; accumulate_gradients is for models that are not updated")
-    metrics = accumulate_gradients(state, rows, forward_step, seq_length)
+    with profile.span("forward and backward"):
+        metrics = accumulate_gradients(state, rows, forward_step, seq_length)
     _refuse_infinite("loss", metrics["loss"], state)
-    with platform.cuda_calls_on_cpu():
+    with profile.span("optimizer"), platform.cuda_calls_on_cpu():
         successful, grad_norm, _ = state.optimizer.step()
         if successful:
             state.scheduler.step(increment=1)

@@ -193,6 +193,21 @@ ENTRIES = [
         "--rollout-attention-backend flashinfer --bf16",
         ("FlashInfer", "--rollout-attention-backend auto"),
     ),
+    Bad(
+        "kernels of a GPU for sampling on a CPU",
+        "tracerl",
+        "--rollout-sampler triton",
+        ("--rollout-sampler triton", "no GPU", "--rollout-sampler auto"),
+        kind="DependencyError",
+        environment={"TRITON_INTERPRET": "0"},
+    ),
+    Bad("no such attention", "sft", "--attention-backend flash", ("--attention-backend", "dense", "flex", "'flash'")),
+    Bad(
+        "the attention of megatron-core",
+        "sft",
+        "--transformer-override attention_backend=flash",
+        "--attention-backend",
+    ),
     Bad("SGLang without its interpreter", "tracerl", "--rollout-backend sglang", "--sglang-python is not set"),
     Bad(
         "an interpreter that is not there",

@@ -20,6 +20,16 @@ ENTRIES = [
     Bad(
         "rollouts into a file", "tracerl", "--save-debug-rollout-data sft.jsonl", "--save-debug-rollout-data sft.jsonl"
     ),
+    Bad("traces below a file", "sft", "--profile --profile-dir sft.jsonl/x", "--profile-dir sft.jsonl/x"),
+    Bad("traces without a place", "generate", "--profile", "Give --profile-dir."),
+    Bad("snapshots into a file", "evaluate", "--memory-snapshot-dir sft.jsonl", "--memory-snapshot-dir sft.jsonl"),
+    Bad("traces of no step", "sft", "--profile --profile-step-end 10", ("--profile-step-end 10", "larger")),
+    Bad(
+        "traces of a rank that is not there", "sft", "--profile --profile-ranks 0 3", ("--profile-ranks has 3", "to 0")
+    ),
+    Bad("traces of a negative rank", "tracerl", "--profile-ranks -1", "--profile-ranks is -1"),
+    Bad("traces of no pass", "tracerl", "--profile-passes 0", "--profile-passes is 0"),
+    Bad("NVTX ranges without a GPU", "sft", "--nvtx-ranges", "--nvtx-ranges"),
     Bad("wandb into a file", "sft", f"{WANDB} --wandb-save-dir sft.jsonl", "--wandb-save-dir sft.jsonl"),
     Bad("wandb without a login", "sft", WANDB, ("--wandb-project p", "wandb login"), environment=NOBODY),
     # ---- packages

@@ -7,6 +7,7 @@ from tests.bad_inputs.bench import Bad
 TP, PP, EP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size"
 CP, VPP = "--context-parallel-size", "--num-virtual-stages-per-pipeline-rank"
 ROLLOUT_TP, ROLLOUT_EP = "--rollout-tensor-model-parallel-size", "--rollout-expert-model-parallel-size"
+TE = "--transformer-impl transformer_engine"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 "
 
 ENTRIES = [
@@ -64,6 +65,46 @@ ENTRIES = [
     Bad("less than no silence", "sft", "--host-timeout-seconds -1", "--host-timeout-seconds is -1"),
     Bad("no time for collectives", "sft", "--distributed-timeout-minutes 0", "--distributed-timeout-minutes is 0"),
     Bad("a loss of less than no targets", "sft", "--loss-chunk-size -1", "--loss-chunk-size is -1"),
+    Bad(
+        "kernels for a table that is kept",
+        "sft",
+        "--loss-head triton --loss-chunk-size 0",
+        ("--loss-head triton", "--loss-chunk-size 0"),
+    ),
+    Bad(
+        "kernels of a GPU for the loss on a CPU",
+        "tracerl",
+        "--loss-head triton",
+        ("--loss-head triton", "no GPU", "--loss-head auto"),
+        kind="DependencyError",
+        environment={"TRITON_INTERPRET": "0"},
+    ),
+    Bad(
+        "kernels in Triton without triton",
+        "sft",
+        "--loss-head triton",
+        ("triton is not installed", "--loss-head auto"),
+        kind="DependencyError",
+        absent=("triton",),
+        environment={"TRITON_INTERPRET": "1"},
+    ),
+    Bad("FP8 of plain layers", "sft", "--fp8-format hybrid --bf16", ("--fp8-format hybrid", "transformer_engine")),
+    Bad("FP8 of an fp32 model", "tracerl", f"{TE} --fp8-format e4m3", ("--fp8-format e4m3", "--bf16")),
+    Bad("a recipe without FP8", "sft", "--fp8-recipe blockwise", ("--fp8-recipe blockwise", "--fp8-format")),
+    Bad(
+        "FP8 of narrow layers",
+        "sft",
+        f"{TE} --fp8-format hybrid --bf16 --ffn-hidden-size 72",
+        ("--ffn-hidden-size is 72", "16"),
+    ),
+    Bad(
+        "weights in FP8 without shards",
+        "tracerl",
+        f"{TE} --fp8-format hybrid --bf16 --fp8-param-gather",
+        "--use-distributed-optimizer",
+    ),
+    Bad("adapters beside fused layers", "sft", f"{TE} --load ckpt --lora-rank 2", ("--lora-rank 2", "local")),
+    Bad("fused layers without a GPU", "sft", TE, (TE, "GPU"), kind="DependencyError"),
     Bad("a timeout beyond time", "sft", f"--distributed-timeout-minutes {10**9}", "--distributed-timeout-minutes"),
     Bad("three processes for tensor parallel 2", "sft", f"{TP} 2", ("3 processes", f"{TP} 2"), ranks=3),
     Bad("two processes for tensor parallel 4", "sft", f"{TP} 4", ("2 processes", f"{TP} 4"), ranks=2),

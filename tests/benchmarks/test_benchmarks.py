@@ -127,7 +127,7 @@ def test_the_cpu_passes_alone_and_in_two_processes(capsys, monkeypatch) -> None:
     )
     assert gpu_check.main(["--device", "cpu", "--precision", "fp32", "--processes", "2", *SMALL]) == 0
     table = capsys.readouterr().out
-    assert table.count("PASS") == 72 and "FAIL" not in table
+    assert table.count("PASS") == 3 * 24 + 6 and "FAIL" not in table
     for what in (
         "logits, sft",
         "gradients, tracerl",
@@ -137,6 +137,7 @@ def test_the_cpu_passes_alone_and_in_two_processes(capsys, monkeypatch) -> None:
         "rollout, log-probabilities, dynamic by flex",
     ):
         assert sum(line.startswith(what) and "PASS" in line for line in table.splitlines()) >= 3, what
+    assert sum(line.startswith("attention of training, ") for line in table.splitlines()) == 6
     assert "fp32 TP 2" in table and "fp32 DP 2" in table
 
 

@@ -99,6 +99,7 @@ def test_what_does_not_fit_is_refused_with_what_does(capsys):
     yaml.safe_dump({"base": "h100", "memory_bytes": 330e6, "name": "small"}, open("small.yaml", "w"))
     flags = ["--plan-hardware", "small.yaml", "--plan-reserve-gib", 0, "--max-tokens-per-row", 8192]
     flags += ["--kv-cache-gib", 0.02, "--max-running-requests", 8, "--plan-world-size", 8, "--max-tokens-per-pass", 512]
+    flags += ["--attention-backend", "dense"]  # with its masks
     code, out, err = told(capsys, *RL, *flags)
     assert code == 2 and "Distinct ranks: 1 of 8" in out  # the table comes first
     assert "does not fit" in err and "What fits" in err and err.count("\n") == 1

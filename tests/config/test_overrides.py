@@ -50,7 +50,8 @@ def test_what_passes(overrides):
         ("cp_comm_type", "p2p", ["context parallelism of their own"]),
         ("virtual_pipeline_model_parallel_size", 2, ["--num-virtual-stages-per-pipeline-rank"]),
         ("multi_latent_attention", True, ["attention of their own"]),
-        ("fp8_recipe", "delayed", ["low precision"]),
+        ("fp8_recipe", "delayed", ["would contradict a flag", "--fp8-recipe"]),
+        ("fp8_dot_product_attention", True, ["layers and precision"]),
     ],
 )
 def test_what_is_refused(name, value, words):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_dlm import platform
 from megatron_dlm.model.head import label_policy
 from megatron_dlm.model.policy import Vocabulary, entropy, label_logprobs, policy_scores
 from tests.harness import pool
@@ -240,6 +241,32 @@ def test_shards_have_their_part(vocabulary: Vocabulary, chunk: int, kind: float 
         for found, right in zip((*values, mine_by_hidden, mine_by_weight), (*wanted, by_hidden, shard)):
             torch.testing.assert_close(found, right.detach(), rtol=1e-12, atol=1e-12)
         assert collectives == (2, 1)  # a MAX and a SUM; what copies the hidden states sums their gradients
+
+
+def by_kernels_and_by_torch() -> tuple:
+    """On each of two ranks: values and gradients, by the kernels and by torch."""
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.parallel.groups import initialize
+
+    groups, half = initialize(ParallelConfig(tensor_model_parallel_size=2), seed=1), COLUMNS // 2
+    results = []
+    for fused in (True, False):
+        hidden, weight, labels, share = (one.detach().to(platform.device()) for one in inputs(torch.float32))
+        mine = weight[half * groups.tp_rank : half * (groups.tp_rank + 1)].clone().requires_grad_()
+        copied = copy_to_tensor_model_parallel_region(hidden.requires_grad_(), groups.tp)
+        values = label_policy(copied, mine, labels, 0.7, VOCABULARY, groups.tp, 4, True, fused)
+        ((share * values[0]).sum() + 0.3 * (share * values[1]).sum()).backward()
+        results.append([one.detach().cpu() for one in (*values, hidden.grad, mine.grad)])
+    return results
+
+
+def test_kernels_on_shards_agree_with_torch() -> None:
+    pytest.importorskip("triton")
+    for mine, right in pool(2).run(by_kernels_and_by_torch):
+        for found, wanted in zip(mine, right):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_group_of_one_is_no_group() -> None:

@@ -59,7 +59,7 @@ def make_state(job: Job, with_optimizer: bool):
     return TrainState.build(build, config, optimizer, parallel, groups, 10)
 
 
-def sft_rows(state):
+def sft_rows(state, multiple: int = 16):
     from megatron_dlm.config.sft import SFTConfig
     from megatron_dlm.data.sft_data import Sample
     from megatron_dlm.diffusion.layout import Grid
@@ -74,9 +74,8 @@ def sft_rows(state):
         for n in range(7)
     ]
     drawn = sft_items(samples, 3, 5, Grid(4), SFTConfig(max_loss_weight=4.0), PAD_ID)
-    plan = pack(
-        [Load(item.group, item.shared_length, item.own_length) for item in drawn.items], 64, state.groups.dp_size, 16
-    )
+    loads = [Load(item.group, item.shared_length, item.own_length) for item in drawn.items]
+    plan = pack(loads, max(64, multiple), state.groups.dp_size, multiple)
     rows = [
         build_row([(i, drawn.items[i]) for i in members], plan.length, MASK_ID, PAD_ID)
         for members in plan.ranks[state.groups.dp_rank]

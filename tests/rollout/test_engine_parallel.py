@@ -82,3 +82,41 @@ def test_ranks_generate_what_one_process_does(tmp_path, layout: str) -> None:
         assert found.setdefault(replica, traces) == traces  # tensor-parallel ranks agree
     assert [trace for replica in sorted(found) for trace in found[replica]] == expected
     assert sorted(key for key, _, _ in expected) == sorted(f"p{n}" for n in range(11))
+
+
+def draw_shards() -> list:
+    """On each of two ranks, from its half of the logits: what the kernels draw, and what torch draws."""
+    import torch
+
+    from megatron_dlm import platform
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.model.policy import Vocabulary
+    from megatron_dlm.parallel.groups import initialize
+    from megatron_dlm.rollout.batch import RunningBatch
+    from megatron_dlm.rollout.denoiser import Denoiser
+
+    groups = initialize(ParallelConfig(tensor_model_parallel_size=2), seed=1)
+    generator = torch.Generator().manual_seed(0)
+    batch = RunningBatch(4, 32, 70, platform.device())
+    batch.stream[:], batch.temperature[:] = torch.arange(5) * 1234567, torch.linspace(0.5, 1.5, 5)
+    batch.greedy[3], batch.confidence[:] = True, torch.arange(5) % 4
+    logits = 3 * torch.randn(20, 96, generator=generator)
+    mine = logits[:, 48 * groups.tp_rank : 48 * (groups.tp_rank + 1)].to(platform.device())
+    slot, place = torch.arange(20, device=batch.device) % 5, torch.arange(20, device=batch.device)
+    found = []
+    for fused in (True, False):
+        denoiser = Denoiser(batch, Vocabulary(90, 70), groups.tp, fused)
+        denoiser._rows = 8  # several parts
+        draws = denoiser.draw(mine, slot, place)
+        found.append([draws.token.tolist(), draws.logprob.tolist(), draws.confidence.tolist()])
+    return found
+
+
+def test_kernels_draw_from_shards_what_torch_draws() -> None:
+    pytest.importorskip("triton")
+    first, second = pool(2).run(draw_shards)
+    assert first == second
+    (token, *values), (wanted, *right) = first
+    assert token == wanted and len(set(token)) > 5
+    for mine, other in zip(values, right):
+        assert mine == pytest.approx(other, abs=2e-6)

@@ -23,6 +23,7 @@ from megatron_dlm.checkpoint.hf.safetensors_folder import DTYPES, SafetensorsFol
 from megatron_dlm.checkpoint.hf.source import HFSource, main_dtype
 from megatron_dlm.checkpoint.hf.spans import Stored, within
 from megatron_dlm.checkpoint.hf.stored import place_of, shard_of, whole_model
+from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.model.lora import OF_ADAPTERS
 from megatron_dlm.training.sleep import wake
@@ -38,8 +39,13 @@ def load_into(state: TrainState, source: HFSource, model: ModelConfig) -> None:
         model: resolved, from `source.fields`; it may have more tokens, whose rows become 0.
 
     Raises:
-        CheckpointError: the weights are damaged or do not fit.
+        CheckpointError: the weights are damaged or do not fit. ConfigError: the model's are kept in FP8.
     """
+    if state.config.fp8_param:  # slices of them are copies
+        raise ConfigError(
+            "Weights that are kept in FP8 (--fp8-param-gather) cannot be read from a HuggingFace checkpoint. Convert "
+            "it with the convert command first."
+        )
     model = _as_there(source, model)
     weights = source.check(whole_model(model), model)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from megatron_dlm.config.errors import ConfigError, UserError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.rollout import EngineConfig
 from megatron_dlm.model.row_params import Attention
+from megatron_dlm.platform.kernels import by_triton
 from megatron_dlm.rollout.attention import flash, flashinfer, flex
 from megatron_dlm.rollout.attention.queries import Queries
 from megatron_dlm.rollout.attention.sdpa import GatheredAttention
@@ -81,7 +82,8 @@ def backend(name: str, shape: CacheShape, device: torch.device) -> Backend:
 
 
 def check_attention(engine: EngineConfig, model: ModelConfig) -> None:
-    """Refuse a backend that cannot serve this model on this process's device, before anything is built.
+    """Refuse a backend that cannot serve this model on this process's device, and a sampler that cannot run on it,
+    before anything is built.
 
     Args:
         model: resolved.
@@ -90,6 +92,7 @@ def check_attention(engine: EngineConfig, model: ModelConfig) -> None:
         ConfigError, DependencyError: it cannot.
     """
     if engine.rollout_backend == "native":
+        by_triton("--rollout-sampler", engine.rollout_sampler)
         dtype = torch.bfloat16 if model.bf16 else torch.float64 if model.fp64 else torch.float32
         # The number of heads on a rank plays no part.
         served(

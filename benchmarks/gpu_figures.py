@@ -1,0 +1,202 @@
+"""What benchmarks/gpu_suite.py measures: its parts, their figures, and the sheet on which a part writes what it finds.
+
+A figure that has not been measured is in the table too, with the command that measures it, or the reason why it could
+not be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+COMMAND = "python -m benchmarks.gpu_suite"
+FP8_GOAL, MFU_GOAL, PACKED_GOAL, ATTENTION_GOAL = 1.3, 50.0, 3.0, 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A line of the table.
+
+    Attributes:
+        key: within its part. text: what it is. unit: of the number.
+        least: what is aimed at, at least; None where nothing is.
+    """
+
+    key: str
+    text: str
+    unit: str
+    least: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is measured in one process. `seconds`: after which it is ended."""
+
+    name: str
+    text: str
+    seconds: int
+    figures: tuple[Figure, ...]
+
+
+def _training(size: str, text: str, seconds: int) -> Part:
+    goal = MFU_GOAL if size == "8b" else None
+    lines = []
+    for key, name in (("bf16", "bf16"), ("te", "bf16, Transformer Engine"), ("fp8", "FP8")):
+        lines += [
+            Figure(f"{key} model", f"{name}: model FLOPs, of bf16's peak", "%", goal if key == "bf16" else None),
+            Figure(f"{key} hardware", f"{name}: hardware FLOPs, of bf16's peak", "%"),
+            Figure(f"{key} update", f"{name}: the same of an update with its optimizer, model FLOPs", "%"),
+            Figure(f"{key} tokens", f"{name}: tokens of rows, of an update", "tokens/s"),
+            Figure(f"{key} memory", f"{name}: peak memory", "GiB"),
+        ]
+    lines.append(Figure("fp8 gain", "FP8 over the faster bf16, updates", "x", FP8_GOAL))
+    return Part(f"training-{size}", text, seconds, tuple(lines))
+
+
+_CORRECT = Part(
+    "correctness",
+    "The GPU against the CPU in float64 (benchmarks/gpu_check.py)",
+    240,
+    (Figure("passed", "checks that passed", ""), Figure("failed", "checks that failed", "")),
+)
+_PACKED = Part(
+    "packed",
+    "A TraceRL update, packed against naive layouts (benchmarks/tracerl_update.py)",
+    100,
+    (
+        Figure("per step", "packed over one text per denoising step", "x", PACKED_GOAL),
+        Figure("per round", "packed over one text per round", "x"),
+        Figure("packed", "packed: update", "s"),
+    ),
+)
+_ATTENTION = Part(
+    "attention",
+    "Training attention on a packed row (benchmarks/attention.py)",
+    90,
+    (
+        Figure("forward", "FlexAttention forward, visible pairs", "TFLOP/s"),
+        Figure("backward", "FlexAttention backward, visible pairs", "TFLOP/s"),
+        Figure("gain", "FlexAttention over dense SDPA, forward and backward", "x", ATTENTION_GOAL),
+        Figure("gain by group", "FlexAttention over SDPA by group, forward and backward", "x"),
+        Figure("mask", "making the block mask", "ms"),
+    ),
+)
+_ROLLOUT = Part(
+    "rollout",
+    "Rollout (benchmarks/rollout.py)",
+    150,
+    (
+        Figure("tokens", "the engine", "tokens/s"),
+        Figure("limit", "of what the roofline allows", "%"),
+        Figure("graphs", "with CUDA graphs", "tokens/s"),
+        Figure("graphs limit", "with CUDA graphs, of the roofline", "%"),
+        Figure("plain", "the engine over the plain loop", "x"),
+    ),
+)
+_STEP = Part(
+    "step",
+    "A TraceRL step of the 1.7B model, phase by phase",
+    130,
+    (
+        *(
+            Figure(name, name, "s")
+            for name in (
+                "rollout",
+                "reward",
+                "rows",
+                "old log-probs",
+                "forward+backward",
+                "optimizer",
+                "refit",
+            )
+        ),
+        Figure("refit shared", "refit: weights that are shared with training", "GiB"),
+        Figure("bf16 largest", "rollout against trainer, bf16: largest difference of log-probabilities", ""),
+        Figure("bf16 mean", "rollout against trainer, bf16: mean difference", ""),
+        Figure("fp8 largest", "rollout in bf16 against trainer in FP8: largest difference", ""),
+        Figure("fp8 mean", "rollout in bf16 against trainer in FP8: mean difference", ""),
+    ),
+)
+_HEAD = Part(
+    "head",
+    "The loss head (benchmarks/loss_head.py) against the table of all logits; the sampler (benchmarks/kernels.py)",
+    60,
+    (
+        Figure("chunk memory", "512 at a time, torch: memory", "x"),
+        Figure("chunk time", "512 at a time, torch: time", "x"),
+        Figure("triton memory", "512 at a time, Triton: memory", "x"),
+        Figure("triton time", "512 at a time, Triton: time", "x"),
+        Figure("sampler torch", "drawing tokens, torch", "ms"),
+        Figure("sampler triton", "drawing tokens, Triton", "ms"),
+    ),
+)
+_CURVES = Part(
+    "curves",
+    "200 steps of fine-tuning a small model: nats per token over the last 20",
+    90,
+    (
+        Figure("bf16", "bf16", "nats"),
+        Figure("bf16 again", "bf16, other masks: the difference is noise", "nats"),
+        Figure("te", "bf16, Transformer Engine", "nats"),
+        Figure("fp8", "FP8", "nats"),
+    ),
+)
+_REFIT = Part(
+    "refit",
+    "Refit from tensor-parallel training to engines of one GPU (two GPUs or more)",
+    60,
+    (Figure("bandwidth", "weights that moved, per GPU", "GB/s"), Figure("seconds", "a refit", "s")),
+)
+
+PARTS: dict[str, Part] = {
+    part.name: part
+    for part in (
+        _CORRECT,
+        _training("8b", "Training: layers of the 8B model in the TraceRL layout, from 4 and 8 of them", 120),
+        _PACKED,
+        _ATTENTION,
+        _ROLLOUT,
+        _STEP,
+        _HEAD,
+        _CURVES,
+        _training("1.7b", "Training: the 1.7B model in the TraceRL layout", 80),
+        _training("4b", "Training: the 4B model in the TraceRL layout", 90),
+        _REFIT,
+    )
+}
+"""In the order in which they are run: what is worth most comes first."""
+
+
+class Sheet:
+    """The figures of a part, on the disk as soon as they are known: what ends a part early loses none.
+
+    A figure is {"value": number, "note": text} or {"why": reason why there is none}.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.figures = path, {}
+
+    def put(self, key: str, value: float, note: str = "") -> None:
+        self.figures[key] = {"value": float(value)} | ({"note": note} if note else {})
+        self._write()
+
+    def miss(self, reason: object, *keys: str) -> None:
+        """These figures cannot be had; those that are known already stay."""
+        why = " ".join(str(reason).split())[:200] or type(reason).__name__
+        for key in keys:
+            self.figures.setdefault(key, {"why": why})
+        self._write()
+
+    def _write(self) -> None:
+        """The file is whole at every moment."""
+        scratch = self.path.with_suffix(".new")
+        scratch.write_text(json.dumps(self.figures))
+        os.replace(scratch, self.path)
+
+
+def described() -> list[Mapping[str, object]]:
+    """All parts and figures as plain data, for the JSON file."""
+    return [asdict(part) for part in PARTS.values()]

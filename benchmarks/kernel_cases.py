@@ -1,0 +1,59 @@
+"""What only a GPU runs, against what is known to be right: FlexAttention in training, Triton kernels, layers of
+Transformer Engine. benchmarks/gpu_check.py has them beside its own cases.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_dlm import platform
+
+Found = dict[str, "tuple[float, float] | str"]
+"""By name: a difference and the largest that is allowed, or why it was not compared."""
+
+_ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def kernel_cases(dtype: torch.dtype) -> Found:
+    """All that there are for a precision. What raises has failed, and leaves the others alone. Destroys the
+    model-parallel groups; the default group stays.
+    """
+    found: Found = {}
+    for what, cases in (("attention of training", _attention), ("Triton", _kernels), ("layers", _layers)):
+        try:
+            found |= cases(dtype)
+        except Exception as error:
+            said = " ".join(str(error).split())[:120]
+            found[f"{what}: {type(error).__name__}: {said}"] = (float("nan"), 0.0)
+    return found
+
+
+def _attention(dtype: torch.dtype) -> Found:
+    from benchmarks.attention import differences
+
+    return {name: (value, _ATTENTION[dtype]) for name, value in differences(dtype).items()}
+
+
+def _kernels(dtype: torch.dtype) -> Found:
+    """Loss head and sampler. Triton's interpreter, which would run them on a CPU, is for tests alone."""
+    from benchmarks import kernels
+    from megatron_dlm.platform.kernels import missing
+
+    if dtype not in kernels.TOLERANCES:
+        return {}
+    if (why := missing() if platform.is_cuda() else "this host has no GPU") is not None:
+        return {"loss head and sampler in Triton": why}
+    limit = lambda name: kernels.OTHER_TOKENS if name == "sampler, draws that differ" else kernels.TOLERANCES[dtype]
+    return {f"Triton: {name}": (value, limit(name)) for name, value in kernels.differences(dtype).items()}
+
+
+def _layers(dtype: torch.dtype) -> Found:
+    """They compute in bfloat16 or FP8, and need a GPU."""
+    from benchmarks import fused_layers
+
+    if dtype != torch.bfloat16 or not platform.is_cuda():
+        return {}
+    return {
+        f"layers by {name}": value if isinstance(value, str) else (value, fused_layers.bound_of(name))
+        for name, value in fused_layers.differences().items()
+    }

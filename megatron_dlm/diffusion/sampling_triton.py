@@ -1,0 +1,177 @@
+"""`sampling.draw` from logits as two kernels that wait for nobody: temperature, exclusions, keyed draw, confidence.
+
+The vocabulary is read once, as the matrix product left it: each program of the first kernel sums up one piece of one
+row. The second kernel has a program for each row, which finds the piece in which the cumulative distribution passes the
+row's uniform number, reads that piece again, and finds the token. The uniform number is made there from the row's key
+(diffusion/keys.py), so what a pass needs of the sampler is these two launches, in shapes that depend on nothing drawn.
+
+Rows are those of torch's sampler: the same keys, the same inverse of the cumulative distribution in token order, the
+same confidences. Sums are added in another order, so a token can be another where the uniform number lies within
+rounding of a boundary. top-k and top-p are not done here: rows that ask for them are overwritten (rollout/denoiser.py).
+
+Import it where it is used: it needs triton.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_dlm.diffusion.sampling import DrawRules, Draws
+
+_PIECE = 4096  # logits that a program holds
+_UNTEMPERED, _MARGIN, _ENTROPY = (tl.constexpr(kind) for kind in (1, 2, 3))  # of sampling.Confidence
+_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)  # these are of diffusion/keys.py
+_MIX_1, _MIX_2 = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
+_LEAST = tl.constexpr(-87.0)  # exp of anything lower is no normal number in fp32, where a piece would be looked at
+_VARYING = ["size", "mask_id", "pieces"]
+
+
+def draw_logits(
+    logits: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    rules: DrawRules,
+    streams: Tensor,
+    steps: Tensor,
+    size: int,
+    mask_id: int,
+) -> Draws:
+    """Sample a token for each of N positions.
+
+    Args:
+        logits: [N, V], a line behind the other, in fp32, bf16 or fp16; of the first `size` tokens, without `mask_id`,
+            at least one is finite in each row.
+        slot: int64 [N], where in the following [S] the rules of a row stand. position: int64 [N], in its text.
+        rules: [S]; top_k and top_p are not looked at. streams, steps: int64 [S], of the draws, and denoising steps
+            that were taken.
+    """
+    n, width = logits.shape
+    device, piece = logits.device, min(_PIECE, max(64, triton.next_power_of_2(width)))
+    pieces = triton.cdiv(width, piece)
+    token = torch.empty(n, dtype=torch.int64, device=device)
+    logprob, sampling_logprob, confidence = torch.empty((3, n), dtype=torch.float64, device=device)
+    if n:
+        peak = torch.empty((n, pieces), dtype=torch.float32, device=device)
+        best = torch.empty((n, pieces), dtype=torch.int32, device=device)
+        mass, more = torch.empty((2, n, pieces), dtype=torch.float64, device=device)
+        warps = max(1, piece // 512)
+        _pieces[(n, pieces)](
+            logits, slot, rules.temperature, rules.confidence, peak, best, mass, more,
+            width, size, mask_id, pieces, PIECE=piece, num_warps=warps,
+        )  # fmt: skip
+        _tokens[(n,)](
+            logits, slot, position, rules.temperature, rules.confidence, rules.greedy.view(torch.uint8), streams, steps,
+            peak, best, mass, more, token, logprob, sampling_logprob, confidence,
+            width, size, mask_id, pieces, PIECE=piece, PIECES=triton.next_power_of_2(pieces), num_warps=warps,
+        )  # fmt: skip
+    return Draws(token, logprob, sampling_logprob, confidence)
+
+
+@triton.jit
+def _scores(line, at, width, size, mask_id, warmth):
+    """model/policy.py's `policy_scores` of some tokens of a row."""
+    logit = tl.load(line + at, mask=at < width, other=0.0)
+    return tl.where((at < size) & (at != mask_id), tl.div_rn(logit.to(tl.float32), warmth), float("-inf"))
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 30)) * _MIX_1
+    x = (x ^ (x >> 27)) * _MIX_2
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _uniform(stream, first, second):
+    """diffusion/keys.py's `uniforms` of a stream and two counters."""
+    x = _mix(stream.to(tl.uint64))
+    x = _mix(x + (first + 1).to(tl.uint64) * _GOLDEN)
+    x = _mix(x + (second + 1).to(tl.uint64) * _GOLDEN)
+    return (x >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _pieces(
+    logits, slot, temperature, confidence, peak, best, mass, more,
+    width, size, mask_id, pieces, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Of a piece of a row: the highest score and its first place, the sum of exponentials below it, and what the row's
+    confidence needs besides (0 where it needs nothing)."""
+    row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    which = tl.load(slot + row)
+    warmth, kind = tl.load(temperature + which).to(tl.float32), tl.load(confidence + which)
+    at = number * PIECE + tl.arange(0, PIECE)
+    score = _scores(logits + row * width, at, width, size, mask_id, warmth)
+    top, place = tl.max(score, 0), tl.argmax(score, 0)
+    gap = score - tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(gap)
+    extra = tl.full((), 0.0, tl.float64)
+    if kind == _UNTEMPERED:
+        extra = tl.sum(tl.exp(gap * warmth).to(tl.float64), 0)
+    if kind == _MARGIN:
+        extra = tl.max(tl.where(at == number * PIECE + place, float("-inf"), score), 0).to(tl.float64)
+    if kind == _ENTROPY:
+        extra = tl.sum((weight * tl.where(weight > 0, gap, 0.0)).to(tl.float64), 0)
+    here = row * pieces + number
+    tl.store(peak + here, top)
+    tl.store(best + here, number * PIECE + place)
+    tl.store(mass + here, tl.sum(weight.to(tl.float64), 0))
+    tl.store(more + here, extra)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _tokens(
+    logits, slot, position, temperature, confidence, greedy, streams, steps,
+    peak, best, mass, more, token, logprob, sampling_logprob, sure,
+    width, size, mask_id, pieces, PIECE: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The token of a row, its log-probabilities and its confidence."""
+    row = tl.program_id(0).to(tl.int64)
+    which = tl.load(slot + row)
+    heat, kind = tl.load(temperature + which), tl.load(confidence + which)
+    warmth, line = heat.to(tl.float32), logits + row * width
+    number = tl.arange(0, PIECES)
+    real = number < pieces
+    here = row * pieces + number
+    tops = tl.load(peak + here, mask=real, other=float("-inf"))
+    highest = tl.max(tops, 0)
+    # A piece that has nothing to add may have no score at all: its distance must still be a number.
+    gap = (tl.where(tops - highest > _LEAST, tops, highest) - highest).to(tl.float64)
+    counts = real & (tops - highest > _LEAST)
+    fade = tl.where(counts, tl.exp(gap), 0.0)
+    masses = tl.load(mass + here, mask=real, other=0.0)
+    share = fade * masses
+    total = tl.sum(share, 0)
+    goal = _uniform(tl.load(streams + which), tl.load(position + row), tl.load(steps + which)) * total
+
+    # The piece in which the cumulative sum passes the goal: rounding may let it end below, the last one is meant then.
+    passed = tl.min(tl.where((tl.cumsum(share, 0) > goal) & counts, number, PIECES), 0)
+    chosen = tl.where(passed < PIECES, passed, tl.max(tl.where(counts, number, 0), 0))
+    rest = goal - tl.sum(tl.where(number < chosen, share, 0.0), 0)
+    at = chosen * PIECE + tl.arange(0, PIECE)
+    weight = tl.exp(_scores(line, at, width, size, mask_id, warmth) - highest).to(tl.float64)
+    found = tl.min(tl.where((tl.cumsum(weight, 0) > rest) & (weight > 0), at, width), 0)
+    found = tl.where(found < width, found, tl.max(tl.where(weight > 0, at, 0), 0))
+    is_greedy = tl.load(greedy + which) != 0
+    home = tl.min(tl.where(tops == highest, number, PIECES), 0)  # of the first of the most likely tokens
+    found = tl.where(is_greedy, tl.load(best + row * pieces + tl.minimum(home, pieces - 1)), found)
+    found = tl.minimum(found, width - 1)  # logits that are no numbers lead anywhere
+
+    below = (tl.div_rn(tl.load(line + found).to(tl.float32), warmth) - highest).to(tl.float64)
+    value = below - tl.log(total)
+    certain = tl.exp(value)
+    if kind == _UNTEMPERED:
+        extra = tl.load(more + here, mask=counts, other=0.0)
+        certain = tl.exp(below * heat) / tl.sum(tl.where(counts, extra * tl.exp(gap * heat), 0.0), 0)
+    if kind == _MARGIN:
+        extra = tl.load(more + here, mask=real, other=float("-inf"))
+        second = tl.max(tl.where(number == home, extra, tops.to(tl.float64)), 0)
+        certain = (1.0 - tl.exp(second - highest.to(tl.float64))) / total
+    if kind == _ENTROPY:
+        extra = tl.load(more + here, mask=counts, other=0.0)
+        certain = tl.minimum(tl.sum(fade * (extra + masses * gap), 0) / total - tl.log(total), 0.0)
+    tl.store(token + row, found.to(tl.int64))
+    tl.store(logprob + row, value)
+    tl.store(sampling_logprob + row, tl.where(is_greedy, 0.0, value))
+    tl.store(sure + row, certain)

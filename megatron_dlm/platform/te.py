@@ -1,0 +1,109 @@
+"""Whether this machine can run Transformer Engine's layers, and FP8: what is missing, in one sentence.
+
+An installation that does not fit the driver or torch may end the process that imports it. So it is imported in a
+process of its own first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import subprocess
+import sys
+
+import torch
+
+from megatron_dlm import platform
+from megatron_dlm.config.errors import DependencyError
+from megatron_dlm.config.parallel import PrecisionConfig
+
+_FLAG = "--transformer-impl transformer_engine"
+_LAYERS = (2, 0)
+_RECIPES = {"delayed": (2, 0), "tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
+"""Oldest release that megatron-core 0.16 takes a recipe from (megatron/core/fp8_utils.py)."""
+_GATHER = (2, 2)
+_CHIPS = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Lowest compute capability that has a recipe (transformer_engine/pytorch/quantization.py)."""
+_BLOCKWISE_CUDA = (12, 9)
+_PROBE = "import transformer_engine.pytorch, transformer_engine; print(transformer_engine.__version__)"
+_PATIENCE = 300  # seconds; the first import after an installation reads some gigabytes
+
+
+def require(wanted: PrecisionConfig) -> None:
+    """Refuse layers that this machine cannot run. Nothing is looked at for the plain ones.
+
+    Raises:
+        DependencyError: no GPU, one without the recipe, no Transformer Engine, or one that does not load or is too old.
+    """
+    if wanted.transformer_impl == "local":
+        return
+    if not platform.is_cuda():
+        raise DependencyError(f"{_FLAG} needs a GPU, and this host has none. Use --transformer-impl local.")
+    check(wanted, torch.cuda.get_device_capability(), torch.version.cuda, installed())
+
+
+def check(wanted: PrecisionConfig, chip: tuple[int, int], cuda: str, version: str) -> None:
+    """The same for a GPU of this compute capability, this version of CUDA and this one of Transformer Engine."""
+    needed = {_FLAG: _LAYERS}
+    if wanted.fp8_format is not None:
+        recipe = wanted.fp8_recipe
+        flag = f"--fp8-recipe {recipe}"
+        needed[flag] = _RECIPES[recipe]
+        lowest = _CHIPS[recipe]
+        if chip < lowest or (recipe == "mxfp8" and chip[0] >= 12):
+            raise DependencyError(
+                f"{flag} needs a GPU of compute capability {_dotted(lowest)} or more"
+                f"{' and less than 12.0' if recipe == 'mxfp8' else ''}, and this one has {_dotted(chip)}. Use "
+                f"{'another recipe' if chip >= (8, 9) else 'no --fp8-format'}."
+            )
+        if recipe == "blockwise" and _numbers(cuda) < _BLOCKWISE_CUDA:
+            raise DependencyError(
+                f"{flag} needs a torch of CUDA {_dotted(_BLOCKWISE_CUDA)} or newer, and this one is of {cuda}. Use "
+                "tensorwise."
+            )
+        if wanted.fp8_param_gather:
+            needed["--fp8-param-gather"] = _GATHER
+    for flag, oldest in needed.items():
+        if _numbers(version) < oldest:
+            raise DependencyError(
+                f"{flag} needs Transformer Engine {_dotted(oldest)} or newer, and {version} is installed. Install a "
+                "newer one."
+            )
+
+
+@functools.cache
+def installed() -> str:
+    """The version of Transformer Engine, which can be imported.
+
+    Raises:
+        DependencyError: it cannot.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise DependencyError(
+            f"{_FLAG} needs Transformer Engine, which is not installed. Install transformer-engine[pytorch], or use "
+            "--transformer-impl local."
+        )
+    try:
+        probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise DependencyError(
+            f"Transformer Engine could not be imported within {_PATIENCE} seconds. Install it again, or use "
+            "--transformer-impl local."
+        ) from None
+    if probe.returncode:
+        said = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1][:200].rstrip(".")
+        raise DependencyError(
+            f"Transformer Engine is installed and cannot be imported ({said}). Install one that fits this torch, or "
+            "use --transformer-impl local."
+        )
+    return probe.stdout.strip().splitlines()[-1]
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """`2.3.0.dev0+5fdd7bb` -> (2, 3)."""
+    major, minor = (*version.split("+")[0].split("."), "0")[:2]
+    return int(major), int("".join(filter(str.isdigit, minor)) or 0)
+
+
+def _dotted(numbers: tuple[int, int]) -> str:
+    return f"{numbers[0]}.{numbers[1]}"

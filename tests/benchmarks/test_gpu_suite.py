@@ -1,0 +1,241 @@
+"""The suite of GPU figures: what it runs and writes with made-up parts, and its own parts at toy sizes on the CPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import gpu_suite
+from benchmarks.gpu_figures import PARTS, Sheet
+from benchmarks.gpu_report import MARKER, markdown_of
+from tests.harness import pool
+from tests.tiny import leave_job
+
+PAGE = f"kept\n<!-- {MARKER} -->\nold\n<!-- end of {MARKER} -->\nkept too\n"
+TOY = ["--device", "cpu", "--size", "tiny"]
+
+
+@pytest.fixture
+def page(tmp_path) -> Path:
+    path = tmp_path / "page.md"
+    path.write_text(PAGE)
+    return path
+
+
+def start(name: str, options, out: Path, limit: float) -> str | None:
+    """Stands for a part: one is wrong, one crashes after its first figure, the others give 60 for each."""
+    sheet = Sheet(out)
+    for number, figure in enumerate(PARTS[name].figures):
+        if name == "packed" and number:
+            return "it crashed"
+        sheet.put(figure.key, 0 if figure.key == "failed" else 60, "a | note")
+    return None
+
+
+def test_the_table_of_nothing_has_every_figure_and_how_to_measure_it(page) -> None:
+    assert gpu_suite.main(["--parts", "--write", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("kept\n") and text.endswith("kept too\n") and "\nold\n" not in text
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    figures = [(part, figure) for part in PARTS.values() for figure in part.figures]
+    assert len(lines) == len(figures) + len(PARTS), "a line each, and a head per part"
+    for part, figure in figures:
+        assert any(figure.text in line and "not measured" in line and f"--parts {part.name}`" in line for line in lines)
+
+
+def test_the_document_has_a_place_for_every_figure() -> None:
+    document = (Path(__file__).resolve().parents[2] / "docs" / "performance.md").read_text()
+    body = document.split(f"<!-- {MARKER} -->")[1].split(f"<!-- end of {MARKER} -->")[0]
+    for part in PARTS.values():
+        assert f"**{part.text}**" in body
+        assert all(f"| {figure.text} " in body for figure in part.figures)
+
+
+def test_a_part_that_crashes_loses_nothing_but_its_own_figures(tmp_path, page, capsys) -> None:
+    file = tmp_path / "gpu.json"
+    words = [*TOY, "--parts", "packed", "correctness", "training-8b", "--json", str(file)]
+    assert gpu_suite.main([*words, "--write", str(page), "--write-toys"], start) == 1
+    result = json.loads(file.read_text())
+    assert list(result["parts"]) == ["correctness", "training-8b", "packed"], "in the order of worth"
+    assert result["parts"]["packed"]["why"] == "it crashed" and len(result["parts"]["packed"]["figures"]) == 1
+    about = result["about"]
+    assert about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"]
+    assert about["device"].startswith("CPU") and about["command"].endswith(
+        "gpu.json --write " + str(page) + " --write-toys"
+    )
+    text = page.read_text()
+    assert "Toy sizes" in text and text.count("it crashed") == 2 and "a / note" in text
+    said = capsys.readouterr().out
+    assert "packed: it crashed" in said and "(aim: 50 or more, reached)" in said
+    # Another run adds to it.
+    assert gpu_suite.main([*TOY, "--parts", "head", "--keep", "--json", str(file)], start) == 1
+    kept = json.loads(file.read_text())["parts"]
+    assert kept["packed"] == result["parts"]["packed"] and kept["head"]["why"] is None
+
+
+def test_what_does_not_fit_the_budget_is_told(tmp_path, monkeypatch) -> None:
+    seen, now = {}, [100.0]
+    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: now[0])
+
+    def slow(name: str, options, out: Path, limit: float) -> None:
+        seen[name] = limit
+        now[0] += 29.5
+
+    file = tmp_path / "gpu.json"
+    words = [*TOY, "--parts", "correctness", "packed", "--budget-seconds", "30", "--json", str(file)]
+    assert gpu_suite.main(words, slow) == 1
+    assert seen == {"correctness": 30}
+    parts = json.loads(file.read_text())["parts"]
+    assert parts["correctness"]["why"] is None and "--budget-seconds 30" in parts["packed"]["why"]
+
+
+def test_a_failed_check_is_an_exit_code(tmp_path) -> None:
+    wrong = lambda name, options, out, limit: Sheet(out).put("failed", 1)
+    assert gpu_suite.main([*TOY, "--parts", "correctness"], start) == 0
+    assert gpu_suite.main([*TOY, "--parts", "correctness"], wrong) == 1
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--device", "cpu"], "Use --size tiny"),
+        ([*TOY, "--write", "PAGE"], "--write-toys"),
+        (["--parts", "--write", "nowhere.md"], "--write nowhere.md"),
+        ([*TOY, "--json", "no/such/folder.json"], "--json no/such/folder.json"),
+        ([*TOY, "--keep"], "--keep"),
+        ([*TOY, "--budget-seconds", "0"], "--budget-seconds 0"),
+    ],
+)
+def test_command_lines_that_cannot_work(words, says, page, capsys) -> None:
+    words = [str(page) if word == "PAGE" else word for word in words]
+    assert gpu_suite.main(words, start) == 2
+    assert says in capsys.readouterr().err and page.read_text() == PAGE
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_it_needs(capsys) -> None:
+    assert gpu_suite.main(["--parts", "head"], start) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypatch) -> None:
+    """A program in the place of Python writes a figure, starts another one, and waits."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        '#!/bin/bash\nwhile [ "$1" != --out ]; do shift; done\n'
+        f'echo \'{{"passed": {{"value": 3.0}}}}\' > "$2"\nsleep 100 & echo $! > {tmp_path}/child\nwait\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(gpu_suite.sys, "executable", str(stand_in))
+    options, out = gpu_suite._parser().parse_args(TOY), tmp_path / "figures.json"
+    assert gpu_suite.as_process("head", options, out, 0.5) == "ended after 0 seconds"
+    assert json.loads(out.read_text()) == {"passed": {"value": 3.0}}
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and Path(f"/proc/{child}").exists():
+        if Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{child}").exists()
+    stand_in.write_text("#!/bin/bash\necho first; echo the reason; exit 3\n")
+    assert gpu_suite.as_process("head", options, out, 20) == "the reason (exit code 3)"
+
+
+def test_pairs_and_tiles_are_those_of_the_rule(monkeypatch) -> None:
+    import numpy as np
+
+    from benchmarks import gpu_training
+    from megatron_dlm.diffusion.layout import Grid, visible
+    from megatron_dlm.diffusion.rows import build_row
+    from tests.diffusion.oracles import MASK_ID, PAD_ID, random_group, trace_item
+
+    monkeypatch.setattr(gpu_training, "TILE", 8)
+    traces = random_group(6, [13, 9], 4, np.random.default_rng(1))
+    items = [(n, trace_item(trace, Grid(4))) for n, trace in enumerate(traces)]
+    row = build_row(items, items[0][1].shared_length + sum(item.own_length for _, item in items) + 5, MASK_ID, PAD_ID)
+    layout = row.layout
+    mask, real = visible(layout, layout), layout.group >= 0
+    pairs = [(q, k) for q, k in mask.nonzero().tolist() if real[q]]
+    assert gpu_training.areas(layout, tiled=False) == (len(pairs), int(real.sum()) ** 2)
+    assert gpu_training.areas(layout, tiled=True) == (len(pairs), 64 * len({(q // 8, k // 8) for q, k in pairs}))
+
+
+# ------------------------------------------------------------------------------------------------- parts, on the CPU
+@pytest.mark.parametrize("part", ["training-8b", "step", "curves", "head"])
+def test_a_part_fills_its_sheet(part: str, tmp_path, monkeypatch) -> None:
+    from benchmarks import gpu_parts, gpu_step, gpu_training
+
+    monkeypatch.setattr(gpu_training, "peak_flops", lambda: (1e9, "made up"))
+    monkeypatch.setattr(gpu_step, "_judge", lambda count, words: 0.25)  # a pool of processes, tested elsewhere
+    monkeypatch.setattr("benchmarks.memory.gc", SimpleNamespace(collect=lambda: 0))  # slow beside so many modules
+    leave_job()
+    out = tmp_path / "figures.json"
+    gpu_parts.measure(part, "tiny", "cpu", out)
+    leave_job()
+    found = json.loads(out.read_text())
+    assert set(found) == {figure.key for figure in PARTS[part].figures}
+    values = {key: one["value"] for key, one in found.items() if "value" in one}
+    missing = {key: one["why"] for key, one in found.items() if "why" in one}
+    # All that needs Transformer Engine says so, and nothing else is missing.
+    assert all(
+        "needs a GPU" in why for key, why in missing.items() if key.startswith(("te", "fp8")) and "gain" not in key
+    )
+    if part == "training-8b":
+        if "bf16 model" in values:  # on a machine with much else to do, more layers may not have been slower
+            assert values["bf16 hardware"] > values["bf16 model"] > 0
+        else:
+            assert "not slower" in missing["bf16 model"]
+    elif part == "step":
+        assert values["bf16 largest"] < 1e-4 and values["bf16 largest"] >= values["bf16 mean"] > 0
+        assert values["reward"] == 0.25 and values["refit shared"] > 0
+        assert all(values[phase] > 0 for phase in ("rollout", "rows", "old log-probs", "forward+backward", "optimizer"))
+    elif part == "curves":
+        assert values["bf16"] != values["bf16 again"] and values["bf16"] == pytest.approx(values["bf16 again"], rel=0.2)
+    else:
+        assert values["chunk time"] > 0
+
+
+def test_what_goes_wrong_in_a_part_is_its_reason(tmp_path, monkeypatch) -> None:
+    from benchmarks import gpu_parts
+
+    def broken(size, device, sheet) -> None:
+        sheet.put("bf16", 2.5)
+        raise RuntimeError("no\nroom")
+
+    monkeypatch.setitem(gpu_parts.RUN, "curves", broken)
+    with pytest.raises(RuntimeError):
+        gpu_parts.measure("curves", "tiny", "cpu", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found == {"bf16": {"value": 2.5}, **{key: {"why": "no room"} for key in ("bf16 again", "te", "fp8")}}
+    table = markdown_of({"about": ABOUT, "parts": {"curves": {"figures": found, "why": None, "seconds": 1.0}}})
+    assert table.count("no room") == 3 and "2.5 nats" in table and "H200, driver 1" in table
+
+
+ABOUT = dict(
+    device="1 x H200", driver="1", python="3", versions={}, date="today", revision="abc", size="h200", command="it"
+)
+
+
+def moved() -> int:
+    """Bytes that a refit moves to this rank."""
+    from benchmarks.gpu_sizes import size_named
+    from benchmarks.gpu_step import refit_once
+    from megatron_dlm.parallel import groups
+
+    found = refit_once(size_named("tiny").refit, 2, 1)
+    groups.destroy()
+    assert found.seconds > 0
+    return found.bytes
+
+
+def test_a_refit_between_layouts_moves_all_that_is_divided() -> None:
+    found = pool(2).run(moved)
+    pool(2).close()  # it has left its job
+    layer = (4 + 2 * 2) * 8 * 32 + 4 * 8 * 32 + 3 * 48 * 32  # query, key and value; projection; the unit with a gate
+    assert found == [4 * (2 * 64 * 32 + 2 * layer)] * 2

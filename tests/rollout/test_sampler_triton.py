@@ -1,0 +1,156 @@
+"""Rollout with the sampler's kernels: what is kept of a block, and whole responses; without a GPU interpreted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_dlm import platform
+from megatron_dlm.diffusion.sampling import Draws
+from megatron_dlm.diffusion.unmasking import Remasking, select
+from megatron_dlm.model.policy import Vocabulary
+from megatron_dlm.rollout.batch import RunningBatch
+from megatron_dlm.rollout.denoiser import Denoiser
+from megatron_dlm.rollout.engine import Engine
+from tests.rollout.test_engine import SAMPLING, WAYS, by_key
+from tests.rollout.test_paging import groups, options
+from tests.tiny import make_model, vocabulary
+
+pytest.importorskip("triton")
+
+LENGTH, SLOTS = 80, 24
+TABLES = ("tokens", "known", "step", "logprob", "sampling_logprob", "version")
+
+
+def random_batch(block: int) -> RunningBatch:
+    generator = torch.Generator().manual_seed(block)
+    batch = RunningBatch(SLOTS, LENGTH, 1, platform.device())
+    whole = lambda low, high: torch.randint(low, high, (SLOTS + 1,), generator=generator).to(batch.device)
+    batch.block_size[:], batch.denoising_steps[:] = block, whole(1, block + 1)
+    batch.block_steps[:], batch.steps_taken[:] = whole(0, 3), whole(3, 30)
+    batch.remasking[:] = torch.arange(SLOTS + 1) % len(Remasking)
+    batch.threshold[:], batch.entropy_bound[:] = 0.5, 1.2
+    return batch
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 32])
+@pytest.mark.parametrize("equal", [False, True])
+def test_what_is_kept_is_what_select_chooses(block: int, equal: bool) -> None:
+    from megatron_dlm.rollout.unmask_triton import unmask
+
+    generator = torch.Generator().manual_seed(block)
+    slot = torch.randperm(SLOTS, generator=generator)[:20]
+    position = torch.randint(0, LENGTH - block, (20, 1), generator=generator) + torch.arange(block)
+    masked = torch.rand(20, block, generator=generator) < 0.7
+    confidence = torch.rand(20, block, generator=generator, dtype=torch.float64)
+    if equal:
+        confidence = (confidence * 3).round() / 3
+    by_entropy = (torch.arange(SLOTS + 1) % len(Remasking) == Remasking.ENTROPY_BOUNDED)[slot]
+    confidence = torch.where(by_entropy[:, None], -confidence, confidence)
+    logprobs = torch.randn(2, 20 * block, generator=generator, dtype=torch.float64)
+    token = torch.randint(2, 50, (20 * block,), generator=generator)
+    batch, plain = random_batch(block), random_batch(block)
+    columns = token, *logprobs, confidence.flatten(), slot, position, masked
+    *drawn, slot, position, masked = (one.to(batch.device) for one in columns)
+    unmask(batch, Draws(*drawn), slot, position, masked, 7)
+    chosen = select(plain.unmask_rules(slot), confidence.to(batch.device), masked).cpu()
+    assert 0 < chosen.sum() <= masked.sum()
+    for row, column in chosen.nonzero().tolist():
+        where, number = (slot[row], position[row, column]), row * block + column
+        plain.tokens[where], plain.known[where], plain.version[where] = token[number], True, 7
+        plain.step[where] = plain.steps_taken[slot[row]] + 1
+        plain.logprob[where], plain.sampling_logprob[where] = logprobs[0, number], logprobs[1, number]
+    for name in TABLES:
+        assert torch.equal(getattr(batch, name), getattr(plain, name)), name
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(torch.float32)
+
+
+@pytest.mark.parametrize("rounds, filters", [(1, False), (3, True)])
+def test_responses_are_those_of_torch(model, rounds: int, filters: bool, monkeypatch) -> None:
+    """In float32 a draw at a boundary may differ; the margins of these are larger."""
+    ways = [
+        dataclasses.replace(SAMPLING, **{**changes, "block_size": 4, "denoising_steps": 2, "max_new_tokens": 7})
+        for changes in WAYS.values()
+    ]
+    ways = [way for way in ways if filters or not (way.top_k or way.top_p < 1)][:: 3 if filters else 2]
+    requests = [
+        dataclasses.replace(request, sampling=ways[number % len(ways)])
+        for number, request in enumerate(groups(6, 1, SAMPLING))
+    ]
+    asked = []
+    whole = Denoiser._draw_fused
+
+    def counted(self, logits, *rest):
+        asked.append(rest[-1])
+        return whole(self, logits, *rest)
+
+    monkeypatch.setattr(Denoiser, "_draw_fused", counted)
+    found, wanted = (
+        by_key(Engine(model, vocabulary(), options(rounds_per_sync=rounds, fused_sampler=fused)).run(requests))
+        for fused in (True, False)
+    )
+    assert asked and all((how is not None) == filters for how in asked)
+    for key, trace in found.items():
+        right = wanted[key]
+        for name in ("response_ids", "tail_ids", "steps", "tail_steps"):
+            assert np.array_equal(getattr(trace, name), getattr(right, name)), (key, name)
+        for name in ("logprobs", "sampling_logprobs"):
+            assert np.allclose(getattr(trace, name), getattr(right, name), atol=2e-6)
+        assert trace.finish_reason == right.finish_reason
+
+
+class Counted(TorchDispatchMode):
+    """Names of the operations that do more than look at a tensor in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        looks = ("view", "_unsafe_view", "select", "slice", "unsqueeze", "expand", "split", "unbind", "empty", "detach")
+        name = function.overloadpacket.__name__
+        self.names += [] if name.startswith(looks) else [name]
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_round_is_three_kernels_and_waits_for_nobody(monkeypatch) -> None:
+    from megatron_dlm.diffusion import sampling_triton
+    from megatron_dlm.rollout import unmask_triton
+
+    launched = []
+
+    class Launch:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *_, **__: launched.append((self.name, grid))
+
+    for module, name in ((sampling_triton, "_pieces"), (sampling_triton, "_tokens"), (unmask_triton, "_unmask")):
+        monkeypatch.setattr(module, name, Launch(name))
+    batch = random_batch(4)
+    denoiser = Denoiser(batch, Vocabulary(300, 1), None, fused=True)
+    slot, position = torch.arange(6), torch.arange(4).expand(6, 4).contiguous()
+    masked, logits = torch.ones(6, 4, dtype=torch.bool), torch.randn(24, 300)
+    with Counted() as counted:
+        rules = denoiser.rules(slot.repeat_interleave(4))
+        denoiser.step_blocks(*(one.to(batch.device) for one in (logits, slot, position, masked)), 1, rules)
+    assert launched == [("_pieces", (24, 1)), ("_tokens", (24,)), ("_unmask", (6,))]
+    assert set(counted.names) <= {"clone", "_to_copy"}  # which slot each position is of
+
+
+def test_logits_in_float64_are_torchs() -> None:
+    batch = random_batch(4)
+    logits = torch.randn(6, 12, dtype=torch.float64, device=batch.device)
+    where, position = torch.arange(6, device=batch.device), torch.arange(6, device=batch.device)
+    both = [Denoiser(batch, Vocabulary(12, 1), None, fused).draw(logits, where, position) for fused in (True, False)]
+    for field in dataclasses.fields(Draws):
+        assert torch.equal(*(getattr(draws, field.name) for draws in both))

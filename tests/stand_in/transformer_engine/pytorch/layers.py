@@ -1,0 +1,244 @@
+"""Norms, linear layers and groups of these, cut over tensor-parallel ranks.
+
+Collectives are megatron-core's, which in the real package are Transformer Engine's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fp8 import FP8GlobalStateManager
+from .tensor import QuantizedTensor
+
+
+class _Module(nn.Module):
+    """What all products share. `ran`: of each pass, whether in FP8, and under what recipe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[tuple[bool, str]] = []
+        self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
+        self.fp8 = self.fp8_calibration = False
+        self._fp8_workspaces: dict[str, Tensor] = {}
+        self.save_original_input = False
+
+    def note(self, tokens: Tensor, *weights: Tensor) -> None:
+        state = FP8GlobalStateManager
+        self.ran.append((state.enabled, type(state.recipe).__name__ if state.enabled else ""))
+        if not state.enabled:
+            return
+        for tensor in (tokens, *weights):
+            if math.prod(tensor.shape[:-1]) % 8 or tensor.shape[-1] % 16:
+                raise ValueError(f"FP8 products do not take {tuple(tensor.shape)}")
+        if math.prod(tokens.shape[:-1]) % 16:  # tokens are what the weight's gradient sums over
+            raise ValueError(f"FP8 products do not take the gradients of {tuple(tokens.shape)}")
+        self._fp8_workspaces["weight"] = weights[0]
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor | None) -> None: ...
+
+
+def _mark(weight: Tensor, dim: int) -> None:
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1
+
+
+def _weight(rows: int, columns: int, init_method: Callable, dtype: torch.dtype, tracker: Callable | None, name: str):
+    weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype))
+    with tracker().fork(name) if tracker is not None else torch.no_grad(), torch.no_grad():
+        init_method(weight)
+    if not FP8GlobalStateManager.keeps_weights:
+        return weight
+    kept = nn.Parameter(QuantizedTensor.of(weight.detach()))
+    exact = [weight.detach()]
+    kept.get_high_precision_init_val, kept.clear_high_precision_init_val = lambda: exact[0], exact.clear
+    return kept
+
+
+class RMSNorm(nn.Module):
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float,
+        sequence_parallel: bool,
+        zero_centered_gamma: bool,
+        params_dtype: torch.dtype,
+        device: Any,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
+        self.weight.sequence_parallel = sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _normed(hidden, self.weight, self.eps)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor | None) -> None: ...
+
+
+class LayerNorm(nn.Module): ...
+
+
+class DotProductAttention(nn.Module): ...
+
+
+def _normed(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = hidden.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype) * weight
+
+
+class Linear(_Module):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: Any = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable | None = None,
+        rng_tracker_name: str | None = None,
+        init_method: Callable | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        if parallel_mode == "column":
+            self.out_features = out_features // tp_size
+        elif parallel_mode == "row":
+            self.in_features = in_features // tp_size
+        self.sequence_parallel = sequence_parallel and tp_size > 1 and parallel_mode is not None
+        self.tp_group, self.tp_size, self.parallel_mode = tp_group, tp_size, parallel_mode
+        self.use_bias, self.return_bias = bias, return_bias
+        name = rng_tracker_name or "model-parallel-rng"
+        self.weight = _weight(
+            self.out_features, self.in_features, init_method, params_dtype, get_rng_state_tracker, name
+        )
+        _mark(self.weight, 1 if parallel_mode == "row" else 0)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=params_dtype))
+            if parallel_mode == "column":
+                _mark(self.bias, 0)
+
+    def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        out = self.product(inp)
+        if not self.use_bias:
+            return out
+        return (out, self.bias) if self.return_bias else out + self.bias
+
+    def product(self, inp: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import mappings
+
+        self.note(inp, self.weight)  # its own tokens are what a rank puts into FP8, before it gathers others'
+        if self.parallel_mode == "column" and self.sequence_parallel:
+            inp = mappings.gather_from_sequence_parallel_region(inp, group=self.tp_group)
+        elif self.parallel_mode == "column":
+            inp = mappings.copy_to_tensor_model_parallel_region(inp, group=self.tp_group)
+        out = F.linear(inp, self.weight)
+        if self.parallel_mode == "row" and self.sequence_parallel:
+            return mappings.reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
+        if self.parallel_mode == "row":
+            return mappings.reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
+        return out
+
+
+class LayerNormLinear(Linear):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        eps: float,
+        normalization: str,
+        zero_centered_gamma: bool,
+        return_layernorm_output: bool,
+        params_dtype: torch.dtype,
+        sequence_parallel: bool,
+        **rest: Any,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, params_dtype=params_dtype, sequence_parallel=sequence_parallel, **rest
+        )
+        if normalization != "RMSNorm" or zero_centered_gamma or return_layernorm_output:
+            raise NotImplementedError
+        self.eps = eps
+        self.layer_norm_weight = nn.Parameter(torch.ones(in_features, dtype=params_dtype))
+        self.layer_norm_weight.sequence_parallel = sequence_parallel
+
+    def product(self, inp: Tensor) -> Tensor:
+        return super().product(_normed(inp, self.layer_norm_weight, self.eps))
+
+
+class GroupedLinear(_Module):
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool,
+        fuse_wgrad_accumulation: bool,
+        tp_group: Any,
+        tp_size: int,
+        get_rng_state_tracker: Callable | None,
+        init_method: Callable,
+        bias: bool,
+        return_bias: bool,
+        parallel_mode: str | None,
+        params_dtype: torch.dtype,
+        device: Any,
+        ub_name: str,
+        rng_tracker_name: str,
+    ) -> None:
+        super().__init__()
+        if bias or tp_size > 1:
+            raise NotImplementedError
+        self.num_gemms, self.use_bias = num_gemms, bias
+        for number in range(num_gemms):
+            weight = _weight(
+                out_features, in_features, init_method, params_dtype, get_rng_state_tracker, rng_tracker_name
+            )
+            _mark(weight, 1 if parallel_mode == "row" else 0)
+            self.register_parameter(f"weight{number}", weight)
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None: ...
+
+    def forward(self, inp: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
+        weights = [getattr(self, f"weight{number}") for number in range(self.num_gemms)]
+        parts = inp.split(m_splits)
+        for part in parts:
+            self.note(part, *weights)
+        return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights)])
+
+
+class Fp8Padding(nn.Module):
+    """Fills the tokens of each expert up to a multiple of 16."""
+
+    def __init__(self, num_gemms: int) -> None:
+        super().__init__()
+
+    def forward(self, inp: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
+        wanted = [-(-size // 16) * 16 for size in m_splits]
+        parts = [F.pad(part, (0, 0, 0, size - len(part))) for part, size in zip(inp.split(m_splits), wanted)]
+        return torch.cat(parts), wanted
+
+
+class Fp8Unpadding(nn.Module):
+    def __init__(self, num_gemms: int) -> None:
+        super().__init__()
+
+    def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
+        padded = [-(-size // 16) * 16 for size in m_splits]
+        return torch.cat([part[:size] for part, size in zip(inp.split(padded), m_splits)])
