@@ -27,6 +27,7 @@ from megatron_dlm.model.tiles import Tables
 
 TILE = 128  # queries, and keys, of a tile: what FlexAttention's kernels are tuned for
 _FEWEST = 2  # tiles; torch takes a length of one for a constant
+_VARIANTS = 64  # most kernels in a process, of heads, widths, types, and with or without gradients
 
 
 class FlexAttention:
@@ -72,6 +73,11 @@ class FlexAttention:
 @once
 def compiled() -> Callable[..., Tensor]:
     """`attend`, compiled."""
+    import torch._dynamo.config as settings
+
+    # Policy, value model and teachers in one process, with and without gradients, are more shapes than torch compiles
+    # one function for by default; behind its limit `fullgraph` is an error.
+    settings.recompile_limit = max(settings.recompile_limit, _VARIANTS)
     return torch.compile(attend, fullgraph=True)
 
 

@@ -140,6 +140,29 @@ def test_torch_compiles_it_once_for_all_layouts_and_lengths(monkeypatch) -> None
     assert counter.frame_count == 1
 
 
+def test_models_of_many_shapes_share_a_process(monkeypatch) -> None:
+    """More than torch compiles one function for unless it is told to."""
+    import torch.nn.attention.flex_attention as torch_flex
+    from torch._dynamo.testing import CompileCounter
+
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *words, **more: compile_(*words, backend=counter, **more))
+    monkeypatch.setattr(attention_flex, "compiled", attention_flex.compiled.__wrapped__)
+    once = attention_flex.compiled()
+    monkeypatch.setattr(attention_flex, "compiled", lambda: once)
+    row = row_of([(5, [20])], 3)
+    made = FlexAttention(row.layout)
+    for width in (16, 24, 32, 40):
+        q, k, v = (torch.randn(len(row.tokens), 1, heads, width) for heads in (4, 2, 2))
+        expected = made(1, q, k, v, width**-0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(FlexAttention, "_on_cpu", FlexAttention._on_gpu)
+            torch.testing.assert_close(made(1, q, k, v, width**-0.5), expected)
+    assert counter.frame_count >= 3
+
+
 # In a model ---------------------------------------------------------------------------------------------------------
 
 
