@@ -69,7 +69,8 @@ def _changed(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, kind):
         return change(value)
     if is_dataclass(value):
-        return type(value)(*(_changed(getattr(value, field.name), kind, change) for field in fields(value)))
+        given = (field.name for field in fields(value) if field.init)  # the others are nobody's to pass on
+        return type(value)(*(_changed(getattr(value, name), kind, change) for name in given))
     if isinstance(value, (list, tuple)):
         return type(value)([_changed(one, kind, change) for one in value])
     return value
