@@ -143,7 +143,7 @@ def choices(search: Search, longest: int) -> str:
     base = workload(longest)
     changed = {
         "as above": base,
-        "attention over whole squares, as now": dataclasses.replace(base, attention="dense"),
+        "attention over whole squares (--attention-backend dense)": dataclasses.replace(base, attention="dense"),
         "one update": dataclasses.replace(base, updates=1),
         "old log-probs of the rollout": dataclasses.replace(base, old_logprobs="rollout"),
         "a value model": dataclasses.replace(base, value_model=True, together=True),
