@@ -20,9 +20,7 @@ import argparse
 import dataclasses
 import json
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import torch
 from torch import Tensor
 
-from benchmarks.common import table
+from benchmarks.common import median_seconds, table
 from benchmarks.memory import Peak
 from megatron_dlm import platform
 from megatron_dlm.diffusion.layout import CLEAN, PROMPT, Layout, visible
@@ -149,9 +147,11 @@ def _measured(
 ) -> tuple[Figure, list[Tensor]]:
     kind, scale = BACKENDS[name], case.width**-0.5
     graphs = _graphs()
-    mask_s, attention = _timed(lambda: kind(layout), repeats)
-    forward_s, out = _timed(lambda: attention(1, *inputs, scale), repeats)
-    backward_s, gradients = _timed(lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True), repeats)
+    mask_s, attention = median_seconds(lambda: kind(layout), repeats)
+    forward_s, out = median_seconds(lambda: attention(1, *inputs, scale), repeats)
+    backward_s, gradients = median_seconds(
+        lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True), repeats
+    )
     results, out, gradients = [out.detach(), *gradients], None, None
     with Peak() as peak:
         torch.autograd.grad(attention(1, *inputs, scale), inputs, gradient)
@@ -237,19 +237,6 @@ def _draws(dtype: str, seed: int) -> Callable[..., Tensor]:
     """Random numbers of this process's device, drawn on the host."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator).to(DTYPES[dtype]).to(platform.device())
-
-
-def _timed(work: Callable[[], object], repeats: int) -> tuple[float, object]:
-    """Median seconds, and what the last call returned."""
-    seconds, result = [], None
-    for _ in range(repeats + 2):
-        del result
-        platform.synchronize()
-        start = time.perf_counter()
-        result = work()
-        platform.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:]), result
 
 
 def _relative(one: Tensor, other: Tensor) -> float:

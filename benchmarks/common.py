@@ -6,6 +6,8 @@ by the tensor's name, and rounded to bfloat16: so every device, layout and preci
 
 from __future__ import annotations
 
+import statistics
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_dlm import platform
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
@@ -241,6 +244,19 @@ def records(traces: Sequence[Trace], grid: Grid, rank: int) -> list:
             )
         )
     return found
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> tuple[float, object]:
+    """Median seconds of calls on this process's device, after two to warm up, and what the last one returned."""
+    seconds, result = [], None
+    for _ in range(repeats + 2):
+        del result  # its memory is there for the next one
+        platform.synchronize()
+        start = time.perf_counter()
+        result = work()
+        platform.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:]), result
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

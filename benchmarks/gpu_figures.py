@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 COMMAND = "python -m benchmarks.gpu_suite"
-FP8_GOAL, MFU_GOAL, PACKED_GOAL, ATTENTION_GOAL = 1.3, 50.0, 3.0, 3.0
+FP8_GOAL, MFU_GOAL, PACKED_GOAL, ATTENTION_GOAL, NOISE_GOAL = 1.3, 50.0, 3.0, 3.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,26 @@ class Figure:
 
     Attributes:
         key: within its part. text: what it is. unit: of the number.
-        least: what is aimed at, at least; None where nothing is.
+        least, most: what is aimed at, at least or at most; None where nothing is.
     """
 
     key: str
     text: str
     unit: str
     least: float | None = None
+    most: float | None = None
+
+    @property
+    def aim(self) -> str:
+        """In words; empty where there is none."""
+        if self.least is None and self.most is None:
+            return ""
+        number, bound = (self.most, "at most") if self.least is None else (self.least, "at least")
+        return f"{bound} {number:g} {'' if self.unit == 'x' else self.unit}".strip()
+
+    def reached(self, value: float) -> bool:
+        """Whether a value is as good as the aim, or there is none."""
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +59,14 @@ def _training(size: str, text: str, seconds: int) -> Part:
     lines = []
     for key, name in (("bf16", "bf16"), ("te", "bf16, Transformer Engine"), ("fp8", "FP8")):
         lines += [
-            Figure(f"{key} model", f"{name}: model FLOPs, of bf16's peak", "%", goal if key == "bf16" else None),
+            Figure(f"{key} model", f"{name}: model FLOPs, of bf16's peak", "%", None if key == "fp8" else goal),
             Figure(f"{key} hardware", f"{name}: hardware FLOPs, of bf16's peak", "%"),
             Figure(f"{key} update", f"{name}: the same of an update with its optimizer, model FLOPs", "%"),
             Figure(f"{key} tokens", f"{name}: tokens of rows, of an update", "tokens/s"),
             Figure(f"{key} memory", f"{name}: peak memory", "GiB"),
         ]
-    lines.append(Figure("fp8 gain", "FP8 over the faster bf16, updates", "x", FP8_GOAL))
+    whole = ", extrapolated to the whole model" if size == "8b" else ""
+    lines.append(Figure("fp8 gain", f"FP8 over the faster bf16: an update{whole}", "x", FP8_GOAL))
     return Part(f"training-{size}", text, seconds, tuple(lines))
 
 
@@ -135,20 +149,28 @@ _HEAD = Part(
 )
 _CURVES = Part(
     "curves",
-    "200 steps of fine-tuning a small model: nats per token over the last 20",
+    "200 steps of fine-tuning a small model: nats per token over the last 20 steps",
     90,
     (
         Figure("bf16", "bf16", "nats"),
-        Figure("bf16 again", "bf16, other masks: the difference is noise", "nats"),
+        Figure("bf16 again", "bf16 with other masks, the mean of 3 runs", "nats"),
+        Figure("noise", "noise: largest distance of one of these 3 from bf16", "nats"),
         Figure("te", "bf16, Transformer Engine", "nats"),
         Figure("fp8", "FP8", "nats"),
+        Figure("te in noise", "bf16, Transformer Engine: distance from bf16, over the noise", "x", most=NOISE_GOAL),
+        Figure("fp8 in noise", "FP8: distance from bf16, over the noise", "x", most=NOISE_GOAL),
     ),
 )
 _REFIT = Part(
     "refit",
-    "Refit from tensor-parallel training to engines of one GPU (two GPUs or more)",
+    "Refit of the 1.7B model, to an engine with storage of its own",
     60,
-    (Figure("bandwidth", "weights that moved, per GPU", "GB/s"), Figure("seconds", "a refit", "s")),
+    (
+        Figure("copied", "one GPU: weights that were copied within it", "GB/s"),
+        Figure("copied seconds", "one GPU: a refit", "s"),
+        Figure("moved", "two GPUs, tensor-parallel training to engines of one each: weights, per GPU", "GB/s"),
+        Figure("moved seconds", "two GPUs: a refit", "s"),
+    ),
 )
 
 PARTS: dict[str, Part] = {

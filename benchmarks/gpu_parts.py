@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -122,15 +123,22 @@ def attention(size, device: str, sheet: Sheet) -> None:
 
 
 def refit(size, device: str, sheet: Sheet) -> None:
-    """Two processes with a GPU each; on a CPU, over gloo."""
+    """Within this process; then between two with a GPU each, on a CPU over gloo."""
+    from benchmarks.gpu_step import Moved, put_refit, refit_once
+    from megatron_dlm.parallel import groups
+
+    put_refit("copied", {0: refit_once(size.refit, 1, 5)}, sheet)
+    groups.destroy()
     if device == "cuda" and torch.cuda.device_count() < 2:
-        return sheet.miss("one GPU; it takes two", "bandwidth", "seconds")
+        return sheet.miss("one GPU; it takes two", "moved", "moved seconds")
+    gc.collect()
+    torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         _run([*launcher, __file__, "refit rank", "--device", device, "--size", size.name, "--out", folder])
-        from benchmarks.gpu_step import Moved, put_refit
-
-        put_refit({int(file.stem): Moved(**json.loads(file.read_text())) for file in Path(folder).iterdir()}, sheet)
+        put_refit(
+            "moved", {int(file.stem): Moved(**json.loads(file.read_text())) for file in Path(folder).iterdir()}, sheet
+        )
 
 
 def _refit_rank(size, folder: Path) -> None:

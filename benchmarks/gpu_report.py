@@ -10,15 +10,19 @@ from benchmarks.rl_report import markdown
 
 MARKER = "gpu suite"
 HEADER = ("figure", "value", "aim", "")
+NOTHING = f"Nothing of this has been measured yet. `{COMMAND} --json gpu.json --write docs/performance.md` does it."
 
 
 def markdown_of(result: Mapping[str, Any]) -> str:
-    """The table of each part, below what was measured where, when and how.
+    """The table of each part, below where, when and how it was measured: parts may come from different runs.
 
     Args:
-        result: {"about": ..., "parts": name -> {"figures": key -> {"value", "note"} or {"why"}, "why", "seconds"}}.
+        result: {"parts": name -> record}, a record being {"figures": key -> {"value", "note"} or {"why"}, "why",
+            "seconds", "about": of the run that made it}.
     """
-    return "\n\n".join([_heading(result), *(_part(part, result["parts"].get(part.name)) for part in PARTS.values())])
+    records = [result["parts"].get(part.name, {"figures": {}}) for part in PARTS.values()]
+    tables = [_part(part, record) for part, record in zip(PARTS.values(), records)]
+    return "\n\n".join(tables if any(map(_measured, records)) else [NOTHING, *tables])
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -35,38 +39,34 @@ def summary(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"{len(lines)} figures; {missing} not measured."])
 
 
-def _heading(result: Mapping[str, Any]) -> str:
-    about = result["about"]
-    if not any("value" in one for part in result["parts"].values() for one in part["figures"].values()):
-        return (
-            f"Nothing of this has been measured yet. `{COMMAND} --json gpu.json --write docs/performance.md` does it."
-        )
+def _measured(record: Mapping[str, Any]) -> bool:
+    """Whether a part has a figure."""
+    return any("value" in one for one in record["figures"].values())
+
+
+def _origin(about: Mapping[str, Any]) -> str:
+    """Where, when and how a part was measured."""
+    toys = "**Toy sizes: these figures show that the program works, and nothing else.** "
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    toys = (
-        ""
-        if about["size"] != "tiny"
-        else "**Toy sizes: these figures show that the program works, and nothing else.** "
-    )
     driver = f", driver {about['driver']}" if about["driver"] else ""
     return (
-        f"{toys}{about['device']}{driver}; Python {about['python']}, {versions}; {about['date']}; revision "
-        f"{about['revision'] or 'unknown'}; `{about['command']}`."
+        f"{toys if about['size'] == 'tiny' else ''}{about['device']}{driver}; Python {about['python']}, {versions}; "
+        f"{about['date']}; size {about['size']}; revision {about['revision'] or 'unknown'}; `{about['command']}`."
     )
 
 
-def _part(part: Part, record: Mapping[str, Any] | None) -> str:
+def _part(part: Part, record: Mapping[str, Any]) -> str:
     lines = [HEADER]
     command = f"`{COMMAND} --parts {part.name}`"
-    figures = {} if record is None else record["figures"]
     for figure in part.figures:
-        found = figures.get(figure.key, {})
-        aim = "" if figure.least is None else f"{figure.least:g} {figure.unit} or more".replace(" x ", " ")
+        found = record["figures"].get(figure.key, {})
         if "value" in found:
-            lines.append((figure.text, _value(figure, found["value"]), aim, _cell(found.get("note", ""))))
+            lines.append((figure.text, _value(figure, found["value"]), figure.aim, _cell(found.get("note", ""))))
             continue
-        why = found.get("why") or (record or {}).get("why") or command
-        lines.append((figure.text, "not measured", aim, _cell(why)))
-    return f"**{part.text}**\n\n{markdown(lines)}"
+        why = found.get("why") or record.get("why") or command
+        lines.append((figure.text, "not measured", figure.aim, _cell(why)))
+    origin = [_origin(record["about"])] if _measured(record) else []
+    return "\n\n".join([f"**{part.text}**", *origin, markdown(lines)])
 
 
 def _value(figure: Figure, value: float) -> str:
@@ -77,10 +77,9 @@ def _value(figure: Figure, value: float) -> str:
 
 
 def _aim(figure: Figure, found: Mapping[str, Any]) -> str:
-    if figure.least is None:
+    if not figure.aim:
         return ""
-    reached = "reached" if found["value"] >= figure.least else "missed"
-    return f" (aim: {figure.least:g} or more, {reached})"
+    return f" (aim: {figure.aim}, {'reached' if figure.reached(found['value']) else 'missed'})"
 
 
 def _cell(text: str) -> str:

@@ -27,6 +27,7 @@ from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
 
 LAST = 20  # steps whose mean is compared
+AGAIN = 3  # runs with other masks: one alone may come out close by chance
 
 
 def step(job: Job, words: int, repeats: int, sheet: Sheet) -> None:
@@ -42,7 +43,7 @@ def step(job: Job, words: int, repeats: int, sheet: Sheet) -> None:
         sheet.miss(error, "reward")
     try:
         _differences("fp8", job, sheet, 0)
-    except (UserError, TypeError, torch.OutOfMemoryError) as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         sheet.miss(error, "fp8 largest", "fp8 mean")
 
 
@@ -93,24 +94,37 @@ def _judge(count: int, words: int) -> float:
 
 
 def curves(model: ModelConfig, steps: int, sheet: Sheet) -> None:
-    """The same samples learned by heart in both precisions, from the same weights, with the same masks."""
-    for name, settings, later in (
-        ("bf16", "bf16", 0),
-        ("bf16 again", "bf16", steps),
-        ("te", "te", 0),
-        ("fp8", "fp8", 0),
-    ):
+    """The same samples learned by heart in all precisions, from the same weights, with the same masks; and with other
+    masks in bf16, which shows what is noise.
+    """
+    plain = ParallelConfig(**PRECISIONS["bf16"])
+    bf16, note = _curve(model, plain, steps, 0)
+    sheet.put("bf16", bf16, note)
+    again = [_curve(model, plain, steps, number * steps)[0] for number in range(1, AGAIN + 1)]
+    sheet.put("bf16 again", statistics.fmean(again), f"{min(again):.4g} to {max(again):.4g}")
+    sheet.put("noise", noise := max(abs(one - bf16) for one in again))
+    for name in ("te", "fp8"):
         try:
-            losses = _curve(model, ParallelConfig(**PRECISIONS[settings]), steps, later)
-        except (UserError, TypeError, torch.OutOfMemoryError) as error:
-            sheet.miss(error, name)
+            other, note = _curve(model, ParallelConfig(**PRECISIONS[name]), steps, 0)
+        except (UserError, torch.OutOfMemoryError) as error:
+            sheet.miss(error, name, f"{name} in noise")
             continue
-        last = losses[-LAST:]
-        sheet.put(name, statistics.fmean(last), f"from {losses[0]:.2f} in {steps} steps")
+        sheet.put(name, other, note)
+        put_in_noise(name, other - bf16, noise, sheet)
 
 
-def _curve(model: ModelConfig, parallel: ParallelConfig, steps: int, later: int) -> list[float]:
-    """Nats per token of each step. Args: later: steps whose masks are left out."""
+def put_in_noise(name: str, distance: float, noise: float, sheet: Sheet) -> None:
+    """Args: distance: of a run in another precision from bf16."""
+    if noise > 0:
+        sheet.put(f"{name} in noise", abs(distance) / noise, f"{distance:+.2g} nats")
+    else:
+        sheet.miss(
+            "runs in bf16 with other masks came out alike: there is no noise to compare with", f"{name} in noise"
+        )
+
+
+def _curve(model: ModelConfig, parallel: ParallelConfig, steps: int, later: int) -> tuple[float, str]:
+    """Nats per token over the last steps, and a note. Args: later: steps whose masks are left out."""
     from benchmarks.device_cases import Cases
     from megatron_dlm.parallel import groups
     from megatron_dlm.platform import te
@@ -123,7 +137,7 @@ def _curve(model: ModelConfig, parallel: ParallelConfig, steps: int, later: int)
         for number in range(steps):
             metrics = train_step(state, *cases.sft_rows(state, later + number)[:3]).metrics
             losses.append(metrics["nll"] / max(metrics["targets"], 1))
-        return losses
+        return statistics.fmean(losses[-LAST:]), f"from {losses[0]:.2f} in {steps} steps"
     finally:
         groups.destroy()
 
@@ -137,22 +151,24 @@ class Moved:
 
 
 def refit_once(model: ModelConfig, tp: int, repeats: int) -> Moved:
-    """Weights of a model that is trained on `tp` ranks, to engines that have all of it. Collective."""
+    """Weights of a model that is trained on `tp` ranks, to engines that have all of it, in storage of their own: on one
+    rank it is copied within it. Collective.
+    """
     from benchmarks.common import build_state, open_session
-    from megatron_dlm.config.rollout import RolloutConfig
-    from megatron_dlm.rollout.rig import RolloutRig
+    from megatron_dlm.parallel.groups import rollout_groups
+    from megatron_dlm.rollout.refit import Refit
+    from megatron_dlm.rollout.rig import rollout_model
 
-    parallel = ParallelConfig(tensor_model_parallel_size=tp)
-    session = open_session(model, parallel)
+    session = open_session(model, ParallelConfig(tensor_model_parallel_size=tp))
     state = build_state(session, None, 1, 1.0)
-    config = RolloutConfig(rollout_tensor_model_parallel_size=1, max_running_requests=4)
-    rig = RolloutRig.open(session, state, config, 8, 8)
-    reports = [rig.refit() for _ in range(repeats + 1)][1:]
-    return Moved(reports[0].received + reports[0].copied, statistics.median(one.seconds for one in reports))
+    engine = rollout_model(session, rollout_groups(session.groups, 1, 1))
+    refit = Refit(state, engine, share=tp > 1)
+    reports = [refit.run() for _ in range(repeats + 1)][1:]
+    return Moved(reports[0].moved, statistics.median(one.seconds for one in reports))
 
 
-def put_refit(moved: Mapping[int, Moved], sheet: Sheet) -> None:
-    """The slowest rank counts. Args: moved: by rank."""
+def put_refit(name: str, moved: Mapping[int, Moved], sheet: Sheet) -> None:
+    """The slowest rank counts. Args: name: of the figures. moved: by rank."""
     slowest = max(moved.values(), key=lambda one: one.seconds)
-    sheet.put("seconds", slowest.seconds)
-    sheet.put("bandwidth", slowest.bytes / slowest.seconds / 1e9, f"TP {len(moved)} to 1")
+    sheet.put(f"{name} seconds", slowest.seconds, f"{slowest.bytes / 1e9:.3g} GB")
+    sheet.put(name, slowest.bytes / slowest.seconds / 1e9, f"TP {len(moved)} to 1")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """All checks and all figures of a GPU: correctness first, then speed, within a budget of time.
 
-    python -m benchmarks.gpu_suite --json gpu.json                              # everything, in 10 minutes on one H200
+    python -m benchmarks.gpu_suite --json gpu.json                              # as much as fits into 10 minutes
     python -m benchmarks.gpu_suite --json gpu.json --write docs/performance.md  # and renew the table there
     python -m benchmarks.gpu_suite --parts training-8b rollout --keep --json gpu.json
     python -m benchmarks.gpu_suite --parts --write docs/performance.md          # nothing is run: what there would be
@@ -9,8 +9,11 @@
 
 Each part (benchmarks/gpu_figures.py) is a process of its own with a limit of its own, and what it has found stands in a
 file at once; so a part that crashes or hangs costs nothing but its own missing figures, and the JSON file is written
-after each. What does not fit into --budget-seconds is told as not measured. Exit code 0: all ran and all checks of
-correctness passed. 1: not so. 2: the command line cannot work.
+after each. What does not fit into --budget-seconds is told as not measured: the limits of all parts together are twice
+the default. What a part needs on a GPU has not been measured. Each part's record says which run it is from: the device,
+versions, revision, date and command. --keep takes records of the same device and size only.
+
+Exit code 0: all ran and all checks of correctness passed. 1: not so. 2: the command line cannot work.
 """
 
 from __future__ import annotations
@@ -49,31 +52,37 @@ def main(argv: Sequence[str] | None = None, start: Start | None = None) -> int:
     if (mistake := _mistake(options)) is not None:
         print(mistake, file=sys.stderr)
         return 2
-    result = {"about": about(options, argv), "parts": {}}
-    if options.keep:
-        result["parts"] = json.loads(Path(options.json).read_text())["parts"]
+    result = {"parts": _kept(options)}
+    this_run = about(options, argv)
     deadline = time.monotonic() + options.budget_seconds
     with tempfile.TemporaryDirectory() as folder:
         for name in [name for name in PARTS if name in options.parts]:
             limit = min(PARTS[name].seconds, deadline - time.monotonic())
-            result["parts"][name] = one = _measure(name, options, Path(folder), limit, start or as_process)
+            one = _measure(name, options, Path(folder), limit, start or as_process)
+            result["parts"][name] = one | {"about": this_run}
             _write(options, result)
             print(f"{name}: {one['why'] or 'done'} ({one['seconds']:.0f} s)", flush=True)
     _write(options, result)
     print("\n" + summary(result))
+    left = [name for name in options.parts if result["parts"][name]["late"]]
+    if left:
+        where = ["--device", options.device, "--size", options.size] if options.size == "tiny" else []
+        again = shlex.join([*left, *where, "--json", options.json or "gpu.json", "--keep"])
+        count = "1 part was" if len(left) == 1 else f"{len(left)} parts were"
+        print(f"For want of time {count} left out or cut short: {COMMAND} --parts {again}")
     return 1 if any(one["why"] for one in result["parts"].values()) or not _correct(result) else 0
 
 
 def _measure(name: str, options: argparse.Namespace, folder: Path, limit: float, start: Start) -> dict[str, Any]:
-    """The record of a part."""
+    """The record of a part, but for the run that it is of."""
     out, began = folder / f"{name}.json", time.monotonic()
-    command = f"{COMMAND} --parts {name}"
     if limit < 1:
         why = f"no time was left of --budget-seconds {options.budget_seconds}"
     else:
         why = start(name, options, out, limit)
-    figures = json.loads(out.read_text()) if out.exists() else {}
-    return {"figures": figures, "why": why, "seconds": time.monotonic() - began, "command": command}
+    figures, seconds = json.loads(out.read_text()) if out.exists() else {}, time.monotonic() - began
+    cut_short = why is not None and seconds >= limit and limit < PARTS[name].seconds
+    return {"figures": figures, "why": why, "seconds": seconds, "late": limit < 1 or cut_short}
 
 
 def as_process(name: str, options: argparse.Namespace, out: Path, limit: float) -> str | None:
@@ -125,8 +134,12 @@ def about(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         "command": f"{COMMAND} {shlex.join(argv)}".strip(),
         "revision": _said_by("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "size": options.size,
-        "measured": bool(options.parts) or options.keep,
     }
+
+
+def _kept(options: argparse.Namespace) -> dict[str, Any]:
+    """The parts of a former run that this one goes on from."""
+    return json.loads(Path(options.json).read_text())["parts"] if options.keep else {}
 
 
 def _device(kind: str) -> str:
@@ -179,6 +192,24 @@ def _mistake(options: argparse.Namespace) -> str | None:
         return "--keep goes on from the file of --json, which is not there. Leave it out."
     if options.budget_seconds < 1:
         return f"--budget-seconds {options.budget_seconds} leaves no time. Give seconds."
+    return _mistake_in_kept(options)
+
+
+def _mistake_in_kept(options: argparse.Namespace) -> str | None:
+    """Why figures of a former run cannot stand beside this one's, or in a page."""
+    device = _device(options.device) if options.keep and options.parts else ""
+    try:
+        kept = {name: one["about"] for name, one in _kept(options).items()}
+    except (ValueError, LookupError, TypeError):
+        return f"--keep cannot go on from {options.json}, which this program has not written. Leave it out."
+    for name, other in kept.items():
+        if options.parts and (other["device"], other["size"]) != (device, options.size):
+            return (
+                f"--keep would put figures of {device}, size {options.size}, beside those of {other['device']}, size "
+                f"{other['size']}, which {options.json} has of {name}. Give another file."
+            )
+        if options.write and other["size"] == "tiny" and not options.write_toys:
+            return f"--write is for figures that mean something; those of {options.json} are of --size tiny."
     return None
 
 

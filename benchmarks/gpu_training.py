@@ -7,7 +7,8 @@ in tiles of attention that nobody may see, what backward computes again (scores 
 Recomputation of layers is off here. Source of the counts: megatron_dlm/planning/work.py.
 
 A model that does not fit one GPU is measured as two slices of its full width, of few layers each. What the larger one
-takes more is the time of its layers; the figures are theirs, without embedding and head.
+takes more is the time of its layers; the figures are theirs, without embedding and head. Only what FP8 gains is that
+of an update of the whole model: the larger slice and the layers that it lacks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks import calibrate, roofline
 from benchmarks.common import PACKED, made_up_advantages, open_session, random_traces
+from benchmarks.fused_layers import WAYS
 from benchmarks.gpu_figures import Sheet
 from benchmarks.layouts import lay_out
 from benchmarks.memory import Peak
@@ -33,13 +35,10 @@ from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.diffusion.layout import Layout, visible
+from megatron_dlm.model.attention_backends import check_attention
+from megatron_dlm.model.attention_flex import TILE
 
-TILE = 128  # tokens on either side of a tile of FlexAttention
-PRECISIONS: dict[str, dict[str, object]] = {
-    "bf16": {},
-    "te": dict(transformer_impl="transformer_engine"),
-    "fp8": dict(transformer_impl="transformer_engine", fp8_format="hybrid", fp8_recipe="tensorwise"),
-}
+PRECISIONS: dict[str, dict[str, object]] = {"bf16": {}, "te": WAYS["te"], "fp8": WAYS["tensorwise"]}
 """Settings of ParallelConfig, by the name of what they come to."""
 
 
@@ -147,7 +146,8 @@ def measure(model: ModelConfig, parallel: ParallelConfig, traces: Traces, repeat
         rows = with_old_logprobs(state, rows, length, vocabulary, settings)
         forward, found = policy_forward(vocabulary, settings), []
         products = 4.0 if parallel.loss_chunk_size else 3.0
-        work = work_of(session.model, [row.row for row in rows], products, _tiled(parallel))
+        tiled = check_attention(parallel, session.model) == "flex"
+        work = work_of(session.model, [row.row for row in rows], products, tiled)
 
         def update() -> tuple[float, float]:
             platform.synchronize()
@@ -173,12 +173,6 @@ def measure(model: ModelConfig, parallel: ParallelConfig, traces: Traces, repeat
         gc.collect()
         if platform.is_cuda():
             torch.cuda.empty_cache()
-
-
-def _tiled(parallel: ParallelConfig) -> bool:
-    """Whether attention works in tiles of FlexAttention."""
-    chosen = getattr(parallel, "attention_backend", "dense")
-    return chosen == "flex" or (chosen == "auto" and platform.is_cuda())
 
 
 def _settings(session, traces: Traces):
@@ -216,11 +210,12 @@ def report(
             found = [
                 measure(dataclasses.replace(model, num_layers=layers), parallel, traces, repeats) for layers in slices
             ]
-        except (UserError, TypeError, torch.OutOfMemoryError) as error:  # TypeError: settings of another version
+        except (UserError, torch.OutOfMemoryError) as error:
             sheet.miss(error, *keys)
             continue
         one = found[-1]
         work, passes, update, note = one.work, one.passes, one.update, f"peak: {whose}"
+        whole = update
         if len(slices) == 2:
             work, passes = work - found[0].work, passes - found[0].passes
             update -= found[0].update
@@ -235,11 +230,12 @@ def report(
         sheet.put(keys[2], 100 * work.model / update / peak)
         sheet.put(keys[3], one.work.tokens / one.update, f"{slices[-1]} layers")
         sheet.put(keys[4], one.peak / 2**30, f"{slices[-1]} layers")
-        speeds[name] = 1 / update
+        speeds[name] = 1 / whole
     _gain(speeds, sheet)
 
 
 def _gain(speeds: Mapping[str, float], sheet: Sheet) -> None:
+    """Args: speeds: updates of the whole model per second."""
     plain = [speed for name, speed in speeds.items() if name != "fp8"]
     if "fp8" in speeds and plain:
         sheet.put("fp8 gain", speeds["fp8"] / max(plain))

@@ -10,15 +10,13 @@ difference is larger than its dtype explains.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import table
+from benchmarks.common import median_seconds, table
 from megatron_dlm import platform
 from megatron_dlm.diffusion.keys import uniforms
 from megatron_dlm.diffusion.sampling import Asked, Confidence, DrawRules, draw
@@ -70,8 +68,8 @@ def sampler_times(rows: int, columns: int, dtype: torch.dtype, repeats: int) -> 
     vocabulary = Vocabulary(columns - 5, 7)
     asked = Asked.by(DrawRules(*(column[slot] for column in _columns(rules))))
     return {
-        "torch": _median(lambda: _by_torch(logits, rules, streams, steps, slot, vocabulary, asked), repeats),
-        "triton": _median(lambda: _by_kernels(logits, rules, streams, steps, slot, vocabulary), repeats),
+        "torch": median_seconds(lambda: _by_torch(logits, rules, streams, steps, slot, vocabulary, asked), repeats)[0],
+        "triton": median_seconds(lambda: _by_kernels(logits, rules, streams, steps, slot, vocabulary), repeats)[0],
     }
 
 
@@ -116,17 +114,6 @@ def _by_torch(logits, rules, streams, steps, slot, vocabulary, asked: Asked | No
     position = torch.arange(len(slot), device=slot.device)
     uniform = uniforms(streams[slot], position, steps[slot])
     return draw(policy_scores(logits, mine.temperature, vocabulary), uniform, mine, asked)
-
-
-def _median(work: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        platform.synchronize()
-        start = time.perf_counter()
-        work()
-        platform.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

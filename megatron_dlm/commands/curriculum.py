@@ -10,7 +10,7 @@ from megatron_dlm.config.curriculum_run import CurriculumRunConfig
 from megatron_dlm.config.errors import ConfigError, DataError, UserError
 from megatron_dlm.config.fields import suggest
 from megatron_dlm.config.flags import parse
-from megatron_dlm.config.sections import pick, pick_parts
+from megatron_dlm.config.sections import pick, pick_for_rows, pick_parts
 from megatron_dlm.config.validate import at_least, check_launch, needs
 from megatron_dlm.curriculum.command_line import arguments, shown
 from megatron_dlm.curriculum.controller import Controller
@@ -72,7 +72,7 @@ def commands() -> dict[str, Command]:
         Command("tracerl", pick(*tracerl.SECTIONS), True, ("rl", "num_rollout"), gives_weights=True),
         Command("evaluate", pick_parts(*evaluate.SECTIONS)),
         Command("generate", pick_parts(*generate.SECTIONS)),
-        Command("trace", pick_parts(*trace.SECTIONS), complete_at=("trace", "output")),
+        Command("trace", pick_for_rows(*trace.SECTIONS), complete_at=("trace", "output")),
         Command("convert megatron-to-hf", {"convert": ExportConfig}, saves_in=("--save", "hf")),
         Command(
             "convert hf-to-megatron",

@@ -21,7 +21,7 @@ from megatron_dlm.commands.weights import check_given, complete, restore
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.model import ModelConfig
-from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.config.parallel import ParallelConfig, for_rollouts
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.config.sections import pick_parts
 from megatron_dlm.config.validate_profile import check_profile
@@ -108,5 +108,4 @@ def check_with_model(config: dict[str, Any], model: ModelConfig, world_size: int
 
 def _whole(config: dict[str, Any]) -> tuple[ParallelConfig, RolloutConfig]:
     """What training would need besides stays at its default, which nothing reads here."""
-    parallel, rollout = (dataclasses.asdict(config[name]) for name in ("parallel", "rollout"))
-    return ParallelConfig(**parallel), RolloutConfig(**rollout)
+    return for_rollouts(config["parallel"]), RolloutConfig(**dataclasses.asdict(config["rollout"]))

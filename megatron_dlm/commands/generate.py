@@ -15,7 +15,7 @@ from megatron_dlm.commands.common import (
 )
 from megatron_dlm.commands.weights import complete, restore
 from megatron_dlm.config.flags import parse
-from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.config.parallel import for_rollouts
 from megatron_dlm.config.rollout import CapacityConfig, EngineConfig
 from megatron_dlm.config.sections import pick_parts
 from megatron_dlm.config.validate_generation import check_generate
@@ -29,7 +29,7 @@ SECTIONS = ("model", "parallel", "tokenizer", "generate", "checkpoint", "logging
 def main(argv: list[str]) -> None:
     config = parse("generate", pick_parts(*SECTIONS), argv)
     settings, words, seed = config["generate"], config["tokenizer"], config["run"].seed
-    parallel = ParallelConfig(**dataclasses.asdict(config["parallel"]))
+    parallel = for_rollouts(config["parallel"])
     check_generate(settings, config["checkpoint"])
     check_logging(config["logging"])
     check_profile(config)

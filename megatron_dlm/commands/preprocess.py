@@ -10,6 +10,7 @@ from megatron_dlm.config.log import ReportConfig
 from megatron_dlm.config.sections import pick_parts
 from megatron_dlm.config.validate import check_files
 from megatron_dlm.config.validate_preprocess import check_preprocess
+from megatron_dlm.platform import te
 
 SECTIONS = ("tokenizer", "preprocess")
 
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> None:
     check_preprocess(settings, words, os.environ)
     check_files(config)
     quiet_libraries()
+    te.shield()  # megatron-core writes the files; there is no device to prepare
     from megatron_dlm.data.preprocess import preprocess
     from megatron_dlm.training.report import Report
 

@@ -9,15 +9,15 @@ from megatron_dlm.commands.weights import complete, restore
 from megatron_dlm.config.flags import parse
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.run import RunConfig
-from megatron_dlm.config.sections import pick_parts
+from megatron_dlm.config.sections import pick_for_rows
 from megatron_dlm.config.tokenizer import TokenIdsConfig
 from megatron_dlm.config.validate_generation import check_score
 from megatron_dlm.config.validate_training import check_logging
 
 SECTIONS = {
-    **pick_parts("model", "parallel"),
+    **pick_for_rows("model", "parallel"),
     "tokenizer": TokenIdsConfig,
-    **pick_parts("score", "checkpoint", "logging"),
+    **pick_for_rows("score", "checkpoint", "logging"),
 }
 
 

@@ -12,7 +12,7 @@ from megatron_dlm.config.flags import parse
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.run import RunConfig
-from megatron_dlm.config.sections import pick_parts
+from megatron_dlm.config.sections import pick_for_rows
 from megatron_dlm.config.validate_generation import check_trace, check_trace_of_model
 from megatron_dlm.config.validate_training import check_logging, check_tokenizer
 
@@ -21,7 +21,7 @@ _SAYS_NOTHING = ("model_preset", "init_method_std", "make_vocab_size_divisible_b
 
 
 def main(argv: list[str]) -> None:
-    config = parse("trace", pick_parts(*SECTIONS), argv)
+    config = parse("trace", pick_for_rows(*SECTIONS), argv)
     settings, words = config["trace"], config["tokenizer"]
     parallel = ParallelConfig(**dataclasses.asdict(config["parallel"]))
     check_trace(settings, config["checkpoint"])

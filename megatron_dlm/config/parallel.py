@@ -43,7 +43,22 @@ class LayoutConfig:
 
 
 @dataclass(slots=True)
-class PrecisionConfig(LayoutConfig):
+class RowsConfig(LayoutConfig):
+    """How a model that goes over packed rows is spread over processes, and by which means it does."""
+
+    attention_backend: Literal["auto", "dense", "flex"] = "auto"
+    """What computes attention over packed rows: torch's own under a mask for each group (dense), or FlexAttention,
+    which computes no tile of a row that nobody sees (flex). auto is flex on a GPU where it can serve the model and
+    computes what dense does on a small row, which is tried at the start, and dense elsewhere. Rollouts have
+    --rollout-attention-backend."""
+    loss_head: Literal["auto", "torch", "triton"] = "auto"
+    """What works on the logits of targets: torch's operations, or kernels in Triton, which read them once. auto is
+    triton on a GPU where it computes what torch does on a few targets, which is tried at the start, and torch
+    elsewhere."""
+
+
+@dataclass(slots=True)
+class PrecisionConfig(RowsConfig):
     """How a model that is trained is spread over processes, and what its layers compute in."""
 
     transformer_impl: Literal["local", "transformer_engine"] = "local"
@@ -93,16 +108,9 @@ class ParallelConfig(PrecisionConfig):
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass already runs."""
-    attention_backend: Literal["auto", "dense", "flex"] = "auto"
-    """What computes attention over packed rows: torch's own under a mask for each group (dense), or FlexAttention,
-    which computes no tile of a row that nobody sees (flex). auto is flex on a GPU that it can serve the model on, and
-    dense elsewhere. Rollouts have --rollout-attention-backend."""
     loss_chunk_size: int = 512
     """Number of targets whose logits are in memory at the same time in the loss, whose backward pass computes them
     again. 0 computes them once and keeps those of all targets of a row."""
-    loss_head: Literal["auto", "torch", "triton"] = "auto"
-    """What works on these logits: torch's operations, or kernels in Triton, which read them once. auto is triton on a
-    GPU that has it."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Save activation memory by computing again in the backward pass: parts of each layer (selective), or whole layers
     (full). The value model does as the policy."""
@@ -115,6 +123,11 @@ class ParallelConfig(PrecisionConfig):
     """With selective: the parts of a layer that are computed again; the core attention when they are not given."""
 
 
+def for_rollouts(layout: LayoutConfig) -> ParallelConfig:
+    """That of a command whose models go over no packed rows: nothing is tried out for these."""
+    return ParallelConfig(**dataclasses.asdict(layout), attention_backend="dense", loss_head="torch")
+
+
 def without_recompute(parallel: ParallelConfig) -> ParallelConfig:
     """The same for a model that is never trained, which has nothing to compute again."""
     return dataclasses.replace(
@@ -125,6 +138,6 @@ def without_recompute(parallel: ParallelConfig) -> ParallelConfig:
 def with_local_layers(parallel: ParallelConfig) -> ParallelConfig:
     """The same with megatron-core's plain layers in full precision: what the engine of rollouts runs on."""
     names = [field.name for field in dataclasses.fields(PrecisionConfig)]
-    inherited = {field.name for field in dataclasses.fields(LayoutConfig)}
+    inherited = {field.name for field in dataclasses.fields(RowsConfig)}
     plain = PrecisionConfig()
     return dataclasses.replace(parallel, **{name: getattr(plain, name) for name in names if name not in inherited})

@@ -30,7 +30,8 @@ class CapacityConfig:
     """Capture these rounds as CUDA graphs; with --rollout-attention-backend flash, on a GPU."""
     rollout_sampler: Literal["auto", "torch", "triton"] = "auto"
     """What draws tokens and decides which of them are unmasked: torch's operations, or kernels in Triton, which read
-    the logits once; top-k, top-p and float64 are torch's in both. auto is triton on a GPU that has it."""
+    the logits once; top-k, top-p and float64 are torch's in both. auto is triton on a GPU where it does what torch
+    does in a small round, which is tried at the start, and torch elsewhere."""
     longest_first: bool = False
     """Start the responses that have most tokens left before others; those of an earlier step come before new ones."""
     rollout_attention_backend: Literal["auto", "sdpa", "flex", "flash", "flashinfer"] = "auto"

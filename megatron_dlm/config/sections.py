@@ -15,7 +15,7 @@ from megatron_dlm.config.log import LoggingConfig, ReportConfig
 from megatron_dlm.config.lora import LoraConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
-from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig
+from megatron_dlm.config.parallel import LayoutConfig, ParallelConfig, RowsConfig
 from megatron_dlm.config.plan import PlanConfig
 from megatron_dlm.config.preprocess import PreprocessConfig
 from megatron_dlm.config.profile import ProfileConfig, TrainingProfileConfig
@@ -74,3 +74,8 @@ def pick(*names: str) -> dict[str, type]:
 def pick_parts(*names: str) -> dict[str, type]:
     """The same for a command that does not train."""
     return {name: PARTS.get(name, SECTIONS[name]) for name in names}
+
+
+def pick_for_rows(*names: str) -> dict[str, type]:
+    """The same for a command that does not train, but goes over packed rows as trainers do."""
+    return {name: RowsConfig if name == "parallel" else part for name, part in pick_parts(*names).items()}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from megatron_dlm.config.errors import ConfigError
-from megatron_dlm.config.profile import ProfileConfig, TrainingProfileConfig
+from megatron_dlm.config.profile import Phase, ProfileConfig, TrainingProfileConfig
 from megatron_dlm.config.validate import at_least
 
 
 def check_profile(config: Mapping[str, Any]) -> None:
-    """Refuse traces of no step or rank, or without a place. Args: config: section name -> its settings."""
+    """Refuse traces of no step, rank or phase, or without a place. Args: config: section name -> its settings."""
     profile: ProfileConfig = config["profile"]
     at_least(profile, 1, "profile_passes")
     if min(profile.profile_ranks, default=-1) < 0:
@@ -24,9 +24,27 @@ def check_profile(config: Mapping[str, Any]) -> None:
                 f"--profile-step-end {profile.profile_step_end} leaves no step to trace after --profile-step-start "
                 f"{profile.profile_step_start}. Give a larger one."
             )
+        _check_phases(profile, config)
     if profile.profile and place_of_traces(config) is None:
         save = ", or --save" if hasattr(config["checkpoint"], "save") else ""
         raise ConfigError(f"--profile has no place for its traces. Give --profile-dir{save}.")
+
+
+def _check_phases(profile: TrainingProfileConfig, config: Mapping[str, Any]) -> None:
+    """Refuse phases that this run will not have."""
+    if not profile.profile or profile.profile_phases is None:
+        return
+    there = list(get_args(Phase)) if "rl" in config else ["train"]
+    if "rl" in config and not config["value"].use_value_model:
+        there.remove("train_value")
+    if "rl" in config and config["eval"].eval_interval is None:
+        there.remove("eval")
+    absent = [name for name in profile.profile_phases if name not in there]
+    if absent or not profile.profile_phases:
+        raise ConfigError(
+            f"--profile-phases names {' and '.join(absent) or 'nothing'}, and this run has only {', '.join(there)}. "
+            "Give some of these, or leave it out."
+        )
 
 
 def check_profile_here(profile: ProfileConfig, world_size: int, gpu: bool) -> None:

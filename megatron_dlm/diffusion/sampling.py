@@ -57,6 +57,11 @@ class DrawRules:
     temperature: Tensor
     confidence: Tensor
 
+    @property
+    def filtered(self) -> Tensor:
+        """bool [N], which are drawn from less than the whole policy by filters."""
+        return ((self.top_k > 0) | (self.top_p < 1)) & ~self.greedy
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -74,7 +79,7 @@ class Asked:
 
     @classmethod
     def by(cls, rules: DrawRules) -> Asked:
-        filtered = _where(((rules.top_k > 0) | (rules.top_p < 1)) & ~rules.greedy)
+        filtered = _where(rules.filtered)
         measured = {kind: _where(rules.confidence == kind) for kind in _MEASURES}
         of_filtered = {kind: _where(rules.confidence[filtered] == kind) for kind in _MEASURES_OF_KEPT}
         return cls(_where(rules.greedy), filtered, measured, of_filtered)

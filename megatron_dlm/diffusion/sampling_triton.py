@@ -7,7 +7,7 @@ row's uniform number, reads that piece again, and finds the token. The uniform n
 
 Rows are those of torch's sampler: the same keys, the same inverse of the cumulative distribution in token order, the
 same confidences. Sums are added in another order, so a token can be another where the uniform number lies within
-rounding of a boundary. top-k and top-p are not done here: rows that ask for them are overwritten (rollout/denoiser.py).
+rounding of a boundary. top-k and top-p are not done here: rows that ask for them are torch's (rollout/denoiser.py).
 
 Import it where it is used: it needs triton.
 """
@@ -69,10 +69,10 @@ def draw_logits(
 
 
 @triton.jit
-def _scores(line, at, width, size, mask_id, warmth):
+def _scores(line, at, width, size, mask_id, temperature):
     """model/policy.py's `policy_scores` of some tokens of a row."""
     logit = tl.load(line + at, mask=at < width, other=0.0)
-    return tl.where((at < size) & (at != mask_id), tl.div_rn(logit.to(tl.float32), warmth), float("-inf"))
+    return tl.where((at < size) & (at != mask_id), tl.div_rn(logit.to(tl.float32), temperature), float("-inf"))
 
 
 @triton.jit
@@ -93,22 +93,22 @@ def _uniform(stream, first, second):
 
 @triton.jit(do_not_specialize=_VARYING)
 def _pieces(
-    logits, slot, temperature, confidence, peak, best, mass, more,
+    logits, slot, temperatures, kinds, peak, best, mass, more,
     width, size, mask_id, pieces, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Of a piece of a row: the highest score and its first place, the sum of exponentials below it, and what the row's
     confidence needs besides (0 where it needs nothing)."""
     row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     which = tl.load(slot + row)
-    warmth, kind = tl.load(temperature + which).to(tl.float32), tl.load(confidence + which)
+    temperature, kind = tl.load(temperatures + which).to(tl.float32), tl.load(kinds + which)
     at = number * PIECE + tl.arange(0, PIECE)
-    score = _scores(logits + row * width, at, width, size, mask_id, warmth)
+    score = _scores(logits + row * width, at, width, size, mask_id, temperature)
     top, place = tl.max(score, 0), tl.argmax(score, 0)
     gap = score - tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp(gap)
     extra = tl.full((), 0.0, tl.float64)
     if kind == _UNTEMPERED:
-        extra = tl.sum(tl.exp(gap * warmth).to(tl.float64), 0)
+        extra = tl.sum(tl.exp(gap * temperature).to(tl.float64), 0)
     if kind == _MARGIN:
         extra = tl.max(tl.where(at == number * PIECE + place, float("-inf"), score), 0).to(tl.float64)
     if kind == _ENTROPY:
@@ -122,15 +122,15 @@ def _pieces(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _tokens(
-    logits, slot, position, temperature, confidence, greedy, streams, steps,
-    peak, best, mass, more, token, logprob, sampling_logprob, sure,
+    logits, slot, position, temperatures, kinds, greedy, streams, steps,
+    peak, best, mass, more, token, logprob, sampling_logprob, confidence,
     width, size, mask_id, pieces, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """The token of a row, its log-probabilities and its confidence."""
     row = tl.program_id(0).to(tl.int64)
     which = tl.load(slot + row)
-    heat, kind = tl.load(temperature + which), tl.load(confidence + which)
-    warmth, line = heat.to(tl.float32), logits + row * width
+    exact_temperature, kind = tl.load(temperatures + which), tl.load(kinds + which)
+    temperature, line = exact_temperature.to(tl.float32), logits + row * width
     number = tl.arange(0, PIECES)
     real = number < pieces
     here = row * pieces + number
@@ -139,9 +139,9 @@ def _tokens(
     # A piece that has nothing to add may have no score at all: its distance must still be a number.
     gap = (tl.where(tops - highest > _LEAST, tops, highest) - highest).to(tl.float64)
     counts = real & (tops - highest > _LEAST)
-    fade = tl.where(counts, tl.exp(gap), 0.0)
+    scale = tl.where(counts, tl.exp(gap), 0.0)
     masses = tl.load(mass + here, mask=real, other=0.0)
-    share = fade * masses
+    share = scale * masses
     total = tl.sum(share, 0)
     goal = _uniform(tl.load(streams + which), tl.load(position + row), tl.load(steps + which)) * total
 
@@ -150,28 +150,29 @@ def _tokens(
     chosen = tl.where(passed < PIECES, passed, tl.max(tl.where(counts, number, 0), 0))
     rest = goal - tl.sum(tl.where(number < chosen, share, 0.0), 0)
     at = chosen * PIECE + tl.arange(0, PIECE)
-    weight = tl.exp(_scores(line, at, width, size, mask_id, warmth) - highest).to(tl.float64)
+    weight = tl.exp(_scores(line, at, width, size, mask_id, temperature) - highest).to(tl.float64)
     found = tl.min(tl.where((tl.cumsum(weight, 0) > rest) & (weight > 0), at, width), 0)
     found = tl.where(found < width, found, tl.max(tl.where(weight > 0, at, 0), 0))
     is_greedy = tl.load(greedy + which) != 0
-    home = tl.min(tl.where(tops == highest, number, PIECES), 0)  # of the first of the most likely tokens
-    found = tl.where(is_greedy, tl.load(best + row * pieces + tl.minimum(home, pieces - 1)), found)
+    first_best = tl.min(tl.where(tops == highest, number, PIECES), 0)  # of the first of the most likely tokens
+    found = tl.where(is_greedy, tl.load(best + row * pieces + tl.minimum(first_best, pieces - 1)), found)
     found = tl.minimum(found, width - 1)  # logits that are no numbers lead anywhere
 
-    below = (tl.div_rn(tl.load(line + found).to(tl.float32), warmth) - highest).to(tl.float64)
+    below = (tl.div_rn(tl.load(line + found).to(tl.float32), temperature) - highest).to(tl.float64)
     value = below - tl.log(total)
-    certain = tl.exp(value)
+    confident = tl.exp(value)
     if kind == _UNTEMPERED:
         extra = tl.load(more + here, mask=counts, other=0.0)
-        certain = tl.exp(below * heat) / tl.sum(tl.where(counts, extra * tl.exp(gap * heat), 0.0), 0)
+        untempered = tl.sum(tl.where(counts, extra * tl.exp(gap * exact_temperature), 0.0), 0)
+        confident = tl.exp(below * exact_temperature) / untempered
     if kind == _MARGIN:
         extra = tl.load(more + here, mask=real, other=float("-inf"))
-        second = tl.max(tl.where(number == home, extra, tops.to(tl.float64)), 0)
-        certain = (1.0 - tl.exp(second - highest.to(tl.float64))) / total
+        second = tl.max(tl.where(number == first_best, extra, tops.to(tl.float64)), 0)
+        confident = (1.0 - tl.exp(second - highest.to(tl.float64))) / total
     if kind == _ENTROPY:
         extra = tl.load(more + here, mask=counts, other=0.0)
-        certain = tl.minimum(tl.sum(fade * (extra + masses * gap), 0) / total - tl.log(total), 0.0)
+        confident = tl.minimum(tl.sum(scale * (extra + masses * gap), 0) / total - tl.log(total), 0.0)
     tl.store(token + row, found.to(tl.int64))
     tl.store(logprob + row, value)
     tl.store(sampling_logprob + row, tl.where(is_greedy, 0.0, value))
-    tl.store(sure + row, certain)
+    tl.store(confidence + row, confident)

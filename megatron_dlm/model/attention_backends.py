@@ -3,7 +3,8 @@
   - dense: torch's attention under a dense mask per group; exact on every device, the oracle of the other one;
   - flex: FlexAttention over the whole row, which computes no tile that nobody sees.
 
-`auto` is flex on a GPU where it can serve the model, and dense elsewhere.
+`auto` is flex on a GPU where it can serve the model, and dense elsewhere; a training session also tries it out
+(training/setup.py), and takes dense where it does not work.
 """
 
 from __future__ import annotations
@@ -68,8 +69,12 @@ def check_attention(parallel: ParallelConfig, model: ModelConfig) -> str:
     Raises:
         ConfigError, DependencyError: it cannot.
     """
-    dtype = torch.bfloat16 if model.bf16 else torch.float64 if model.fp64 else torch.float32
-    return served(parallel.attention_backend, dtype, model.kv_channels, platform.device())
+    return served(parallel.attention_backend, dtype_of(model), model.kv_channels, platform.device())
+
+
+def dtype_of(model: ModelConfig) -> torch.dtype:
+    """What a model's parameters are kept in."""
+    return torch.bfloat16 if model.bf16 else torch.float64 if model.fp64 else torch.float32
 
 
 def _refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> UserError | None:

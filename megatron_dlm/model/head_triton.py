@@ -102,13 +102,13 @@ def _warps(block: int) -> int:
 
 @triton.jit(do_not_specialize=_VARYING)
 def _statistics(
-    logits, labels, temperature, highest, total, moment, picked,
+    logits, labels, temperatures, highest, total, moment, picked,
     width, first, size, mask_id,
     LOWEST: tl.constexpr, WITH_MOMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     line = logits + row.to(tl.int64) * width
-    warmth = tl.load(temperature + row)
+    temperature = tl.load(temperatures + row)
     column = tl.arange(0, BLOCK)
     # Of the blocks so far: the highest score, and the sums below it. LOWEST is finite, so that nothing is inf - inf.
     peak = tl.full((), LOWEST, tl.float32)
@@ -118,20 +118,20 @@ def _statistics(
         at = start + column
         logit = tl.load(line + at, mask=at < width, other=0.0)  # this mask alone lets it load many at once
         inside = (at < width) & (first + at < size) & (first + at != mask_id)
-        score = tl.div_rn(logit.to(tl.float32), warmth)
+        score = tl.div_rn(logit.to(tl.float32), temperature)
         score = tl.where(inside, score, float("-inf"))
         above = tl.maximum(peak, tl.max(score, 0))
-        fall = peak - above
-        shrink = tl.exp(fall)
+        gap = peak - above
+        shrink = tl.exp(gap)
         weight = tl.exp(score - above)
         if WITH_MOMENT:
-            mean = shrink * (mean + mass * fall) + tl.sum(weight * tl.where(inside, score - above, 0.0), 0)
+            mean = shrink * (mean + mass * gap) + tl.sum(weight * tl.where(inside, score - above, 0.0), 0)
         mass = shrink * mass + tl.sum(weight, 0)
         peak = above
     label = tl.load(labels + row)
     place = label - first
     here = (place >= 0) & (place < width)
-    chosen = tl.div_rn(tl.load(line + place, mask=here, other=0.0).to(tl.float32), warmth)
+    chosen = tl.div_rn(tl.load(line + place, mask=here, other=0.0).to(tl.float32), temperature)
     chosen = tl.where(here & ((label >= size) | (label == mask_id)), float("-inf"), chosen)
     tl.store(highest + row, peak)
     tl.store(total + row, mass)
@@ -141,7 +141,7 @@ def _statistics(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _gradient(
-    logits, labels, temperature, log_normaliser, by_label, entropies, by_mean,
+    logits, labels, temperatures, log_normaliser, by_label, entropies, by_mean,
     width, first, size, mask_id,
     WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -150,12 +150,12 @@ def _gradient(
     place = logits + row.to(tl.int64) * width + at
     inside = at < width
     logit = tl.load(place, mask=inside, other=0.0)
-    logprob = tl.div_rn(logit.to(tl.float32), tl.load(temperature + row)) - tl.load(log_normaliser + row)
+    logprob = tl.div_rn(logit.to(tl.float32), tl.load(temperatures + row)) - tl.load(log_normaliser + row)
     probability = tl.exp(logprob)
     share = tl.load(by_label + row)
-    slope = -share * probability
+    gradient = -share * probability
     if WITH_ENTROPY:
-        slope -= tl.load(by_mean + row) * probability * (logprob + tl.load(entropies + row))
-    slope += tl.where(first + at == tl.load(labels + row), share, 0.0)
-    slope = tl.where((first + at < size) & (first + at != mask_id), slope, 0.0)
-    tl.store(place, slope.to(logit.dtype), mask=inside)
+        gradient -= tl.load(by_mean + row) * probability * (logprob + tl.load(entropies + row))
+    gradient += tl.where(first + at == tl.load(labels + row), share, 0.0)
+    gradient = tl.where((first + at < size) & (first + at != mask_id), gradient, 0.0)
+    tl.store(place, gradient.to(logit.dtype), mask=inside)

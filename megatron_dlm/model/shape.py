@@ -42,6 +42,9 @@ _NOT_FOLLOWED = frozenset(
     }
 )
 
+# Fields of TransformerConfig that megatron-core's fused SwiGLU refuses, or silently does not follow.
+_ANOTHER_SWIGLU = frozenset({"activation_func_clamp_value", "glu_linear_offset", "use_te_activation_func"})
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -195,7 +198,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         transformer_impl=parallel.transformer_impl,
     )
     if parallel.transformer_impl == "transformer_engine":
-        values |= _of_transformer_engine(parallel, with_experts=model.num_experts is not None)
+        values |= _of_transformer_engine(model, parallel)
     if parallel.recompute_granularity is not None:
         values |= dict(
             recompute_granularity=parallel.recompute_granularity,
@@ -246,11 +249,18 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         raise refused_overrides(model, error) from error
 
 
-def _of_transformer_engine(parallel: ParallelConfig, with_experts: bool) -> dict[str, object]:
+def _of_transformer_engine(model: ModelConfig, parallel: ParallelConfig) -> dict[str, object]:
     """Fields of a model of Transformer Engine's layers."""
-    # Its kernel takes one row of angles per token, which is what RotaryByPosition makes whatever the positions are.
-    values: dict[str, object] = dict(apply_rope_fusion=True)
-    if with_experts:
+    values: dict[str, object] = dict(
+        # Its kernel takes one row of angles per token, which is what RotaryByPosition makes whatever the positions are.
+        apply_rope_fusion=True,
+        # SwiGLU is one kernel forward and one backward, which torch compiles; on a CPU that takes longer than it saves.
+        # bias_dropout_fusion stays off: without biases and dropout only an addition is left, which is one kernel.
+        # gradient_accumulation_fusion does, too: these layers could, but megatron-core refuses a head with it unless
+        # Apex's fused_weight_gradient_mlp_cuda is there; who has that may override it.
+        bias_activation_fusion=platform.is_cuda() and _ANOTHER_SWIGLU.isdisjoint(model.transformer_overrides),
+    )
+    if model.num_experts is not None:
         values["moe_grouped_gemm"] = True
     if parallel.fp8_format is not None:
         values |= dict(

@@ -10,7 +10,7 @@ of the other; in memory the fused norms have other names, which `canonical` (rol
 
 Import this module only where Transformer Engine is (platform/te.py).
 
-Invariants (tests/model/test_te.py, tests/parallel/test_te.py): values and gradients are those of the local layer with
+Invariants (tests/parallel/test_te.py, test_te_fp8.py): values and gradients are those of the local layer with
 the same weights; checkpoints, exports and refits of the two are equal.
 """
 

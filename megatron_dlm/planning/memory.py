@@ -125,7 +125,7 @@ def plan_memory(
 def build(job: Job, place: Place, measured: dict) -> BuiltRank:
     """Build one rank. `measured`: activations of ranks whose chunks have the same shapes, filled in."""
     from megatron_dlm.parallel.groups import rollout_groups
-    from megatron_dlm.rollout.rig import _rollout_model
+    from megatron_dlm.rollout.rig import rollout_model
     from megatron_dlm.training.setup import Session
 
     vocabulary = Vocabulary(job.model.vocab_size, 0)
@@ -148,7 +148,7 @@ def build(job: Job, place: Place, measured: dict) -> BuiltRank:
             activations[name] = measured[key]
             if name == "policy" and job.rollout is not None and job.rollout.rollout_backend == "native":
                 rollout = rollout_groups(groups, *engine_sizes(job.parallel, job.rollout))
-                weights = weights_of(state, _rollout_model(session, rollout))
+                weights = weights_of(state, rollout_model(session, rollout))
             del state
         frozen = [name for name, there in (("reference", job.has_reference), ("teacher", job.has_teacher)) if there]
         for name in frozen:

@@ -2,6 +2,7 @@
 
 This package alone knows that megatron-core expects CUDA and NCCL. Call `install()` once, before megatron.core is
 imported for the first time:
+  - a Transformer Engine that cannot be imported is hidden from it (platform/te.py);
   - on a host with CUDA it selects this process's device and touches nothing else;
   - elsewhere it makes `torch.cuda` mean the CPU for the calls that megatron-core makes (platform/cpu.py), and gloo
     stands in for NCCL.
@@ -44,6 +45,9 @@ def install() -> None:
     global _installed
     if _installed:
         return
+    from megatron_dlm.platform import te
+
+    te.shield()
     if is_cuda():
         if device().index >= torch.cuda.device_count():
             raise ConfigError(

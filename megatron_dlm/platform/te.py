@@ -1,7 +1,8 @@
 """Whether this machine can run Transformer Engine's layers, and FP8: what is missing, in one sentence.
 
-An installation that does not fit the driver or torch may end the process that imports it. So it is imported in a
-process of its own first.
+An installation that does not fit the driver or torch may end the process that imports it, or raise what is no
+ImportError; and megatron-core imports it wherever it is found, whatever the layers are. So it is imported in a process
+of its own first, and one that cannot be is kept from megatron-core.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron_dlm import platform
 from megatron_dlm.config.errors import DependencyError
 from megatron_dlm.config.parallel import PrecisionConfig
 
+_NAME = "transformer_engine"
 _FLAG = "--transformer-impl transformer_engine"
 _LAYERS = (2, 0)
 _RECIPES = {"delayed": (2, 0), "tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
@@ -71,32 +73,50 @@ def check(wanted: PrecisionConfig, chip: tuple[int, int], cuda: str, version: st
             )
 
 
-@functools.cache
+def shield() -> None:
+    """Hide a Transformer Engine that cannot be imported: from here on it is one that is not installed, except to
+    `installed` and `hidden`. Call it before megatron-core's first import. Costs nothing where there is none; else as
+    long as its import takes.
+    """
+    if _NAME not in sys.modules and importlib.util.find_spec(_NAME) is not None and _probe()[1] is not None:
+        sys.modules[_NAME] = None  # an import of it raises ModuleNotFoundError
+
+
+def hidden() -> str | None:
+    """Why this process does without a Transformer Engine that is installed; None if that is not so."""
+    return _probe()[1] if _NAME in sys.modules and sys.modules[_NAME] is None and _probe.cache_info().currsize else None
+
+
 def installed() -> str:
     """The version of Transformer Engine, which can be imported.
 
     Raises:
         DependencyError: it cannot.
     """
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not _probe.cache_info().currsize and importlib.util.find_spec(_NAME) is None:
         raise DependencyError(
             f"{_FLAG} needs Transformer Engine, which is not installed. Install transformer-engine[pytorch], or use "
             "--transformer-impl local."
         )
+    version, reason = _probe()
+    if reason is not None:
+        raise DependencyError(
+            f"Transformer Engine is installed and cannot be imported ({reason}). Install one that fits this torch, or "
+            "use --transformer-impl local."
+        )
+    return version
+
+
+@functools.cache
+def _probe() -> tuple[str, str | None]:
+    """The version that a process of its own has imported, and None; or nothing, and why it has not."""
     try:
         probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
-        raise DependencyError(
-            f"Transformer Engine could not be imported within {_PATIENCE} seconds. Install it again, or use "
-            "--transformer-impl local."
-        ) from None
+        return "", f"not within {_PATIENCE} seconds"
     if probe.returncode:
-        said = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1][:200].rstrip(".")
-        raise DependencyError(
-            f"Transformer Engine is installed and cannot be imported ({said}). Install one that fits this torch, or "
-            "use --transformer-impl local."
-        )
-    return probe.stdout.strip().splitlines()[-1]
+        return "", (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1][:200].rstrip(".")
+    return probe.stdout.strip().splitlines()[-1], None
 
 
 def _numbers(version: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ tensor operations and no loop over sequences. What the host must know after a ro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from enum import IntEnum
 
@@ -64,7 +65,7 @@ class RunningBatch:
         self.greedy = torch.zeros(num_slots + 1, dtype=torch.bool, device=device)
         self.stops = torch.full((num_slots + 1, 1), -1, dtype=torch.int64, device=device)
         self.widest_block = 1
-        self.filters = False  # whether any request so far has top-k or top-p
+        self.filters = False  # whether a running sequence may have top-k or top-p, as far as the host knows
 
     # Sequences that come and go -------------------------------------------------------------------------------------
 
@@ -99,7 +100,11 @@ class RunningBatch:
             column[slot] = torch.tensor(values, dtype=column.dtype, device=self.device)
         self._set_stops(slot, [_stops(request.sampling) for request in requests])
         self.widest_block = max(self.widest_block, *(request.sampling.block_size for request in requests))
-        self.filters |= any(one.sampling.top_k > 0 or one.sampling.top_p < 1 for one in requests)
+        self.filters |= any(_filters(request.sampling) for request in requests)
+
+    def forget_filters(self, running: Iterable[Sequence]) -> None:
+        """Of sequences that do not run any more."""
+        self.filters = self.filters and any(_filters(one.request.sampling) for one in running)
 
     def _set_stops(self, slot: Tensor, stops: list[tuple[int, ...]]) -> None:
         width = max(map(len, stops))
@@ -221,6 +226,10 @@ class RunningBatch:
 
 def _numpy(dtype: torch.dtype) -> type:
     return np.float64 if dtype == torch.float64 else np.int64
+
+
+def _filters(sampling: SamplingParams) -> bool:
+    return sampling.top_k > 0 or sampling.top_p < 1
 
 
 def _stops(sampling: SamplingParams) -> tuple[int, ...]:

@@ -1,13 +1,14 @@
 """From logits to unmasked tokens: the policy, the draw, and which of the drawn tokens are kept.
 
 By operations of torch, or (`fused`) by three kernels in Triton: two for the draw (diffusion/sampling_triton.py), one
-for what is kept of whole blocks (unmask_triton.py). None of these waits for the host. Rows with top-k or top-p are
-drawn by torch in both ways, and so are logits in float64.
+for what is kept of whole blocks (unmask_triton.py). None of these waits for the host, and the draw reads the logits
+where they are, so it takes all positions at a time. Positions with top-k or top-p are drawn by torch in both ways, and
+so are logits in float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,19 @@ from megatron_dlm.model.policy import Vocabulary, policy_scores
 from megatron_dlm.rollout.batch import RunningBatch
 
 _TABLE_BYTES = 2**28  # of one [rows, V] table in float64
+_GATHERED_BYTES = 2**30  # of the whole logits of positions whose shards the kernels need together
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """By which rules N positions are drawn, found out once for all rounds of the same slots.
+
+    by_kernels: whether there are positions for the kernels.
+    by_torch: the others, so many at a time as torch works on: which of the N they are, their rules, and what these ask.
+    """
+
+    by_kernels: bool
+    by_torch: list[tuple[Tensor | slice, DrawRules, Asked]]
 
 
 class Denoiser:
@@ -34,63 +48,70 @@ class Denoiser:
         self, batch: RunningBatch, vocabulary: Vocabulary, tp_group: dist.ProcessGroup | None, fused: bool = False
     ) -> None:
         self.batch, self.vocabulary, self.tp_group, self.fused = batch, vocabulary, tp_group, fused
-        self._rows = max(1, _TABLE_BYTES // (8 * vocabulary.size))  # positions that are worked on at a time
+        self._rows = max(1, _TABLE_BYTES // (8 * vocabulary.size))  # positions that torch works on at a time
 
-    def rules(self, where: Tensor) -> list[tuple[DrawRules, Asked] | None]:
-        """By which rules N positions in these slots [N] are drawn, in parts of so many as `draw` works on at a time;
-        None where the kernels find them. They know no filters: while nobody has any, nobody looks for rows that do.
+    def rules(self, where: Tensor) -> Rules:
+        """Those of N positions in these slots [N]. The kernels find theirs themselves: while nobody has filters, nobody
+        looks for positions that do.
         """
-        if self.fused and not self.batch.filters:
-            return [None] * -(-len(where) // self._rows)
-        rules = [self.batch.draw_rules(slot) for slot in where.split(self._rows)]
-        return [(part, Asked.by(part)) for part in rules]
+        if not self.fused:
+            return self._rules_of_torch(where)
+        if not self.batch.filters:
+            return Rules(True, [])
+        filtered = torch.nonzero(self.batch.draw_rules(where).filtered)[:, 0]
+        if len(filtered) == len(where):
+            return self._rules_of_torch(where)
+        parts = filtered.split(self._rows) if len(filtered) else []
+        return Rules(True, [self._part(where, rows) for rows in parts])
 
-    def draw(
-        self,
-        logits: Tensor,
-        where: Tensor,
-        position: Tensor,
-        rules: list[tuple[DrawRules, Asked] | None] | None = None,
-    ) -> Draws:
-        """One token for each of N positions, in parts: each makes several tables of its size.
+    def _rules_of_torch(self, where: Tensor) -> Rules:
+        return Rules(False, [self._part(where, slice(n, n + self._rows)) for n in range(0, len(where), self._rows)])
+
+    def _part(self, where: Tensor, rows: Tensor | slice) -> tuple[Tensor | slice, DrawRules, Asked]:
+        rules = self.batch.draw_rules(where[rows])
+        return rows, rules, Asked.by(rules)
+
+    def draw(self, logits: Tensor, where: Tensor, position: Tensor, rules: Rules | None = None) -> Draws:
+        """One token for each of N positions.
 
         Args:
             logits: [N, V / TP].
             where, position: int64 [N], slots and positions in the text.
             rules: `rules(where)`, if it is known.
         """
-        parts = []
-        split = (one.split(self._rows) for one in (logits, where, position))
-        draw_part = self._draw_fused if self.fused and logits.dtype != torch.float64 else self._draw
-        for logits_part, slot, place, how in zip(*split, rules or self.rules(where)):
-            parts.append(draw_part(logits_part, slot, place, how))
-        if len(parts) == 1:
-            return self._agreed(parts[0])
-        columns = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws))
-        return self._agreed(Draws(*columns))
+        rules = rules or self.rules(where)
+        if rules.by_kernels and logits.dtype == torch.float64:
+            rules = self._rules_of_torch(where)
+        draws = self._drawn_by_kernels(logits, where, position) if rules.by_kernels else _no_draws(where)
+        for rows, *how in rules.by_torch:
+            part = self._drawn_by_torch(logits[rows], where[rows], position[rows], *how)
+            for field in fields(Draws):
+                getattr(draws, field.name)[rows] = getattr(part, field.name)
+        return self._agreed(draws)
 
-    def _draw(self, logits: Tensor, slot: Tensor, position: Tensor, how: tuple[DrawRules, Asked] | None) -> Draws:
+    def _drawn_by_torch(self, logits: Tensor, slot: Tensor, position: Tensor, rules: DrawRules, asked: Asked) -> Draws:
         batch = self.batch
-        scores = policy_scores(logits, batch.temperature[slot], self.vocabulary, self.tp_group)
+        scores = policy_scores(logits, rules.temperature, self.vocabulary, self.tp_group)
         uniform = uniforms(batch.stream[slot], position, batch.steps_taken[slot])
-        return draw(self._whole(scores), uniform, *(how or (batch.draw_rules(slot),)))
+        return draw(self._whole(scores), uniform, rules, asked)
 
-    def _draw_fused(self, logits: Tensor, slot: Tensor, position: Tensor, how: tuple[DrawRules, Asked] | None) -> Draws:
+    def _drawn_by_kernels(self, logits: Tensor, slot: Tensor, position: Tensor) -> Draws:
+        """In one go; with shards in parts, because whole logits are a copy."""
         from megatron_dlm.diffusion.sampling_triton import draw_logits
 
         batch, vocabulary = self.batch, self.vocabulary
-        logits = self._whole(logits)
         of_slots = batch.draw_rules(slice(None)), batch.stream, batch.steps_taken
-        draws = draw_logits(logits, slot, position, *of_slots, vocabulary.size, vocabulary.mask_id)
-        filtered = None if how is None else how[1].filtered
-        if filtered is not None and len(filtered):
-            slot, position = slot[filtered], position[filtered]
-            uniform = uniforms(batch.stream[slot], position, batch.steps_taken[slot])
-            scores = policy_scores(logits[filtered], batch.temperature[slot], vocabulary)
-            ours = draw(scores, uniform, batch.draw_rules(slot))
-            for field in fields(Draws):
-                getattr(draws, field.name)[filtered] = getattr(ours, field.name)
-        return draws
+        rows = max(1, len(slot))
+        if self.tp_group is not None:
+            width = logits.shape[1] * dist.get_world_size(self.tp_group)
+            rows = max(1, _GATHERED_BYTES // (logits.element_size() * width))
+        split = zip(*(one.split(rows) for one in (logits, slot, position)))
+        parts = [
+            draw_logits(self._whole(one), *at, *of_slots, vocabulary.size, vocabulary.mask_id) for one, *at in split
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return Draws(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws)))
 
     def _agreed(self, draws: Draws) -> Draws:
         """The draws of the first rank on all tensor-parallel ranks: they must not differ in a single bit, and a kernel
@@ -144,7 +165,7 @@ class Denoiser:
         position: Tensor,
         masked: Tensor,
         version: int,
-        rules: list[tuple[DrawRules, Asked] | None],
+        rules: Rules,
     ) -> None:
         """The same for whole blocks, in shapes that do not depend on what is chosen.
 
@@ -173,3 +194,9 @@ class Denoiser:
         for name, value in values.items():
             table = getattr(batch, name)
             table[line, position] = torch.where(chosen, value, table[line, position])
+
+
+def _no_draws(where: Tensor) -> Draws:
+    """Room for draws of so many positions."""
+    values = torch.empty((3, len(where)), dtype=torch.float64, device=where.device)
+    return Draws(torch.empty_like(where), *values)

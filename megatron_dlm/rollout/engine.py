@@ -37,7 +37,7 @@ from megatron_dlm.model.row_params import RowParams
 from megatron_dlm.rollout.attention.backends import backend
 from megatron_dlm.rollout.attention.queries import Queries
 from megatron_dlm.rollout.batch import Progress, RunningBatch
-from megatron_dlm.rollout.denoiser import Denoiser
+from megatron_dlm.rollout.denoiser import Denoiser, Rules
 from megatron_dlm.rollout.graphs import GraphedForward, width_for
 from megatron_dlm.rollout.kv_cache import BlockKVCache, CacheShape, num_pages
 from megatron_dlm.rollout.options import EngineOptions
@@ -235,6 +235,7 @@ class Engine:
     def _prepare(self, plan: Plan) -> None:
         """Bring tables and cache to the state in which the pass was planned."""
         self.batch.admit(plan.starts)
+        self.batch.forget_filters(self.scheduler.running.values())
         self.batch.restart_block(plan.restarts)
         self.cache.copy(plan.copies)
         self._set_page_tables(plan.tables)
@@ -301,6 +302,7 @@ class Engine:
                 pages, width = min(2 ** (pages - 1).bit_length(), self.page_table.shape[1]), width_for(len(sequences))
             size = self.options.page_size
             rounds = Rounds(self.batch, self.page_table, size, self.cache.scratch, sequences, pages * size, width)
+            self.batch.forget_filters(sequences)
             rules = self.denoiser.rules(rounds.slot.repeat_interleave(rounds.block))
         for _ in range(self.options.rounds_per_sync):
             rounds.round(self._forward_round, partial(self._decide_round, rules))
@@ -329,7 +331,7 @@ class Engine:
         attention = self.attention(self.cache, queries)
         return self.model.forward_tokens(tokens, RowParams(position=queries.position, slots=slots, attention=attention))
 
-    def _decide_round(self, rules: list, logits: Tensor, slot: Tensor, position: Tensor, masked: Tensor) -> None:
+    def _decide_round(self, rules: Rules, logits: Tensor, slot: Tensor, position: Tensor, masked: Tensor) -> None:
         with self.stats.phase("sample"):
             self.denoiser.step_blocks(logits, slot, position, masked, self.weight_version, rules)
 

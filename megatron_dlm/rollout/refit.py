@@ -89,17 +89,25 @@ class Refit:
             share gets storage if it has none (meta device). Buffers that only it has, such as a cache, are left alone.
         bucket_bytes: most bytes that a rank stages at a time.
         verify: compare all weights after each refit (refit_check.py).
+        share: False copies what could be shared too: an engine that must not see updates before `run`.
 
     Raises:
         ValueError: names, sizes or types of the two models do not fit.
     """
 
     def __init__(
-        self, state: TrainState, rollout_model: nn.Module, bucket_bytes: int = BUCKET_BYTES, verify: bool = False
+        self,
+        state: TrainState,
+        rollout_model: nn.Module,
+        bucket_bytes: int = BUCKET_BYTES,
+        verify: bool = False,
+        share: bool = True,
     ) -> None:
         self.state, self.rollout_model, self.verify = state, rollout_model, verify
         self.transport = PointToPoint()
         trained = training_shards(state, rollout_model)
+        if not share:  # the plan shares nothing that is computed
+            trained = [replace(shard, computed=True) for shard in trained]
         training = gather_objects(trained)
         known = {shard.name: shard for shards in training for shard in shards}
         self.slots = [slot for slot in _slots(rollout_model) if slot.name in known or not _is_buffer(slot)]

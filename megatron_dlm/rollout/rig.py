@@ -74,12 +74,14 @@ class RolloutRig:
         groups = rollout_groups(
             session.groups, rollout.rollout_tensor_model_parallel_size, rollout.rollout_expert_model_parallel_size
         )
-        model = _rollout_model(session, groups)
+        model = rollout_model(session, groups)
         transfer = Refit(state, model, rollout.refit_bucket_mib * 2**20, rollout.verify_refit)
         full = bool(session.model.full_attention)
         block = 1 if full else rollout.rollout_block_size or session.model.block_size
         longest = -(-(longest_prompt + longest_response) // block) * block
-        options = engine_options(rollout, groups, longest, full, state_to_come(state) + spoken_for)
+        options = engine_options(
+            rollout, groups, longest, full, state_to_come(state) + spoken_for, model.config.params_dtype
+        )
         engine = Engine(model, session.vocabulary, options)
         rig = cls(state, engine, groups, transfer, session.model.block_size, (session.tokenizer.eos_id,))
         rig.refit()
@@ -131,7 +133,7 @@ class RolloutRig:
         )
 
 
-def _rollout_model(session: Session, groups: Groups) -> BlockDiffusionModel:
+def rollout_model(session: Session, groups: Groups) -> BlockDiffusionModel:
     """A model in the rollout layout, on the meta device: refit gives it the training parameters, or storage."""
     with_experts = session.model.num_experts is not None
     parallel = dataclasses.replace(

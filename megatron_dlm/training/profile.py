@@ -95,7 +95,13 @@ def keep_shortage(table: str) -> str | None:
 
 
 class Profiler:
-    """Of one process. `traced`: numbers of the steps of which it wrote traces, or would have on a rank that does."""
+    """Of one process.
+
+    Attributes:
+        traced: numbers of the steps of which traces were written; without steps, one entry for each trace. On ranks
+            that write none, those of which others have: phases come alike on all ranks.
+        met: phases that came while traces were to be written, asked for or not, in order.
+    """
 
     def __init__(self, config: ProfileConfig, folder: Path | None, rank: int) -> None:
         self.config, self.folder, self.rank = config, folder, rank
@@ -104,6 +110,7 @@ class Profiler:
         self.in_time = self.first is None  # a command without steps is traced as a whole
         self.done = 0
         self.traced: list[int] = []
+        self.met: dict[str, None] = {}
         self.ranges = config.nvtx_ranges
         self._trace: torch.profiler.profile | None = None
         self._file, self._passes = Path(), None  # of the trace: where it goes, passes that are left
@@ -114,13 +121,14 @@ class Profiler:
         self.done = done
         if self.first is not None:
             self.in_time = self.first <= done < self.last
-            if self.in_time:
-                self.traced.append(done + 1)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Traces do not nest: a phase within another is a range in its trace."""
-        mine = self._wants(name) and self._trace is None
+        if self.in_time:
+            self.met[name] = None
+        wanted = self._wants(name) and self._trace is None
+        mine = wanted and self.rank in self.config.profile_ranks
         if mine:
             self._start(name)
         try:
@@ -132,6 +140,8 @@ class Profiler:
             raise
         if mine:
             self._finish()
+        elif wanted:
+            self._count()
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -158,11 +168,15 @@ class Profiler:
             self._trace = None
 
     def summary(self) -> str:
-        if self.first is None or self.traced:
+        if self.traced:
             ranks = " ".join(map(str, self.config.profile_ranks))
             steps = "" if self.first is None else f" of step {self.traced[0]}"
             steps += f" to {self.traced[-1]}" if len(self.traced) > 1 else ""
             return f"Traces{steps} (rank {ranks}) are in {self.folder}; ui.perfetto.dev shows them."
+        if self.met or self.first is None:
+            came = f"the phases that came were {', '.join(self.met)}" if self.met else "no phase came"
+            asked = "" if self.phases is None else f": --profile-phases asks for {' '.join(self.phases)}"
+            return f"Nothing was traced{asked}; {came}."
         return (
             f"No step was traced: --profile asks for steps {self.first + 1} to {self.last}, and the last one was "
             f"{self.done + 1}."
@@ -187,7 +201,7 @@ class Profiler:
     def _wants(self, name: str) -> bool:
         config = self.config
         chosen = self.phases is None or name in self.phases
-        return config.profile and self.in_time and chosen and self.rank in config.profile_ranks
+        return config.profile and self.in_time and chosen
 
     def _start(self, name: str) -> None:
         if not self._warm:
@@ -217,6 +231,12 @@ class Profiler:
         self._trace.stop()
         trace, self._trace = self._trace, None
         trace.export_chrome_trace(str(self._file))
+        self._count()
+
+    def _count(self) -> None:
+        """A trace was written, here or on another rank."""
+        if self.first is None or self.done + 1 not in self.traced:
+            self.traced.append(self.done + 1)
 
 
 def _recording() -> torch.profiler.profile:

@@ -24,12 +24,14 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.context import Sharing
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.planner import row_multiple
-from megatron_dlm.model.attention_backends import check_attention
+from megatron_dlm.model.attention_backends import check_attention, dtype_of
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
 from megatron_dlm.model.policy import Vocabulary
+from megatron_dlm.model.self_test import attention_pairs, head_pairs
 from megatron_dlm.model.shape import model_shape, refused_overrides, resolve, transformer_config
 from megatron_dlm.model.value import ValueModel
 from megatron_dlm.parallel import groups as process_groups
+from megatron_dlm.parallel import self_test
 from megatron_dlm.parallel.groups import Groups
 from megatron_dlm.platform import te
 from megatron_dlm.platform.kernels import by_triton
@@ -138,7 +140,7 @@ class Session:
             check_trained(self.model, optimizer, self.parallel)
         config = transformer_config(self.model, self.parallel)
         shape = model_shape(self.model)
-        fused_head = by_triton("--loss-head", self.parallel.loss_head)
+        attention, fused_head = self._kernels()
 
         def build(pre_process: bool, post_process: bool, vp_stage: int | None) -> BlockDiffusionModel:
             try:
@@ -147,13 +149,33 @@ class Session:
                 if not self.model.transformer_overrides or "memory" in str(error):
                     raise
                 raise refused_overrides(self.model, error) from error
-            model.attention_backend, model.fused_head = self.parallel.attention_backend, fused_head
+            model.attention_backend, model.fused_head = attention, fused_head
             model.requires_grad_(optimizer is not None)
             if lora is not None and lora.wanted:
                 model.adapt(lora, seed)
             return model
 
         return TrainState.build(build, config, optimizer, self.parallel, self.groups, train_iters)
+
+    def _kernels(self) -> tuple[str, bool]:
+        """The attention backend of a model, and whether its loss head has kernels: tried out on a GPU. Collective.
+
+        Raises:
+            DependencyError: one that was asked for by name does not work on some rank.
+        """
+        model, parallel, device = self.model, self.parallel, platform.device()
+        dtype, tensor = dtype_of(model), self.groups.tp_size
+        attention = check_attention(parallel, model)
+        fused_head = by_triton("--loss-head", parallel.loss_head)
+        if attention == "flex" and self_test.needed():
+            shape = model.num_attention_heads // tensor, max(1, model.num_query_groups // tensor), model.kv_channels
+            work = lambda: attention_pairs(*shape, dtype, device)
+            if not self_test.passed("--attention-backend", parallel.attention_backend, "dense", dtype, work, *shape):
+                attention = "dense"
+        if fused_head and self_test.needed():
+            work = lambda: head_pairs(dtype, device)
+            fused_head = self_test.passed("--loss-head", parallel.loss_head, "torch", dtype, work)
+        return attention, fused_head
 
     def describe(self, state: TrainState) -> str:
         """One line about the model and its layout."""
@@ -163,18 +185,20 @@ class Session:
         groups = self.groups
         context = f", context parallel {groups.cp_size}" if groups.cp_size > 1 else ""
         updated = f"; {whose(state.optimizer)}" if state.optimizer is not None else ""
+        backend = state.unwrapped_chunks()[0].attention_backend
         attention = "full attention" if self.model.full_attention else f"block size {self.model.block_size}"
         return (
             f"{count:,} parameters on this rank{adapters}; {attention}; tensor x pipeline x data parallel "
             f"{groups.tp_size} x {groups.pp_size} x {groups.data_size}{context}; {self._layers()}, "
-            f"{check_attention(self.parallel, self.model)} attention{updated}; {platform.device()}"
+            f"{backend} attention{updated}; {platform.device()}"
         )
 
     def _layers(self) -> str:
         """Whose layers these are, and what they compute in."""
         parallel = self.parallel
         if parallel.transformer_impl == "local":
-            return "plain layers"
+            reason = te.hidden()
+            return "plain layers" + (f" (Transformer Engine cannot be imported: {reason})" if reason else "")
         if parallel.fp8_format is None:
             return "layers of Transformer Engine"
         return f"layers of Transformer Engine in FP8 ({parallel.fp8_format}, {parallel.fp8_recipe})"

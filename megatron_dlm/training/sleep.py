@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor, UntypedStorage
 
@@ -168,16 +169,20 @@ def asleep(state: TrainState) -> bool:
 
 
 def parameter_tensors(state: TrainState) -> Iterator[Tensor]:
-    """Weights and buffers of the model. With the distributed optimizer the weights are views of larger tensors."""
+    """Weights and buffers of the model. With the distributed optimizer the weights are views of larger tensors. Of
+    weights that are kept in FP8: their bytes and scales.
+    """
     for chunk in state.unwrapped_chunks():
-        yield from chain(chunk.parameters(), chunk.buffers())
+        for tensor in chain(chunk.parameters(), chunk.buffers()):
+            yield from _memory_of(tensor)
 
 
 def gradient_tensors(state: TrainState) -> Iterator[Tensor]:
     """The buffers of all gradients, and what autograd or an optimizer has beside them."""
     for chunk in state.chunks:
         yield from (buffer.grad_data for buffer in chain(chunk.buffers, chunk.expert_parallel_buffers))
-    for tensor in chain(parameter_tensors(state), _optimized(state)):
+    parameters = chain.from_iterable(chunk.parameters() for chunk in state.unwrapped_chunks())
+    for tensor in chain(parameters, _optimized(state)):
         if tensor.is_leaf and tensor.grad is not None:
             yield tensor.grad
 
@@ -253,8 +258,25 @@ def _own(tensors: Iterable[Tensor], kept: set[int]) -> None:
             tensor.data = tensor.data.clone()
 
 
+def _memory_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that have memory: this one, or what a weight in FP8 consists of, which has none of its own and claims
+    that of its type. Transformer Engine keeps them as private attributes, whose names depend on the recipe.
+    """
+    if not is_float8tensor(tensor):
+        return [tensor]
+    return [part for name, part in vars(tensor).items() if name.startswith("_") and isinstance(part, Tensor)]
+
+
 def _addresses(state: TrainState) -> list[int]:
-    return [parameter.data_ptr() for _, parameter in state.named_parameters()]
+    return [_address(parameter) for _, parameter in state.named_parameters()]
+
+
+def _address(parameter: Tensor) -> int:
+    """Of a weight in FP8 that of its bytes by rows: those by columns come and go with the passes."""
+    if not is_float8tensor(parameter):
+        return parameter.data_ptr()
+    found = [part for name in ("_data", "_rowwise_data") if (part := getattr(parameter, name, None)) is not None]
+    return found[0].data_ptr() if found else 0
 
 
 def _forget_copies_in_fp8(state: TrainState) -> None:

@@ -28,6 +28,18 @@ ENTRIES = [
         "traces of a rank that is not there", "sft", "--profile --profile-ranks 0 3", ("--profile-ranks has 3", "to 0")
     ),
     Bad("traces of a negative rank", "tracerl", "--profile-ranks -1", "--profile-ranks is -1"),
+    Bad(
+        "traces of a phase that fine-tuning lacks",
+        "sft",
+        "--profile --profile-dir x --profile-phases train rollout",
+        ("--profile-phases names rollout", "only train."),
+    ),
+    Bad(
+        "traces of a value model that is not there",
+        "tracerl",
+        "--profile --profile-dir x --profile-phases train_value",
+        ("names train_value", "rollout, reward"),
+    ),
     Bad("traces of no pass", "tracerl", "--profile-passes 0", "--profile-passes is 0"),
     Bad("NVTX ranges without a GPU", "sft", "--nvtx-ranges", "--nvtx-ranges"),
     Bad("wandb into a file", "sft", f"{WANDB} --wandb-save-dir sft.jsonl", "--wandb-save-dir sft.jsonl"),

@@ -88,6 +88,18 @@ ENTRIES = [
         absent=("triton",),
         environment={"TRITON_INTERPRET": "1"},
     ),
+    Bad(
+        "kernels of a GPU for scores on a CPU",
+        "score",
+        "--loss-head triton",
+        ("--loss-head triton", "no GPU", "--loss-head auto"),
+        kind="DependencyError",
+        environment={"TRITON_INTERPRET": "0"},
+    ),
+    Bad(
+        "no such attention of step maps", "trace", "--attention-backend sdpa", ("--attention-backend", "dense", "flex")
+    ),
+    Bad("a loss head of what only rolls out", "generate", "--loss-head torch", "has no flag --loss-head"),
     Bad("FP8 of plain layers", "sft", "--fp8-format hybrid --bf16", ("--fp8-format hybrid", "transformer_engine")),
     Bad("FP8 of an fp32 model", "tracerl", f"{TE} --fp8-format e4m3", ("--fp8-format e4m3", "--bf16")),
     Bad("a recipe without FP8", "sft", "--fp8-recipe blockwise", ("--fp8-recipe blockwise", "--fp8-format")),

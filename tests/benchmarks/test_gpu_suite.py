@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 from benchmarks import gpu_suite
 from benchmarks.gpu_figures import PARTS, Sheet
-from benchmarks.gpu_report import MARKER, markdown_of
+from benchmarks.gpu_report import MARKER, markdown_of, summary
+from megatron_dlm.config.model import ModelConfig
 from tests.harness import pool
 from tests.tiny import leave_job
 
@@ -63,28 +65,57 @@ def test_a_part_that_crashes_loses_nothing_but_its_own_figures(tmp_path, page, c
     result = json.loads(file.read_text())
     assert list(result["parts"]) == ["correctness", "training-8b", "packed"], "in the order of worth"
     assert result["parts"]["packed"]["why"] == "it crashed" and len(result["parts"]["packed"]["figures"]) == 1
-    about = result["about"]
-    assert about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"]
+    about = result["parts"]["packed"]["about"]
+    assert about["versions"]["torch"] == importlib.metadata.version("torch") and about["size"] == "tiny"
     assert about["device"].startswith("CPU") and about["command"].endswith(
         "gpu.json --write " + str(page) + " --write-toys"
     )
     text = page.read_text()
-    assert "Toy sizes" in text and text.count("it crashed") == 2 and "a / note" in text
+    assert text.count("Toy sizes") == 3, "above each part that was measured"
+    assert text.count("it crashed") == 2 and "a / note" in text
     said = capsys.readouterr().out
-    assert "packed: it crashed" in said and "(aim: 50 or more, reached)" in said
-    # Another run adds to it.
+    assert "packed: it crashed" in said and "(aim: at least 50 %, reached)" in said
+    # Another run adds to it, and each part says which run it is of.
     assert gpu_suite.main([*TOY, "--parts", "head", "--keep", "--json", str(file)], start) == 1
-    kept = json.loads(file.read_text())["parts"]
-    assert kept["packed"] == result["parts"]["packed"] and kept["head"]["why"] is None
+    kept = json.loads(file.read_text())
+    assert kept["parts"]["packed"] == result["parts"]["packed"] and kept["parts"]["head"]["why"] is None
+    text = markdown_of(kept)
+    assert text.count("--parts packed correctness training-8b") == 3 and text.count("--parts head --keep") == 1
 
 
-def test_what_does_not_fit_the_budget_is_told(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "other, says",
+    [
+        (dict(device="1 x H200"), "beside those of 1 x H200, size tiny"),
+        (dict(size="h200"), "size h200, which"),
+    ],
+)
+def test_figures_of_another_machine_or_size_are_not_mixed_in(other, says, tmp_path, page, capsys) -> None:
+    file = tmp_path / "gpu.json"
+    words = [*TOY, "--json", str(file)]
+    assert gpu_suite.main([*words, "--parts", "correctness"], start) == 0
+    result = json.loads(file.read_text())
+    result["parts"]["correctness"]["about"] |= other
+    file.write_text(before := json.dumps(result))
+    assert gpu_suite.main([*words, "--parts", "head", "--keep"], start) == 2
+    assert says in capsys.readouterr().err and file.read_text() == before
+    # A page is made of figures that mean something, whatever the size of this run.
+    good = result["parts"]["correctness"]["about"]["size"] == "h200"
+    assert gpu_suite.main(["--parts", "--json", str(file), "--keep", "--write", str(page)]) == (0 if good else 2)
+    assert ("checks that passed" in page.read_text()) is good
+    file.write_text('{"parts": {"head": {"figures": {}}}}')
+    assert gpu_suite.main([*words, "--parts", "head", "--keep"], start) == 2
+    assert "has not written" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_the_budget_is_told(tmp_path, monkeypatch, capsys) -> None:
     seen, now = {}, [100.0]
     monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: now[0])
 
-    def slow(name: str, options, out: Path, limit: float) -> None:
+    def slow(name: str, options, out: Path, limit: float) -> str | None:
         seen[name] = limit
-        now[0] += 29.5
+        now[0] += min(29.5, limit)
+        return "ended" if limit < 29.5 else None
 
     file = tmp_path / "gpu.json"
     words = [*TOY, "--parts", "correctness", "packed", "--budget-seconds", "30", "--json", str(file)]
@@ -92,6 +123,10 @@ def test_what_does_not_fit_the_budget_is_told(tmp_path, monkeypatch) -> None:
     assert seen == {"correctness": 30}
     parts = json.loads(file.read_text())["parts"]
     assert parts["correctness"]["why"] is None and "--budget-seconds 30" in parts["packed"]["why"]
+    again = f"{{}}: python -m benchmarks.gpu_suite --parts {{}} --device cpu --size tiny --json {file} --keep"
+    assert again.format("1 part was left out or cut short", "packed") in capsys.readouterr().out
+    assert gpu_suite.main([*words[:-3], "20", *words[-2:]], slow) == 1
+    assert again.format("2 parts were left out or cut short", "correctness packed") in capsys.readouterr().out
 
 
 def test_a_failed_check_is_an_exit_code(tmp_path) -> None:
@@ -196,7 +231,7 @@ def test_a_part_fills_its_sheet(part: str, tmp_path, monkeypatch) -> None:
         assert values["reward"] == 0.25 and values["refit shared"] > 0
         assert all(values[phase] > 0 for phase in ("rollout", "rows", "old log-probs", "forward+backward", "optimizer"))
     elif part == "curves":
-        assert values["bf16"] != values["bf16 again"] and values["bf16"] == pytest.approx(values["bf16 again"], rel=0.2)
+        assert values["noise"] > 0 and values["bf16"] == pytest.approx(values["bf16 again"], rel=0.2)
     else:
         assert values["chunk time"] > 0
 
@@ -212,14 +247,66 @@ def test_what_goes_wrong_in_a_part_is_its_reason(tmp_path, monkeypatch) -> None:
     with pytest.raises(RuntimeError):
         gpu_parts.measure("curves", "tiny", "cpu", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found == {"bf16": {"value": 2.5}, **{key: {"why": "no room"} for key in ("bf16 again", "te", "fp8")}}
-    table = markdown_of({"about": ABOUT, "parts": {"curves": {"figures": found, "why": None, "seconds": 1.0}}})
-    assert table.count("no room") == 3 and "2.5 nats" in table and "H200, driver 1" in table
+    others = [figure.key for figure in PARTS["curves"].figures if figure.key != "bf16"]
+    assert found == {"bf16": {"value": 2.5}, **{key: {"why": "no room"} for key in others}}
+    table = markdown_of({"parts": {"curves": {"figures": found, "why": None, "seconds": 1.0, "about": ABOUT}}})
+    assert table.count("no room") == len(found) - 1 and "2.5 nats" in table and "H200, driver 1" in table
 
 
 ABOUT = dict(
     device="1 x H200", driver="1", python="3", versions={}, date="today", revision="abc", size="h200", command="it"
 )
+
+
+@pytest.mark.parametrize("distance, ratio, reached", [(-0.03, 1.5, False), (0.01, 0.5, True)])
+def test_a_curve_in_another_precision_is_held_against_the_noise(tmp_path, distance, ratio, reached) -> None:
+    from benchmarks.gpu_step import put_in_noise
+
+    sheet = Sheet(tmp_path / "out.json")
+    put_in_noise("fp8", distance, 0.02, sheet)
+    assert sheet.figures["fp8 in noise"]["value"] == pytest.approx(ratio)
+    found = {"figures": sheet.figures, "why": None, "seconds": 1.0, "about": ABOUT}
+    assert f"(aim: at most 1, {'reached' if reached else 'missed'})" in summary({"parts": {"curves": found}})
+    put_in_noise("te", distance, 0.0, sheet)
+    assert "no noise" in sheet.figures["te in noise"]["why"]
+
+
+@pytest.mark.parametrize("slices, whole, gain", [((1, 3), 5, 2.2 / 1.3), ((2,), 2, 2.0)])
+def test_what_fp8_gains_is_that_of_the_whole_model(slices, whole, gain, tmp_path, monkeypatch) -> None:
+    """Each layer takes 0.4 s, 0.2 s in FP8; all the rest 0.2 s, 0.3 s in FP8, or nothing where only one size is run."""
+    from benchmarks import gpu_training
+    from benchmarks.gpu_training import Measured, Work
+
+    def measured(model, parallel, traces, repeats) -> Measured:
+        layer, rest = (0.2, 0.3) if parallel.fp8_format else (0.4, 0.2)
+        seconds = model.num_layers * layer + (rest if len(slices) == 2 else 0.0)
+        return Measured(Work(1e9 * model.num_layers, 1e9 * model.num_layers, 10), seconds, seconds, 2**30)
+
+    monkeypatch.setattr(gpu_training, "peak_flops", lambda: (1e10, "made up"))
+    monkeypatch.setattr(gpu_training, "measure", measured)
+    sheet = Sheet(tmp_path / "out.json")
+    from benchmarks.gpu_sizes import TOY as MODEL
+
+    gpu_training.report(ModelConfig(**MODEL), slices, None, 1, sheet, whole)
+    assert sheet.figures["fp8 gain"]["value"] == pytest.approx(gain)
+    assert sheet.figures["bf16 model"]["value"] == pytest.approx(25.0), "of the layers"
+
+
+def test_mistakes_of_the_program_are_not_taken_for_a_lack(tmp_path, monkeypatch) -> None:
+    from benchmarks import gpu_step, gpu_training
+    from benchmarks.gpu_sizes import size_named
+
+    def broken(*given: object) -> None:
+        raise TypeError("unexpected argument")
+
+    monkeypatch.setattr(gpu_training, "peak_flops", lambda: (1e10, "made up"))
+    monkeypatch.setattr(gpu_training, "measure", broken)
+    monkeypatch.setattr(gpu_step, "_curve", broken)
+    size, sheet = size_named("tiny"), Sheet(tmp_path / "out.json")
+    with pytest.raises(TypeError):
+        gpu_training.report(size.refit, (1,), None, 1, sheet, 1)
+    with pytest.raises(TypeError):
+        gpu_step.curves(size.curves, 1, sheet)
 
 
 def moved() -> int:
@@ -239,3 +326,15 @@ def test_a_refit_between_layouts_moves_all_that_is_divided() -> None:
     pool(2).close()  # it has left its job
     layer = (4 + 2 * 2) * 8 * 32 + 4 * 8 * 32 + 3 * 48 * 32  # query, key and value; projection; the unit with a gate
     assert found == [4 * (2 * 64 * 32 + 2 * layer)] * 2
+
+
+def test_on_one_gpu_a_refit_copies_everything() -> None:
+    from benchmarks.gpu_sizes import size_named
+    from benchmarks.gpu_step import refit_once
+
+    leave_job()
+    found = refit_once(size_named("tiny").refit, 1, 1)
+    leave_job()
+    norms = (2 * 32 + 2 * 8) * 2 + 32  # before attention and the unit, of query and key; the last one
+    layer = (4 + 2 * 2) * 8 * 32 + 4 * 8 * 32 + 3 * 48 * 32
+    assert found.bytes == 4 * (2 * 64 * 32 + 2 * layer + norms) and found.seconds > 0

@@ -12,12 +12,12 @@ from benchmarks.recipes import Figures, collect, differences, plan, report
 from benchmarks.stages import DONE
 from megatron_dlm.commands import evaluate, sft, trace
 from megatron_dlm.config.flags import parse
-from megatron_dlm.config.sections import pick, pick_parts
+from megatron_dlm.config.sections import pick, pick_for_rows, pick_parts
 from megatron_dlm.data.jsonl import read_jsonl
 
 SECTIONS = {
     "sft": pick(*sft.SECTIONS),
-    "trace": pick_parts(*trace.SECTIONS),
+    "trace": pick_for_rows(*trace.SECTIONS),
     "evaluate": pick_parts(*evaluate.SECTIONS),
 }
 

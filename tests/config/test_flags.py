@@ -9,7 +9,7 @@ import pytest
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.fields import read_fields
 from megatron_dlm.config.flags import build_parser, parse
-from megatron_dlm.config.sections import PARTS, SECTIONS, pick, pick_parts
+from megatron_dlm.config.sections import PARTS, SECTIONS, pick, pick_for_rows, pick_parts
 
 SFT = pick("model", "optimizer", "checkpoint", "logging", "sft", "run")
 RL = pick(*(name for name in SECTIONS if name not in ("sft", "generate", "score", "trace", "preprocess")))
@@ -206,8 +206,15 @@ def test_the_part_of_a_section_is_the_beginning_of_the_whole():
         assert known == all_of_them[: len(known)] and len(known) < len(all_of_them)
 
 
+def test_a_command_that_goes_over_rows_can_choose_by_which_means():
+    flags = [flag for field in read_fields("parallel", pick_for_rows("parallel")["parallel"]) for flag in field.flags]
+    assert {"--attention-backend", "--loss-head"} < set(flags) and "--overlap-grad-reduce" not in flags
+    assert pick_for_rows(*PARTS) == {**pick_parts(*PARTS), "parallel": pick_for_rows("parallel")["parallel"]}
+
+
 @pytest.mark.parametrize("flag", [
-    "--save", "--eval-interval", "--rollout-temperature", "--log-interval", "--overlap-grad-reduce",
+    "--attention-backend", "--loss-head", "--save", "--eval-interval", "--rollout-temperature", "--log-interval",
+    "--overlap-grad-reduce",
 ])  # fmt: skip
 def test_a_command_that_does_not_train_has_no_flag_that_it_would_ignore(flag):
     with pytest.raises(ConfigError, match=f"evaluate has no flag {flag}."):

@@ -66,3 +66,30 @@ def to_a_stranger() -> None:
 
 def test_unknown_destination() -> None:
     pool(1).run(to_a_stranger)
+
+
+def try_on_ranks() -> tuple[bool, str]:
+    """With kernels that are broken on the second rank alone: what 'auto' is, and what is said by name."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_dlm.config.errors import DependencyError
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.parallel import self_test
+    from megatron_dlm.parallel.groups import initialize
+
+    initialize(ParallelConfig(), seed=1)
+    one = torch.ones(2)
+    work = lambda: [("its output", one * (1 + dist.get_rank()), one)]
+    auto = self_test.passed("--loss-head", "auto", "torch", torch.float32, work)
+    try:
+        self_test.passed("--loss-head", "triton", "torch", torch.float32, work)
+    except DependencyError as error:
+        return auto, str(error)
+    return auto, ""
+
+
+def test_ranks_choose_alike_whose_kernels_differ() -> None:
+    first, second = pool(2).run(try_on_ranks)
+    assert first == second
+    assert not first[0] and "differs by 1.0e+00" in first[1]

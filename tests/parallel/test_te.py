@@ -1,7 +1,7 @@
 """Layers of Transformer Engine against the local ones, through megatron-core's own wrappers.
 
 The package itself is a stand-in in plain torch (tests/stand_in), so what is tested is the layer that is built, the
-names and places of its weights, and what runs in an FP8 context; not what FP8 does to numbers.
+names and places of its weights, and its gradients (test_te_fp8.py: what runs in FP8).
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ def refitted(state, sizes: dict, dtype: torch.dtype = torch.float32) -> None:
 
 LAYOUTS = {  # with EXPERTS the first layer has none
     "one process": (1, {}, EXPERTS),
+    "tp2": (2, dict(tensor_model_parallel_size=2), dict(add_qkv_bias=True)),
     "tp2 sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True), EXPERTS),
     "pp2": (2, dict(pipeline_model_parallel_size=2), dict(add_qkv_bias=True)),
     "ep2": (2, dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1), EXPERTS),
@@ -159,102 +160,39 @@ def test_values_gradients_checkpoints_and_refits_are_those_of_local_layers(case:
     pool(world, STAND_IN).run(there_and_back, layout, sizes, tmp_path)
 
 
-def in_fp8(layout: dict, sizes: dict) -> tuple[dict, dict]:
-    """Of each product with a layer's weights (and any other module that could run in FP8), by name: in which contexts
-    it ran in an update. And what else was seen.
-    """
-    import transformer_engine.pytorch as te
+def with_one_kernel_for_swiglu() -> None:
+    """What is compiled on a GPU, here without compilation."""
+    from unittest import mock
 
+    from megatron_dlm import platform
     from megatron_dlm.config.parallel import ParallelConfig
-    from megatron_dlm.diffusion.planner import row_multiple
-    from megatron_dlm.training.optimizer import whose
-    from megatron_dlm.training.sleep import sleep
-    from megatron_dlm.training.state import global_names
-    from megatron_dlm.training.step import train_step
+    from megatron_dlm.model.shape import transformer_config
 
-    te.attention.rope.calls.clear()
-    te.fp8.FP8GlobalStateManager.groups.clear()
-    state = make_state(layout, sizes, with_optimizer=True, dtype=torch.bfloat16)
-    rows, forward, length = sft_rows(state, row_multiple(state.groups.tp_size, ParallelConfig(**layout).token_multiple))
-    train_step(state, rows, forward, length)
-    ran = {}
-    for chunk in state.unwrapped_chunks():
-        rename = global_names(chunk)
-        for name, module in chunk.named_modules():
-            if hasattr(module, "ran"):
-                ran[rename(name)] = set(module.ran)
-    sleep(state)
-    copies = [module for module in state.module.modules() if getattr(module, "_fp8_workspaces", None)]
-    return ran, dict(
-        sizes={group.size() for group in te.fp8.FP8GlobalStateManager.groups if group is not None},
-        turned=len(te.attention.rope.calls),
-        optimizer=whose(state.optimizer),
-        copies=len(copies),
-        rows=len(rows),
-    )
+    local = disturbed(make_state({}, EXPERTS))
+    loss, gradients = learned(local)
+    start = weights(local)
+    fused = make_state(TE, EXPERTS | dict(transformer_overrides=dict(bias_activation_fusion=True)))
+    with torch.no_grad():
+        for name, parameter in canonical_names(fused, dict(fused.named_parameters())).items():
+            parameter.copy_(start[name])
+    with torch.compiler.set_stance("force_eager"):
+        found_loss, found = learned(fused)
+    assert found_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert gradient.norm() and (found[name] - gradient).norm() <= 2e-5 * gradient.norm(), name
+
+    def taken(layers: dict, **overrides: object) -> bool:
+        model = model_config(**SIZES, transformer_overrides=overrides)
+        with mock.patch.object(platform, "is_cuda", lambda: True):
+            return transformer_config(model, ParallelConfig(**layers)).bias_activation_fusion
+
+    assert taken(TE) and taken(FP8) and not taken({})
+    assert not taken(TE, activation_func_clamp_value=7.0)  # the kernel has none
+    assert not taken(TE, use_te_activation_func=True) and not taken(TE, bias_activation_fusion=False)
 
 
-PRODUCTS = {"self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"}
-OF_EXPERTS = {
-    *("self_attention.linear_qkv", "self_attention.linear_proj"),
-    *("mlp.experts.linear_fc1", "mlp.experts.linear_fc2"),
-    *("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"),
-}
-
-
-def layer_of(name: str) -> tuple[int, str]:
-    prefix, layers, number, rest = name.split(".", 3)
-    assert (prefix, layers) == ("decoder", "layers")  # no head, no embedding
-    return int(number), rest
-
-
-def merge(results: list) -> dict[tuple[int, str], set]:
-    found: dict[tuple[int, str], set] = {}
-    for ran, _ in results:
-        for name, contexts in ran.items():
-            found.setdefault(layer_of(name), set()).update(contexts)
-    return found
-
-
-def test_all_products_of_layers_run_in_fp8_and_nothing_else() -> None:
-    layout = dict(**FP8, tensor_model_parallel_size=2, sequence_parallel=True)
-    results = pool(2, STAND_IN).run(in_fp8, layout, {})
-    found = merge(results)
-    assert set(found) == {(layer, name) for layer in range(4) for name in PRODUCTS}
-    assert all(contexts == {(True, "Float8CurrentScaling")} for contexts in found.values())
-    seen = results[0][1]
-    assert seen["turned"] == 2 * 4 * seen["rows"]  # queries and keys of each layer, by the fused kernel
-    assert seen["optimizer"] == "FusedAdam of Transformer Engine"
-    assert seen["copies"] == 0  # a sleeping model keeps no weights in FP8
-    assert seen["sizes"] == {2}  # scales are those of all ranks of the model
-
-
-def test_the_first_and_the_last_layers_run_in_bf16_on_any_stage() -> None:
-    layout = dict(
-        **FP8,
-        fp8_recipe="blockwise",
-        pipeline_model_parallel_size=2,
-        first_last_layers_bf16=True,
-        num_layers_at_end_in_bf16=2,
-    )
-    found = merge(pool(2, STAND_IN).run(in_fp8, layout, {}))
-    for (layer, _), contexts in found.items():
-        assert contexts == ({(True, "Float8BlockScaling")} if layer == 1 else {(False, "")})
-
-
-def test_layers_that_are_computed_again_do_so_in_fp8() -> None:
-    again = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    for recipe, name in (("delayed", "TEDelayedScaling"), ("tensorwise", "Float8CurrentScaling")):
-        ((found, _),) = pool(1, STAND_IN).run(in_fp8, dict(**FP8, **again, fp8_recipe=recipe), EXPERTS)
-        for full_name, contexts in found.items():
-            assert contexts == {(True, name)}, full_name
-        assert {rest for layer, rest in map(layer_of, found) if layer} == OF_EXPERTS
-        assert {rest for layer, rest in map(layer_of, found) if not layer} == PRODUCTS
-
-
-def test_nothing_runs_in_fp8_unless_asked() -> None:
-    ((found, _),) = pool(1, STAND_IN).run(in_fp8, TE, {})
-    assert all(contexts == {(False, "")} for contexts in found.values()) and len(found) == 16
+def test_the_fused_swiglu_is_the_same_function() -> None:
+    pool(1, STAND_IN).run(with_one_kernel_for_swiglu)
 
 
 def compared() -> dict[str, float | str]:
@@ -301,53 +239,3 @@ def resumed(layout: dict, folder: Path) -> None:
 
 def test_runs_of_the_fused_optimizer_resume(tmp_path: Path) -> None:
     pool(1, STAND_IN).run(resumed, TE, tmp_path)
-
-
-def kept_in_fp8(folder: Path) -> None:
-    """Weights in FP8 with exact masters: updates, sleep, refit, and a run that goes on from its checkpoint."""
-    from megatron.core.fp8_utils import is_float8tensor
-
-    from megatron_dlm.checkpoint.distributed import load, save
-    from megatron_dlm.training.sleep import sleep
-    from megatron_dlm.training.step import train_step
-
-    layout = dict(**FP8, fp8_param_gather=True, use_distributed_optimizer=True)
-    made = lambda: make_state(layout, {}, with_optimizer=True, dtype=torch.bfloat16)
-
-    def steps(state, count: int) -> None:
-        rows, forward, length = sft_rows(state, 128)
-        for _ in range(count):
-            train_step(state, rows, forward, length)
-            sleep(state)
-
-    local = make_state(dict(use_distributed_optimizer=True), {}, dtype=torch.bfloat16)
-    save(local, folder / "local", 0, {}, with_optimizer=False)
-    exact = sum(parameter.double().square().sum() for _, parameter in local.named_parameters())
-    state = made()
-    load(state, folder / "local", with_optimizer=False)
-    masters = sum(shard.double().square().sum() for group in state.optimizer.param_groups for shard in group["params"])
-    rounded = sum(parameter.double().square().sum() for _, parameter in state.named_parameters())
-    torch.distributed.all_reduce(masters)
-    assert masters.item() == pytest.approx(exact.item(), rel=1e-9)
-    assert rounded.item() != pytest.approx(exact.item(), rel=1e-6)
-    kept = {name for name, parameter in state.named_parameters() if is_float8tensor(parameter)}
-    assert {layer_of(name.removesuffix(".weight"))[1] for name in kept} == PRODUCTS and len(kept) == 16
-    start = weights(state)
-    steps(state, 2)
-    save(state, folder / "fp8", 2, {})
-    saved = weights(state)
-    assert all(not torch.equal(saved[name], start[name]) for name in kept)
-    refitted(state, {}, torch.bfloat16)
-    steps(state, 1)
-    expected = weights(state)
-    other = made()
-    load(other, folder / "fp8")
-    found = weights(other)
-    assert all(torch.equal(found[name], saved[name]) for name in saved)
-    steps(other, 1)
-    found = weights(other)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_weights_that_are_kept_in_fp8(tmp_path: Path) -> None:
-    pool(2, STAND_IN).run(kept_in_fp8, tmp_path)

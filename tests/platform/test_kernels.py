@@ -55,9 +55,10 @@ from megatron_dlm.diffusion import sampling_triton
 from megatron_dlm.model import head_triton
 from megatron_dlm.rollout import unmask_triton
 
-SIXTY_FOUR = "labels slot position confidence streams steps token remasking tokens_table step_table version_table"
+SIXTY_FOUR = "labels slot position kinds streams steps token remasking tokens_table step_table version_table"
 SIXTY_FOUR = f"{SIXTY_FOUR} block_size denoising_steps block_steps steps_taken".split()
-DOUBLE = "mass more logprob sampling_logprob sure threshold entropy_bound logprob_table sampling_logprob_table".split()
+DOUBLE = "mass more logprob sampling_logprob confidence threshold entropy_bound logprob_table"
+DOUBLE = f"{DOUBLE} sampling_logprob_table".split()
 TYPES = dict.fromkeys(SIXTY_FOUR, "*i64") | dict.fromkeys(DOUBLE, "*fp64")
 TYPES |= dict(best="*i32", greedy="*u8", masked="*u8", known_table="*u8")
 WHOLE = "width first size mask_id pieces weights length".split()
@@ -77,13 +78,13 @@ for dtype in ("*bf16", "*fp32"):
     for code in (
         ptx(head_triton._statistics, 16, head | dict(LOWEST=-8e37, WITH_MOMENT=True), logits=dtype),
         ptx(head_triton._gradient, 16, head | dict(WITH_ENTROPY=True), logits=dtype),
-        ptx(sampling_triton._pieces, 8, dict(PIECE=4096), logits=dtype, temperature="*fp64"),
-        ptx(sampling_triton._tokens, 8, dict(PIECE=4096, PIECES=64), logits=dtype, temperature="*fp64"),
+        ptx(sampling_triton._pieces, 8, dict(PIECE=4096), logits=dtype, temperatures="*fp64"),
+        ptx(sampling_triton._tokens, 8, dict(PIECE=4096, PIECES=64), logits=dtype, temperatures="*fp64"),
     ):
         assert re.search(r"ld\\.global\\.\\S*v4", code), "logits are not loaded 16 bytes at a time"
         assert "div.rn.f32" in code and "ld.local" not in code
 for block in (4, 64):
-    ptx(unmask_triton._unmask, 4, dict(BLOCK=block), confidence="*fp64")
+    ptx(unmask_triton._unmask, 4, dict(BLOCK=block))
 print("compiled")
 """
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from megatron_dlm.config.errors import DependencyError
-from megatron_dlm.config.parallel import PrecisionConfig
-from megatron_dlm.platform import is_cuda, te
+from megatron_dlm.config.parallel import ParallelConfig, PrecisionConfig
+from megatron_dlm.platform import install, is_cuda, te
+
+install()
 
 TE = dict(transformer_impl="transformer_engine")
 FP8 = dict(**TE, fp8_format="hybrid")
@@ -65,39 +69,100 @@ def test_plain_layers_ask_nothing_and_others_a_gpu() -> None:
         te.require(PrecisionConfig(**TE))
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "is not installed"),
-        ("raise ImportError('libcudart is not here.')", "cannot be imported (ImportError: libcudart is not here). "),
-        ("import os; os.abort()", "cannot be imported (exit code -6). "),
-    ],
-)
-def test_an_installation_that_does_not_load_ends_a_process_of_its_own(
-    content: str | None, words: str, tmp_path: Path, monkeypatch
-) -> None:
-    if content is not None:
-        (tmp_path / "transformer_engine").mkdir()
-        (tmp_path / "transformer_engine" / "__init__.py").write_text(content)
-    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: content)
+BROKEN = {  # what the package does when it is imported -> what is said of it
+    "raise ImportError('libcudart is not here.')": "ImportError: libcudart is not here",
+    "raise OSError('undefined symbol: nvte')": "OSError: undefined symbol: nvte",
+    "import os; os.abort()": "exit code -6",
+}
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch) -> Iterator[Callable[[str], None]]:
+    """Installs a Transformer Engine of this content. Nothing of it is left afterwards."""
+    import megatron_dlm.training.setup  # noqa: F401 (with it megatron-core, which must not meet this one)
+
+    def install(content: str) -> None:
+        folder = tmp_path / "transformer_engine"
+        folder.mkdir()
+        (folder / "__init__.py").write_text(content)
+        (folder / "pytorch.py").touch()
+
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    te.installed.cache_clear()
+    te._probe.cache_clear()
+    real = taken_out()
+    yield install
+    te._probe.cache_clear()
+    taken_out()
+    sys.modules.update(real)
+
+
+def taken_out() -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def test_none_is_installed(package, monkeypatch) -> None:
+    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match="is not installed") as caught:
+        te.installed()
+    assert "--transformer-impl local" in str(caught.value)
+    te.shield()
+    assert "transformer_engine" not in sys.modules and te.hidden() is None
+
+
+def described() -> str:
+    """What the line about the model says of plain layers."""
+    from megatron_dlm.training.setup import Session
+
+    return Session(None, ParallelConfig(), None, None, None)._layers()
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_an_installation_that_does_not_load_ends_a_process_of_its_own_and_is_hidden(content: str, package) -> None:
+    package(content)
+    te.shield()
+    with pytest.raises(ImportError):  # which is all that megatron-core expects
+        import transformer_engine.pytorch.optimizers  # noqa: F401
+    assert te.hidden() == BROKEN[content]
+    assert f"plain layers (Transformer Engine cannot be imported: {BROKEN[content]})" in described()
     with pytest.raises(DependencyError) as caught:
         te.installed()
-    te.installed.cache_clear()
-    assert words in str(caught.value) and "--transformer-impl local" in str(caught.value)
+    assert f"cannot be imported ({BROKEN[content]}). " in str(caught.value)
+    assert "--transformer-impl local" in str(caught.value)
 
 
-def test_the_version_of_one_that_loads(tmp_path: Path, monkeypatch) -> None:
-    package = tmp_path / "transformer_engine"
-    package.mkdir()
-    (package / "__init__.py").write_text("print('a notice'); __version__ = '2.7.0'")
-    (package / "pytorch.py").touch()
-    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    te.installed.cache_clear()
-    assert te.installed() == "2.7.0"
-    te.installed.cache_clear()
+def test_one_that_loads_is_left_alone(package) -> None:
+    package("print('a notice'); __version__ = '2.7.0'")
+    te.shield()
+    import transformer_engine.pytorch
+
+    assert transformer_engine.__version__ == te.installed() == "2.7.0" and te.hidden() is None
+
+
+def test_a_run_starts_beside_one_that_does_not_load(package, tmp_path: Path) -> None:
+    """megatron-core imports it wherever it is found; this run gets far enough to miss its tokenizer."""
+    package("import os; os._exit(77)")
+    command = "sft --data-path no.jsonl --train-iters 1 --global-batch-size 1 --tokenizer-model no"
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_dlm", *command.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "tokenizer" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_preprocess_which_prepares_no_device_hides_it_too(tmp_path: Path, monkeypatch) -> None:
+    from megatron_dlm.commands import preprocess
+
+    def shield() -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(te, "shield", shield)
+    monkeypatch.setitem(sys.modules, "megatron_dlm.data.preprocess", None)  # it imports megatron-core
+    (tmp_path / "lines.jsonl").write_text("{}")
+    given = f"--input {tmp_path}/lines.jsonl --output {tmp_path}/out --tokenizer-model {tmp_path} --workers 1"
+    with pytest.raises(InterruptedError):
+        preprocess.main(given.split())
 
 
 def test_the_real_package_has_what_the_stand_in_says_of_it() -> None:

@@ -86,12 +86,15 @@ def test_ranks_generate_what_one_process_does(tmp_path, layout: str) -> None:
 
 def draw_shards() -> list:
     """On each of two ranks, from its half of the logits: what the kernels draw, and what torch draws."""
+    from unittest import mock
+
     import torch
 
     from megatron_dlm import platform
     from megatron_dlm.config.parallel import ParallelConfig
     from megatron_dlm.model.policy import Vocabulary
     from megatron_dlm.parallel.groups import initialize
+    from megatron_dlm.rollout import denoiser as denoiser_module
     from megatron_dlm.rollout.batch import RunningBatch
     from megatron_dlm.rollout.denoiser import Denoiser
 
@@ -107,7 +110,8 @@ def draw_shards() -> list:
     for fused in (True, False):
         denoiser = Denoiser(batch, Vocabulary(90, 70), groups.tp, fused)
         denoiser._rows = 8  # several parts
-        draws = denoiser.draw(mine, slot, place)
+        with mock.patch.object(denoiser_module, "_GATHERED_BYTES", 8 * 96 * 4):
+            draws = denoiser.draw(mine, slot, place)
         found.append([draws.token.tolist(), draws.logprob.tolist(), draws.confidence.tolist()])
     return found
 

@@ -106,6 +106,31 @@ def carried(setup: Setup, tp: int | None, ep: int | None, bucket_bytes: int, met
     }
 
 
+def kept_apart() -> None:
+    """In the layout of training, on one rank, and yet nothing is shared: updates are not seen before the next refit."""
+    from megatron_dlm.parallel.groups import rollout_groups
+    from megatron_dlm.rollout.refit import Refit
+    from megatron_dlm.training.step import train_step
+
+    state = train_model(Setup())
+    model = rollout_model(Setup(), rollout_groups(state.groups, 1, 1))
+    refit = Refit(state, model, verify=True, share=False)
+    report = refit.run()
+    assert (report.received, report.shared) == (0, 0)
+    assert report.copied == sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    before = rollout_logits(model)
+    assert torch.equal(before, trained_logits(state))
+    for _ in range(2):
+        train_step(state, share(state, rows(4)), forward_step, LENGTH)
+    assert torch.equal(rollout_logits(model), before) and not torch.equal(trained_logits(state), before)
+    refit.run()
+    assert torch.equal(rollout_logits(model), trained_logits(state))
+
+
+def test_an_engine_can_have_storage_of_its_own() -> None:
+    pool(1).run(kept_apart)
+
+
 MOVED = {
     "tp2 pp2 to tp1": (4, Setup(tp=2, pp=2), 1, None),
     "tp1 to tp2": (2, Setup(), 2, None),

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dlm import platform
+from megatron_dlm.config.errors import DependencyError
 from megatron_dlm.diffusion.sampling import Draws
 from megatron_dlm.diffusion.unmasking import Remasking, select
 from megatron_dlm.model.policy import Vocabulary
@@ -85,19 +86,22 @@ def test_responses_are_those_of_torch(model, rounds: int, filters: bool, monkeyp
         dataclasses.replace(request, sampling=ways[number % len(ways)])
         for number, request in enumerate(groups(6, 1, SAMPLING))
     ]
-    asked = []
-    whole = Denoiser._draw_fused
+    drawn = {"_drawn_by_kernels": 0, "_drawn_by_torch": 0}
 
-    def counted(self, logits, *rest):
-        asked.append(rest[-1])
-        return whole(self, logits, *rest)
+    def counted(name: str, original):
+        def of_fused(self, logits, *rest):
+            drawn[name] += len(logits) if self.fused else 0
+            return original(self, logits, *rest)
 
-    monkeypatch.setattr(Denoiser, "_draw_fused", counted)
+        return of_fused
+
+    for name in drawn:
+        monkeypatch.setattr(Denoiser, name, counted(name, getattr(Denoiser, name)))
     found, wanted = (
         by_key(Engine(model, vocabulary(), options(rounds_per_sync=rounds, fused_sampler=fused)).run(requests))
         for fused in (True, False)
     )
-    assert asked and all((how is not None) == filters for how in asked)
+    assert drawn["_drawn_by_kernels"] > drawn["_drawn_by_torch"] and (drawn["_drawn_by_torch"] > 0) == filters
     for key, trace in found.items():
         right = wanted[key]
         for name in ("response_ids", "tail_ids", "steps", "tail_steps"):
@@ -121,7 +125,9 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_round_is_three_kernels_and_waits_for_nobody(monkeypatch) -> None:
+@pytest.fixture
+def launched(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and grid of the kernels that were launched; none runs."""
     from megatron_dlm.diffusion import sampling_triton
     from megatron_dlm.rollout import unmask_triton
 
@@ -136,6 +142,10 @@ def test_a_round_is_three_kernels_and_waits_for_nobody(monkeypatch) -> None:
 
     for module, name in ((sampling_triton, "_pieces"), (sampling_triton, "_tokens"), (unmask_triton, "_unmask")):
         monkeypatch.setattr(module, name, Launch(name))
+    return launched
+
+
+def test_a_round_is_three_kernels_and_waits_for_nobody(launched) -> None:
     batch = random_batch(4)
     denoiser = Denoiser(batch, Vocabulary(300, 1), None, fused=True)
     slot, position = torch.arange(6), torch.arange(4).expand(6, 4).contiguous()
@@ -147,6 +157,50 @@ def test_a_round_is_three_kernels_and_waits_for_nobody(monkeypatch) -> None:
     assert set(counted.names) <= {"clone", "_to_copy"}  # which slot each position is of
 
 
+def test_a_round_is_three_kernels_with_a_vocabulary_of_any_size(launched) -> None:
+    requests, block, size = 512, 4, 151936
+    batch = RunningBatch(requests, 8, 1, platform.device())
+    denoiser = Denoiser(batch, Vocabulary(size, 1), None, fused=True)
+    slot = torch.arange(requests, device=batch.device)
+    position = torch.arange(block, device=batch.device).repeat(requests, 1)
+    logits = torch.zeros(1, size, dtype=torch.bfloat16, device=batch.device).expand(requests * block, size)
+    rules = denoiser.rules(slot.repeat_interleave(block))
+    denoiser.step_blocks(logits, slot, position, torch.ones_like(position, dtype=torch.bool), 1, rules)
+    rows = requests * block
+    assert launched == [("_pieces", (rows, 38)), ("_tokens", (rows,)), ("_unmask", (requests,))]
+
+
+@pytest.mark.parametrize("filtered", [0.2, 1.0])
+def test_who_has_filters_is_found_out_once_for_all_rounds(filtered: float, launched) -> None:
+    batch = random_batch(4)
+    batch.filters, batch.top_p[: int(filtered * SLOTS)] = True, 0.9
+    slot, position = torch.arange(SLOTS), torch.arange(4).expand(SLOTS, 4).contiguous()
+    masked, logits = torch.ones(SLOTS, 4, dtype=torch.bool), torch.randn(4 * SLOTS, 300)
+    slot, position, masked, logits = (one.to(batch.device) for one in (slot, position, masked, logits))
+    waits = []
+    for fused in (True, False):
+        denoiser = Denoiser(batch, Vocabulary(300, 1), None, fused)
+        rules = denoiser.rules(slot.repeat_interleave(4))
+        with Counted() as counted:
+            denoiser.step_blocks(logits, slot, position, masked, 1, rules)
+        waits.append([name for name in counted.names if name in ("nonzero", "_local_scalar_dense")])
+    assert waits[0] == waits[1] == ["_local_scalar_dense"]  # of torch's filters: how many tokens they keep
+    assert [name for name, _ in launched] == (["_unmask"] if filtered == 1 else ["_pieces", "_tokens", "_unmask"])
+
+
+def test_filters_are_forgotten_with_the_sequences_that_had_them(model) -> None:
+    engine = Engine(model, vocabulary(), options(rounds_per_sync=2, fused_sampler=True))
+    short, long = (dataclasses.replace(SAMPLING, block_size=4, max_new_tokens=length) for length in (4, 16))
+    filtering, plain = groups(2, 1, SAMPLING)
+    for request, sampling in ((filtering, dataclasses.replace(short, top_p=0.9)), (plain, long)):
+        engine.submit([dataclasses.replace(request, sampling=dataclasses.replace(sampling, ignore_eos=True))])
+    seen = []
+    while engine.scheduler.running or engine.scheduler.waiting:
+        engine.step()
+        seen.append(engine.batch.filters)
+    assert seen[0] and not seen[-1]
+
+
 def test_logits_in_float64_are_torchs() -> None:
     batch = random_batch(4)
     logits = torch.randn(6, 12, dtype=torch.float64, device=batch.device)
@@ -154,3 +208,28 @@ def test_logits_in_float64_are_torchs() -> None:
     both = [Denoiser(batch, Vocabulary(12, 1), None, fused).draw(logits, where, position) for fused in (True, False)]
     for field in dataclasses.fields(Draws):
         assert torch.equal(*(getattr(draws, field.name) for draws in both))
+
+
+# Tried out ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sampler_that_does_not_work_is_not_used(monkeypatch, capsys) -> None:
+    from megatron_dlm.parallel import self_test
+    from megatron_dlm.rollout import sampler_self_test, sizing, unmask_triton
+
+    assert sizing._fused_sampler("triton", torch.float32)  # interpreted, nothing is tried out
+    monkeypatch.setattr(sizing, "by_triton", lambda flag, choice: choice != "torch")
+    monkeypatch.setattr(self_test, "needed", lambda: True)
+    monkeypatch.setattr(sampler_self_test, "_COLUMNS", 300)
+    monkeypatch.setattr(sampler_self_test, "_SLOTS", 6)
+    monkeypatch.setattr(self_test, "_found", {})
+    assert not sizing._fused_sampler("torch", torch.float32) and not self_test._found
+    assert sizing._fused_sampler("auto", torch.float32) and self_test._found
+    monkeypatch.setattr(self_test, "_found", {})
+    right = unmask_triton.unmask
+    monkeypatch.setattr(unmask_triton, "unmask", lambda *given: right(*given[:4], ~given[4], given[5]))
+    assert not sizing._fused_sampler("auto", torch.float32)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("--rollout-sampler auto is torch here, because") and "tokens" in line
+    with pytest.raises(DependencyError, match="--rollout-sampler triton does not work here: .*--rollout-sampler torch"):
+        sizing._fused_sampler("triton", torch.float32)

@@ -101,6 +101,31 @@ def test_a_phase_holds_its_spans_and_its_passes_end(tmp_path) -> None:
     assert work(1, tmp_path) == ["No step was traced: --profile asks for steps 2 to 3, and the last one was 1."]
 
 
+def test_it_says_where_traces_are_only_if_some_were_written(tmp_path) -> None:
+    def said_of(rank: int, *phases: str, **settings: object) -> str:
+        said: list[str] = []
+        config = TrainingProfileConfig(**STEPS | dict(profile_step_end=4) | settings)
+        with profile.profiling(config, str(tmp_path / "traces"), rank, said.append):
+            for step, name in enumerate(phases):
+                profile.begin_step(step)
+                with profile.phase(name):
+                    pass
+        return said[0]
+
+    nothing = "Nothing was traced: --profile-phases asks for eval; the phases that came were train, rollout."
+    for rank in (0, 1):  # rank 1 writes nothing, and rank 0 says what all do
+        assert said_of(rank, "eval", "train", "rollout", "train", profile_phases=["eval"]) == nothing
+        assert not (tmp_path / "traces").exists()
+    for rank in (1, 0):
+        said = said_of(rank, "train", "train", "rollout", "train", profile_phases=["rollout"])
+        assert said.startswith("Traces of step 3 (rank 0) are in ")
+        assert files(tmp_path / "traces") == ({"step3_rollout_rank0.json.gz"} if rank == 0 else set())
+    alone: list[str] = []
+    with profile.profiling(ProfileConfig(profile=True), str(tmp_path / "more"), 0, alone.append):
+        pass
+    assert alone == ["Nothing was traced; no phase came."] and not (tmp_path / "more").exists()
+
+
 def test_a_phase_that_fails_keeps_its_error_and_ends_the_recording(tmp_path) -> None:
     settings = ProfileConfig(profile=True)
     with pytest.raises(KeyError), profile.profiling(settings, str(tmp_path), 0), profile.phase("eval"):

@@ -17,6 +17,18 @@ from .fp8 import FP8GlobalStateManager
 from .tensor import QuantizedTensor
 
 
+class _Read(torch.autograd.Function):
+    """A copy of a weight, whose gradients are the weight's."""
+
+    @staticmethod
+    def forward(_: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        return copy
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 class _Module(nn.Module):
     """What all products share. `ran`: of each pass, whether in FP8, and under what recipe."""
 
@@ -28,6 +40,20 @@ class _Module(nn.Module):
         self._fp8_workspaces: dict[str, Tensor] = {}
         self.save_original_input = False
 
+    def multiplied(self, tokens: Tensor, is_first_microbatch: bool | None, **weights: Tensor) -> list[Tensor]:
+        """Note a product of these tokens, and return the weights that it reads, for which gradients are meant: in an
+        FP8 context copies, which are made when the caller says that weights are new, and used until then.
+        """
+        state = FP8GlobalStateManager
+        self.note(tokens, *weights.values())
+        if not state.enabled:
+            return list(weights.values())
+        copies = self._fp8_workspaces if is_first_microbatch is not None else {}
+        for name, weight in weights.items():
+            if not isinstance(weight, QuantizedTensor) and (is_first_microbatch or name not in copies):
+                copies[name] = weight.detach().clone()
+        return [_Read.apply(weight, copies[name]) if name in copies else weight for name, weight in weights.items()]
+
     def note(self, tokens: Tensor, *weights: Tensor) -> None:
         state = FP8GlobalStateManager
         self.ran.append((state.enabled, type(state.recipe).__name__ if state.enabled else ""))
@@ -38,7 +64,6 @@ class _Module(nn.Module):
                 raise ValueError(f"FP8 products do not take {tuple(tensor.shape)}")
         if math.prod(tokens.shape[:-1]) % 16:  # tokens are what the weight's gradient sums over
             raise ValueError(f"FP8 products do not take the gradients of {tuple(tokens.shape)}")
-        self._fp8_workspaces["weight"] = weights[0]
 
     def get_extra_state(self) -> Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -135,20 +160,21 @@ class Linear(_Module):
                 _mark(self.bias, 0)
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        out = self.product(inp)
+        out = self.product(inp, is_first_microbatch)
         if not self.use_bias:
             return out
         return (out, self.bias) if self.return_bias else out + self.bias
 
-    def product(self, inp: Tensor) -> Tensor:
+    def product(self, inp: Tensor, is_first_microbatch: bool | None) -> Tensor:
         from megatron.core.tensor_parallel import mappings
 
-        self.note(inp, self.weight)  # its own tokens are what a rank puts into FP8, before it gathers others'
+        # Its own tokens are what a rank puts into FP8, before it gathers others'
+        (weight,) = self.multiplied(inp, is_first_microbatch, weight=self.weight)
         if self.parallel_mode == "column" and self.sequence_parallel:
             inp = mappings.gather_from_sequence_parallel_region(inp, group=self.tp_group)
         elif self.parallel_mode == "column":
             inp = mappings.copy_to_tensor_model_parallel_region(inp, group=self.tp_group)
-        out = F.linear(inp, self.weight)
+        out = F.linear(inp, weight)
         if self.parallel_mode == "row" and self.sequence_parallel:
             return mappings.reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
         if self.parallel_mode == "row":
@@ -178,8 +204,8 @@ class LayerNormLinear(Linear):
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features, dtype=params_dtype))
         self.layer_norm_weight.sequence_parallel = sequence_parallel
 
-    def product(self, inp: Tensor) -> Tensor:
-        return super().product(_normed(inp, self.layer_norm_weight, self.eps))
+    def product(self, inp: Tensor, is_first_microbatch: bool | None) -> Tensor:
+        return super().product(_normed(inp, self.layer_norm_weight, self.eps), is_first_microbatch)
 
 
 class GroupedLinear(_Module):
@@ -216,10 +242,11 @@ class GroupedLinear(_Module):
     def init_fp8_metadata(self, num_gemms: int = 1) -> None: ...
 
     def forward(self, inp: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
-        weights = [getattr(self, f"weight{number}") for number in range(self.num_gemms)]
+        named = {f"weight{number}": getattr(self, f"weight{number}") for number in range(self.num_gemms)}
         parts = inp.split(m_splits)
         for part in parts:
-            self.note(part, *weights)
+            self.note(part, *named.values())
+        weights = self.multiplied(inp, is_first_microbatch, **named)
         return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights)])
 
 

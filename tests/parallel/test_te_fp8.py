@@ -1,0 +1,217 @@
+"""What runs in FP8 in layers of Transformer Engine, and what becomes of the copies that are kept in it.
+
+The package is a stand-in (tests/stand_in), which knows of each product whether it ran in FP8, and rounds nothing but
+weights that are kept so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness import STAND_IN, pool
+from tests.parallel.test_equivalence import sft_rows
+from tests.parallel.test_te import EXPERTS, FP8, TE, make_state, refitted, weights
+
+
+def in_fp8(layout: dict, sizes: dict) -> tuple[dict, dict]:
+    """Of each product with a layer's weights (and any other module that could run in FP8), by name: in which contexts
+    it ran in an update. And what else was seen.
+    """
+    import transformer_engine.pytorch as te
+
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.diffusion.planner import row_multiple
+    from megatron_dlm.training.optimizer import whose
+    from megatron_dlm.training.sleep import sleep
+    from megatron_dlm.training.state import global_names
+    from megatron_dlm.training.step import train_step
+
+    te.attention.rope.calls.clear()
+    te.fp8.FP8GlobalStateManager.groups.clear()
+    state = make_state(layout, sizes, with_optimizer=True, dtype=torch.bfloat16)
+    rows, forward, length = sft_rows(state, row_multiple(state.groups.tp_size, ParallelConfig(**layout).token_multiple))
+    train_step(state, rows, forward, length)
+    ran = {}
+    for chunk in state.unwrapped_chunks():
+        rename = global_names(chunk)
+        for name, module in chunk.named_modules():
+            if hasattr(module, "ran"):
+                ran[rename(name)] = set(module.ran)
+    sleep(state)
+    copies = [module for module in state.module.modules() if getattr(module, "_fp8_workspaces", None)]
+    return ran, dict(
+        sizes={group.size() for group in te.fp8.FP8GlobalStateManager.groups if group is not None},
+        turned=len(te.attention.rope.calls),
+        optimizer=whose(state.optimizer),
+        copies=len(copies),
+        rows=len(rows),
+    )
+
+
+PRODUCTS = {"self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"}
+OF_EXPERTS = {
+    *("self_attention.linear_qkv", "self_attention.linear_proj"),
+    *("mlp.experts.linear_fc1", "mlp.experts.linear_fc2"),
+    *("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"),
+}
+
+
+def layer_of(name: str) -> tuple[int, str]:
+    prefix, layers, number, rest = name.split(".", 3)
+    assert (prefix, layers) == ("decoder", "layers")  # no head, no embedding
+    return int(number), rest
+
+
+def merge(results: list) -> dict[tuple[int, str], set]:
+    found: dict[tuple[int, str], set] = {}
+    for ran, _ in results:
+        for name, contexts in ran.items():
+            found.setdefault(layer_of(name), set()).update(contexts)
+    return found
+
+
+def test_all_products_of_layers_run_in_fp8_and_nothing_else() -> None:
+    layout = dict(**FP8, tensor_model_parallel_size=2, sequence_parallel=True)
+    results = pool(2, STAND_IN).run(in_fp8, layout, {})
+    found = merge(results)
+    assert set(found) == {(layer, name) for layer in range(4) for name in PRODUCTS}
+    assert all(contexts == {(True, "Float8CurrentScaling")} for contexts in found.values())
+    seen = results[0][1]
+    assert seen["turned"] == 2 * 4 * seen["rows"]  # queries and keys of each layer, by the fused kernel
+    assert seen["optimizer"] == "FusedAdam of Transformer Engine"
+    assert seen["copies"] == 0  # a sleeping model keeps no weights in FP8
+    assert seen["sizes"] == {2}  # delayed scales would be those of all ranks of the model
+
+
+def test_the_first_and_the_last_layers_run_in_bf16_on_any_stage() -> None:
+    layout = dict(
+        **FP8,
+        fp8_recipe="blockwise",
+        pipeline_model_parallel_size=2,
+        first_last_layers_bf16=True,
+        num_layers_at_end_in_bf16=2,
+    )
+    found = merge(pool(2, STAND_IN).run(in_fp8, layout, {}))
+    for (layer, _), contexts in found.items():
+        assert contexts == ({(True, "Float8BlockScaling")} if layer == 1 else {(False, "")})
+
+
+def test_layers_that_are_computed_again_do_so_in_fp8() -> None:
+    again = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    for recipe, name in (("delayed", "TEDelayedScaling"), ("tensorwise", "Float8CurrentScaling")):
+        ((found, _),) = pool(1, STAND_IN).run(in_fp8, dict(**FP8, **again, fp8_recipe=recipe), EXPERTS)
+        for full_name, contexts in found.items():
+            assert contexts == {(True, name)}, full_name
+        assert {rest for layer, rest in map(layer_of, found) if layer} == OF_EXPERTS
+        assert {rest for layer, rest in map(layer_of, found) if not layer} == PRODUCTS
+
+
+def test_nothing_runs_in_fp8_unless_asked() -> None:
+    ((found, _),) = pool(1, STAND_IN).run(in_fp8, TE, {})
+    assert all(contexts == {(False, "")} for contexts in found.values()) and len(found) == 16
+
+
+def with_copies(folder: Path) -> None:
+    """Products read a copy of each weight that was made earlier. Whatever happens to weights, it must be made anew."""
+    from megatron_dlm.checkpoint.distributed import load, save
+    from megatron_dlm.training.sleep import sleep, wake
+    from megatron_dlm.training.step import forward_only, train_step
+
+    state = make_state(FP8, EXPERTS, with_optimizer=True, dtype=torch.bfloat16)
+    rows, forward, length = sft_rows(state, 16)
+    assert len(rows) > 1
+
+    def losses() -> list[float]:
+        return [float(loss) for loss, _ in forward_only(state, rows, forward, length)]
+
+    def stale() -> bool:
+        """Whether a pass differs from one without copies."""
+        found = losses()
+        kept = [module._fp8_workspaces for module in state.module.modules() if hasattr(module, "_fp8_workspaces")]
+        assert kept and all(kept)
+        for copies in kept:
+            copies.clear()
+        return found != losses()
+
+    save(state, folder, 0, {}, with_optimizer=False)
+    start = losses()
+    train_step(state, rows, forward, length)
+    assert not stale() and losses() != start
+    sleep(state)
+    assert not stale()
+    wake(state)
+    train_step(state, rows, forward, length)
+    assert not stale()
+    load(state, folder, with_optimizer=False)
+    assert not stale() and losses() == start
+    (chunk,) = state.chunks
+    chunk.set_is_first_microbatch = lambda: None  # and so it would be seen
+    train_step(state, rows, forward, length)
+    assert stale()
+
+
+def test_copies_of_weights_in_fp8_follow_the_weights(tmp_path: Path) -> None:
+    pool(1, STAND_IN).run(with_copies, tmp_path)
+
+
+def kept_in_fp8(folder: Path) -> None:
+    """Weights in FP8 with exact masters: updates, sleep, refit, and a run that goes on from its checkpoint."""
+    from megatron.core.fp8_utils import is_float8tensor
+
+    from megatron_dlm.checkpoint.distributed import load, save
+    from megatron_dlm.training.ledger import Ledger, hold_state
+    from megatron_dlm.training.sleep import sleep, wake
+    from megatron_dlm.training.step import train_step
+
+    layout = dict(**FP8, fp8_param_gather=True, use_distributed_optimizer=True)
+    made = lambda: make_state(layout, {}, with_optimizer=True, dtype=torch.bfloat16)
+
+    def steps(state, count: int) -> None:
+        rows, forward, length = sft_rows(state, 128)
+        for _ in range(count):
+            train_step(state, rows, forward, length)
+            sleep(state)
+
+    local = make_state(dict(use_distributed_optimizer=True), {}, dtype=torch.bfloat16)
+    save(local, folder / "local", 0, {}, with_optimizer=False)
+    exact = sum(parameter.double().square().sum() for _, parameter in local.named_parameters())
+    state = made()
+    load(state, folder / "local", with_optimizer=False)
+    masters = sum(shard.double().square().sum() for group in state.optimizer.param_groups for shard in group["params"])
+    rounded = sum(parameter.double().square().sum() for _, parameter in state.named_parameters())
+    torch.distributed.all_reduce(masters)
+    assert masters.item() == pytest.approx(exact.item(), rel=1e-9)
+    assert rounded.item() != pytest.approx(exact.item(), rel=1e-6)
+    kept = {name for name, parameter in state.named_parameters() if is_float8tensor(parameter)}
+    assert {layer_of(name.removesuffix(".weight"))[1] for name in kept} == PRODUCTS and len(kept) == 16
+    start = weights(state)
+    steps(state, 2)
+    save(state, folder / "fp8", 2, {})
+    saved = weights(state)
+    assert all(not torch.equal(saved[name], start[name]) for name in kept)
+    ledger = Ledger()
+    hold_state(ledger, state)
+    buffers = [buffer.param_data for chunk in state.chunks for buffer in chunk.buffers]
+    assert {buffer.dtype for buffer in buffers} == {torch.bfloat16, torch.uint8}
+    assert ledger.read().held["parameters"].device == sum(buffer.nbytes for buffer in buffers)
+    refitted(state, {}, torch.bfloat16)
+    steps(state, 1)
+    expected = weights(state)
+    other = made()
+    load(other, folder / "fp8")
+    found = weights(other)
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    steps(other, 1)
+    found = weights(other)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    moved = next(parameter for name, parameter in other.named_parameters() if name in kept)
+    moved._data = moved._data.clone()  # while it sleeps; an engine may read the old place
+    with pytest.raises(RuntimeError, match="were moved while their TrainState slept"):
+        wake(other)
+
+
+def test_weights_that_are_kept_in_fp8(tmp_path: Path) -> None:
+    pool(2, STAND_IN).run(kept_in_fp8, tmp_path)
