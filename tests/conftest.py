@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -42,3 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if (nextitem is None or nextitem.path != item.path) and "tests.harness" in sys.modules:
         sys.modules["tests.harness"].close_pools()
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: garbage collections need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # libraries look for what nobody has let go of
