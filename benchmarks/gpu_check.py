@@ -99,16 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--processes {processes} needs as many GPUs, and there are {gpus}.", file=sys.stderr)
         return 2
     began = time.perf_counter()
+    checks, results = [], {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options)
         try:
             oracle = bench.cases(Run("cpu", "fp64"), disturb=0.0)
-            results = {run: bench.cases(run, options.disturb) for run in _runs(options, processes)}
-            judged = bench.judge(results)
+            for run in _runs(options, processes):
+                results[run] = bench.cases(run, options.disturb)
+                checks += compare(run, results[run], oracle, bench.judge({run: results[run]})[run])
+                _write(options.json, checks)  # what is known by then, if it is ended
         except subprocess.CalledProcessError as error:
             print(f"A run did not end well (exit code {error.returncode}):\n{error.stderr}", file=sys.stderr)
             return 1
-    checks = [check for run, found in results.items() for check in compare(run, found, oracle, judged[run])]
     print(f"{next(iter(results.values()))['device']} against the CPU in float64\n")
     print(report(checks))
     for run, found in results.items():
@@ -116,10 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(told, str):
                 print(f"not compared, {run.name}: {case}: {told}")
     failed = sum(not check.passed for check in checks)
-    if options.json:
-        Path(options.json).write_text(json.dumps([asdict(check) | {"passed": check.passed} for check in checks]) + "\n")
     print(f"\n{len(checks) - failed} checks passed, {failed} failed; {time.perf_counter() - began:.0f} seconds")
     return 1 if failed else 0
+
+
+def _write(path: str | None, checks: Sequence[Check]) -> None:
+    if path:
+        scratch = Path(f"{path}.new")
+        scratch.write_text(json.dumps([asdict(check) | {"passed": check.passed} for check in checks]) + "\n")
+        scratch.replace(path)
 
 
 def _parser() -> argparse.ArgumentParser:

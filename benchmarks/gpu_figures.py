@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,15 +47,15 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is measured in one process. `seconds`: after which it is ended."""
+    """What is measured in one process. `share`: of the time that there is, beside those of the parts behind it."""
 
     name: str
     text: str
-    seconds: int
+    share: int
     figures: tuple[Figure, ...]
 
 
-def _training(size: str, text: str, seconds: int) -> Part:
+def _training(size: str, text: str, share: int) -> Part:
     goal = MFU_GOAL if size == "8b" else None
     lines = []
     for key, name in (("bf16", "bf16"), ("te", "bf16, Transformer Engine"), ("fp8", "FP8")):
@@ -67,7 +68,7 @@ def _training(size: str, text: str, seconds: int) -> Part:
         ]
     whole = ", extrapolated to the whole model" if size == "8b" else ""
     lines.append(Figure("fp8 gain", f"FP8 over the faster bf16: an update{whole}", "x", FP8_GOAL))
-    return Part(f"training-{size}", text, seconds, tuple(lines))
+    return Part(f"training-{size}", text, share, tuple(lines))
 
 
 _CORRECT = Part(
@@ -107,6 +108,9 @@ _ROLLOUT = Part(
         Figure("limit", "of what the roofline allows", "%"),
         Figure("graphs", "with CUDA graphs", "tokens/s"),
         Figure("graphs limit", "with CUDA graphs, of the roofline", "%"),
+        Figure("fp8", "with weights in FP8", "tokens/s"),
+        Figure("fp8 graphs", "with weights in FP8 and CUDA graphs", "tokens/s"),
+        Figure("fp8 limit", "with weights in FP8, of the roofline (with such weights)", "%"),
         Figure("plain", "the engine over the plain loop", "x"),
     ),
 )
@@ -132,6 +136,8 @@ _STEP = Part(
         Figure("bf16 mean", "rollout against trainer, bf16: mean difference", ""),
         Figure("fp8 largest", "rollout in bf16 against trainer in FP8: largest difference", ""),
         Figure("fp8 mean", "rollout in bf16 against trainer in FP8: mean difference", ""),
+        Figure("rollout fp8 largest", "rollout with weights in FP8 against trainer in bf16: largest difference", ""),
+        Figure("rollout fp8 mean", "rollout with weights in FP8 against trainer in bf16: mean difference", ""),
     ),
 )
 _HEAD = Part(
@@ -178,28 +184,46 @@ PARTS: dict[str, Part] = {
     for part in (
         _CORRECT,
         _training("8b", "Training: layers of the 8B model in the TraceRL layout, from 4 and 8 of them", 120),
-        _PACKED,
-        _ATTENTION,
-        _ROLLOUT,
-        _STEP,
-        _HEAD,
-        _CURVES,
         _training("1.7b", "Training: the 1.7B model in the TraceRL layout", 80),
-        _training("4b", "Training: the 4B model in the TraceRL layout", 90),
+        _ATTENTION,
+        _STEP,
+        _PACKED,
+        _ROLLOUT,
+        _HEAD,
         _REFIT,
+        _CURVES,
+        _training("4b", "Training: the 4B model in the TraceRL layout", 90),
     )
 }
 """In the order in which they are run: what is worth most comes first."""
+
+
+def limit_of(name: str, wanted: Sequence[str], left: float) -> float:
+    """Seconds for a part: its share of those that are left, beside the parts that are wanted behind it. What a part
+    does not use is shared out among these.
+    """
+    behind = [part for part in list(PARTS)[list(PARTS).index(name) :] if part in wanted]
+    return max(0.0, left) * PARTS[name].share / sum(PARTS[part].share for part in behind)
 
 
 class Sheet:
     """The figures of a part, on the disk as soon as they are known: what ends a part early loses none.
 
     A figure is {"value": number, "note": text} or {"why": reason why there is none}.
+
+    Args:
+        seconds: that the part has, from now on; None for as long as it takes.
+
+    Attributes: cut: why a part could not measure all of it, if so.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.figures = path, {}
+    def __init__(self, path: Path, seconds: float | None = None) -> None:
+        self.path, self.figures, self.seconds, self.cut = path, {}, seconds, ""
+        self._began = time.monotonic()
+
+    def left(self, share: float) -> float | None:
+        """Seconds until this share of the time has gone."""
+        return None if self.seconds is None else max(0.1, share * self.seconds - (time.monotonic() - self._began))
 
     def put(self, key: str, value: float, note: str = "") -> None:
         self.figures[key] = {"value": float(value)} | ({"note": note} if note else {})

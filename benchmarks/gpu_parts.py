@@ -28,18 +28,21 @@ import torch
 
 from benchmarks.gpu_figures import PARTS, Sheet
 
+END = 0.9  # of the time of a part: programs that it calls are then ended, and what they have written is read
+LAST_ROUND = 0.5  # after which they begin no other round
 ROOT = Path(__file__).resolve().parents[1]
+_HAS_FP8 = (8, 9)  # compute capability of the oldest GPU that multiplies such numbers
 
 
 def correctness(size, device: str, sheet: Sheet) -> None:
-    checks = _json_of("gpu_check", f"{size.correctness} --device {device}", {0, 1})
+    checks = _json_of("gpu_check", f"{size.correctness} --device {device}", {0, 1}, sheet)
     failed = [check["what"] for check in checks if not check["passed"]]
     sheet.put("passed", len(checks) - len(failed))
     sheet.put("failed", len(failed), "; ".join(failed[:3]))
 
 
 def packed(size, device: str, sheet: Sheet) -> None:
-    (result,) = _json_of("tracerl_update", f"{size.packed} --device {device}", {0})["results"]
+    (result,) = _json_of("tracerl_update", f"{size.packed} --device {device}{_rounds(sheet)}", {0}, sheet)["results"]
     sheet.put("packed", statistics.median(one["total"] for one in result["updates"]["packed"]))
     for layout, ratios in result.get("speed_up", {}).items():
         sheet.put(layout, statistics.median(ratios), f"{result['response_tokens']:,} response tokens")
@@ -48,15 +51,25 @@ def packed(size, device: str, sheet: Sheet) -> None:
 def rollout(size, device: str, sheet: Sheet) -> None:
     arguments = f"{size.rollout} --device {device}"
     if importlib.util.find_spec("flash_attn") is None:
-        sheet.miss("CUDA graphs need the package flash-attn, which is not installed", "graphs", "graphs limit")
+        why = "CUDA graphs need the package flash-attn, which is not installed"
+        sheet.miss(why, "graphs", "graphs limit", "fp8 graphs")
         arguments = arguments.replace("--cuda-graphs", "")
-    (result,) = _json_of("rollout", arguments, {0})["results"]
+    if device == "cuda" and torch.cuda.get_device_capability() < _HAS_FP8:
+        sheet.miss("this GPU multiplies no numbers of FP8", "fp8", "fp8 limit", "fp8 graphs")
+        arguments = arguments.replace("--weights trained fp8", "")
+    (result,) = _json_of("rollout", arguments + _rounds(sheet), {0}, sheet)["results"]
     lines = {one["name"]: one for one in result["contestants"]}
-    for key, name in (("tokens", "engine"), ("graphs", "CUDA graphs")):
+    names = {
+        "tokens": "engine",
+        "graphs": "CUDA graphs",
+        "fp8": "weights fp8",
+        "fp8 graphs": "weights fp8, CUDA graphs",
+    }
+    for key, name in names.items():
         if name in lines:
             share = f"{key} limit".replace("tokens ", "")
             sheet.put(key, lines[name]["tokens_per_second"], f"{lines[name]['responses']} responses")
-            if "share_of_limit" in lines[name]:
+            if "share_of_limit" in lines[name] and key != "fp8 graphs":
                 sheet.put(share, 100 * lines[name]["share_of_limit"])
     sheet.put("plain", statistics.median(result["speed_up"]["best"]))
 
@@ -165,22 +178,38 @@ RUN: Mapping[str, Callable[..., None]] = {
 }
 
 
-def _json_of(program: str, arguments: str, good: set[int]) -> Any:
-    """What another program of benchmarks/ writes with --json.
+def _rounds(sheet: Sheet) -> str:
+    """The argument by which a program of rounds keeps within the time of a part."""
+    return "" if sheet.seconds is None else f" --seconds {LAST_ROUND * sheet.seconds:.0f}"
+
+
+def _json_of(program: str, arguments: str, good: set[int], sheet: Sheet) -> Any:
+    """What another program of benchmarks/ writes with --json; what it has written by the end of the part's time.
 
     Raises:
-        RuntimeError: it ended otherwise; the message is the last line that it said.
+        RuntimeError: it ended otherwise, or was ended before it wrote something; the message is the last line that it
+            said.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
-        done = _run(["-m", f"benchmarks.{program}", *shlex.split(arguments), "--json", str(file)], good)
-        if not file.exists():
-            raise RuntimeError(_last_line(done))
+        try:
+            done = _run(
+                ["-m", f"benchmarks.{program}", *shlex.split(arguments), "--json", str(file)], good, sheet.left(END)
+            )
+        except subprocess.TimeoutExpired:
+            if not file.exists():
+                raise RuntimeError(f"{program} had not written anything when its time had gone") from None
+            sheet.cut = f"{program} was ended before it was through"
+        else:
+            if not file.exists():
+                raise RuntimeError(_last_line(done))
         return json.loads(file.read_text())
 
 
-def _run(arguments: Sequence[str], good: set[int] = frozenset({0})) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+def _run(
+    arguments: Sequence[str], good: set[int] = frozenset({0}), seconds: float | None = None
+) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     if done.returncode not in good:
         raise RuntimeError(_last_line(done))
     return done
@@ -191,17 +220,27 @@ def _last_line(done: subprocess.CompletedProcess) -> str:
     return f"{said[-1]} (exit code {done.returncode})"
 
 
-def measure(part: str, size_name: str, device: str, out: Path) -> None:
-    """Everything of a part; what goes wrong is written into its file."""
+def measure(part: str, size_name: str, device: str, out: Path, seconds: float | None = None) -> None:
+    """Everything of a part; what goes wrong is written into its file.
+
+    Args:
+        seconds: that it has; None for as long as it takes.
+
+    Raises:
+        RuntimeError: not all of it could be measured in this time.
+    """
     from benchmarks.gpu_sizes import size_named
 
-    sheet = Sheet(out)
+    sheet = Sheet(out, seconds)
     keys = [figure.key for figure in PARTS[part].figures]
     try:
         RUN[part](size_named(size_name), device, sheet)
     except Exception as error:
         sheet.miss(error, *keys)
         raise
+    if sheet.cut:
+        sheet.miss(sheet.cut, *keys)
+        raise RuntimeError(sheet.cut)
     sheet.miss("this size has no such figure", *keys)
 
 
@@ -210,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=[*PARTS, "refit rank"])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("h200", "tiny"), default="h200")
+    parser.add_argument("--seconds", type=float, help="after which it is to have ended; not given: as long as it takes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
     if options.device == "cpu":
@@ -223,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         return _refit_rank(size_named(options.size), options.out)
     with contextlib.redirect_stdout(sys.stderr):
-        measure(options.part, options.size, options.device, options.out)
+        measure(options.part, options.size, options.device, options.out, options.seconds)
 
 
 if __name__ == "__main__":

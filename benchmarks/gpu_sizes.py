@@ -97,7 +97,7 @@ def _h200() -> Size:
         attention="",
         rollout="--preset 1.7b --prompts 64 --samples 8 --response-length 256 --plain-every 256 --batches 256 "
         "--budgets 8192 --page-sizes 256 --rounds 4 --without --remasking dynamic --repeats 2 --attention-backends "
-        "auto --cuda-graphs",
+        "auto --cuda-graphs --weights trained fp8",
         training={
             "8b": _training("sdar-8b", (4, 8), traces),
             "1.7b": _training("sdar-1.7b", (), traces),

@@ -31,7 +31,8 @@ AGAIN = 3  # runs with other masks: one alone may come out close by chance
 
 
 def step(job: Job, words: int, repeats: int, sheet: Sheet) -> None:
-    """Phases of a step, in the trainer's precision bf16; then the differences of both precisions.
+    """Phases of a step, in the trainer's precision bf16; then the differences where the trainer computes in FP8, and
+    where the engine does.
 
     Args:
         words: of each judged text.
@@ -41,14 +42,20 @@ def step(job: Job, words: int, repeats: int, sheet: Sheet) -> None:
         sheet.put("reward", _judge(len(traces), words), f"{len(traces)} texts of {words} words, on the host")
     except (UserError, ImportError) as error:
         sheet.miss(error, "reward")
-    try:
-        _differences("fp8", job, sheet, 0)
-    except (UserError, torch.OutOfMemoryError) as error:
-        sheet.miss(error, "fp8 largest", "fp8 mean")
+    half = dataclasses.replace(job, rollout=dataclasses.replace(job.rollout, rollout_weights="fp8"))
+    for name, precision, other in (("fp8", "fp8", job), ("rollout fp8", "bf16", half)):
+        try:
+            _differences(precision, other, sheet, 0, name)
+        except (UserError, torch.OutOfMemoryError) as error:
+            sheet.miss(error, f"{name} largest", f"{name} mean")
 
 
-def _differences(precision: str, job: Job, sheet: Sheet, repeats: int) -> list:
-    """The traces of a rollout. Args: repeats: updates that are timed, phase by phase."""
+def _differences(precision: str, job: Job, sheet: Sheet, repeats: int, name: str | None = None) -> list:
+    """The traces of a rollout.
+
+    Args:
+        precision: the trainer's. repeats: updates that are timed, phase by phase. name: of the figures; `precision`.
+    """
     from megatron_dlm.parallel import groups
     from megatron_dlm.platform import te
 
@@ -60,8 +67,8 @@ def _differences(precision: str, job: Job, sheet: Sheet, repeats: int) -> list:
         generated = bench.generate("dynamic")
         traces = generated.traces
         apart = bench.differences(traces)
-        sheet.put(f"{precision} largest", apart.max(), f"{len(apart):,} tokens")
-        sheet.put(f"{precision} mean", apart.mean())
+        sheet.put(f"{name or precision} largest", apart.max(), f"{len(apart):,} tokens")
+        sheet.put(f"{name or precision} mean", apart.mean())
         if repeats:
             tokens = sum(len(trace.response_ids) for trace in traces)
             sheet.put("rollout", generated.seconds, f"{len(traces)} responses, {tokens:,} tokens")

@@ -7,11 +7,12 @@
     python -m benchmarks.gpu_suite --parts --write docs/performance.md          # nothing is run: what there would be
     python -m benchmarks.gpu_suite --device cpu --size tiny                     # shows that it works
 
-Each part (benchmarks/gpu_figures.py) is a process of its own with a limit of its own, and what it has found stands in a
-file at once; so a part that crashes or hangs costs nothing but its own missing figures, and the JSON file is written
-after each. What does not fit into --budget-seconds is told as not measured: the limits of all parts together are twice
-the default. What a part needs on a GPU has not been measured. Each part's record says which run it is from: the device,
-versions, revision, date and command. --keep takes records of the same device and size only.
+Each part (benchmarks/gpu_figures.py) is a process of its own, and what it has found stands in a file at once; so a part
+that crashes or hangs costs nothing but its own missing figures, and the JSON file is written after each. A part ends
+when its share of what is left of --budget has gone, with the figures that it has; what one does not use is for those
+behind it, and the last lines name those that were cut short. What a part needs on a GPU has not been measured. Each
+part's record says which run it is from: the device, versions, revision, date and command. --keep takes records of the
+same device and size only.
 
 Exit code 0: all ran and all checks of correctness passed. 1: not so. 2: the command line cannot work.
 """
@@ -37,9 +38,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from benchmarks.gpu_figures import COMMAND, PARTS
+from benchmarks.gpu_figures import COMMAND, PARTS, limit_of
 from benchmarks.gpu_report import MARKER, markdown_of, summary
 
+CUT = 0.85  # of its limit: who ends later, and not well, has been cut short, or has cut itself short
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "flash-attn", "megatron-dlm")
 Start = Callable[[str, argparse.Namespace, Path, float], str | None]
@@ -54,10 +56,10 @@ def main(argv: Sequence[str] | None = None, start: Start | None = None) -> int:
         return 2
     result = {"parts": _kept(options)}
     this_run = about(options, argv)
-    deadline = time.monotonic() + options.budget_seconds
+    deadline = time.monotonic() + options.budget
     with tempfile.TemporaryDirectory() as folder:
         for name in [name for name in PARTS if name in options.parts]:
-            limit = min(PARTS[name].seconds, deadline - time.monotonic())
+            limit = limit_of(name, options.parts, deadline - time.monotonic())
             one = _measure(name, options, Path(folder), limit, start or as_process)
             result["parts"][name] = one | {"about": this_run}
             _write(options, result)
@@ -77,17 +79,22 @@ def _measure(name: str, options: argparse.Namespace, folder: Path, limit: float,
     """The record of a part, but for the run that it is of."""
     out, began = folder / f"{name}.json", time.monotonic()
     if limit < 1:
-        why = f"no time was left of --budget-seconds {options.budget_seconds}"
+        why = f"no time was left of --budget {options.budget}"
     else:
         why = start(name, options, out, limit)
     figures, seconds = json.loads(out.read_text()) if out.exists() else {}, time.monotonic() - began
-    cut_short = why is not None and seconds >= limit and limit < PARTS[name].seconds
+    cut_short = why is not None and seconds >= CUT * limit
+    if cut_short and all(figure.key in figures for figure in PARTS[name].figures):
+        why, cut_short = None, False  # it was through, and about to end
+    elif cut_short:
+        why = f"cut short after {seconds:.0f} seconds, its share of --budget {options.budget}"
     return {"figures": figures, "why": why, "seconds": seconds, "late": limit < 1 or cut_short}
 
 
 def as_process(name: str, options: argparse.Namespace, out: Path, limit: float) -> str | None:
     """Run a part to its end or to its limit; it and all that it started are then gone."""
-    command = [sys.executable, "-m", "benchmarks.gpu_parts", name, "--device", options.device, "--size", options.size]
+    where = ["--device", options.device, "--size", options.size, "--seconds", f"{limit:.0f}"]
+    command = [sys.executable, "-m", "benchmarks.gpu_parts", name, *where]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             [*command, "--out", str(out)], cwd=ROOT, stdout=said, stderr=said, start_new_session=True
@@ -114,7 +121,7 @@ def _end(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
+            process.wait(3)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -190,8 +197,8 @@ def _mistake(options: argparse.Namespace) -> str | None:
         return f"--json {options.json} cannot be written. Give a file in a folder that exists."
     if options.keep and not (options.json and Path(options.json).is_file()):
         return "--keep goes on from the file of --json, which is not there. Leave it out."
-    if options.budget_seconds < 1:
-        return f"--budget-seconds {options.budget_seconds} leaves no time. Give seconds."
+    if options.budget < 1:
+        return f"--budget {options.budget} leaves no time. Give seconds."
     return _mistake_in_kept(options)
 
 
@@ -221,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="without any, nothing is run")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--size", choices=("h200", "tiny"), default="h200", help="tiny: toy sizes that show that everything works")
-    add("--budget-seconds", type=int, default=600, help="for all parts together")
+    add("--budget", type=int, metavar="SECONDS", default=600, help="for all parts together")
     add("--json", metavar="FILE", help="write all figures there, after each part")
     add("--keep", action="store_true", help="parts that are not run keep the figures that --json has of them")
     add("--write", metavar="FILE", help="renew the table between the comments in this Markdown file")

@@ -1,5 +1,5 @@
-"""What only a GPU runs, against what is known to be right: FlexAttention in training, Triton kernels, layers of
-Transformer Engine. benchmarks/gpu_check.py has them beside its own cases.
+"""What only a GPU runs, against what is known to be right: FlexAttention in training, Triton kernels, products in FP8,
+layers of Transformer Engine. benchmarks/gpu_check.py has them beside its own cases.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from megatron_dlm import platform
 Found = dict[str, "tuple[float, float] | str"]
 """By name: a difference and the largest that is allowed, or why it was not compared."""
 
+_PRODUCT = 2e-2  # of FP8: tensor cores keep fewer digits of a sum than fp32 has
 _ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
@@ -19,7 +20,12 @@ def kernel_cases(dtype: torch.dtype) -> Found:
     model-parallel groups; the default group stays.
     """
     found: Found = {}
-    for what, cases in (("attention of training", _attention), ("Triton", _kernels), ("layers", _layers)):
+    for what, cases in (
+        ("attention of training", _attention),
+        ("Triton", _kernels),
+        ("layers", _layers),
+        ("weights in FP8", _weights),
+    ):
         try:
             found |= cases(dtype)
         except Exception as error:
@@ -45,6 +51,19 @@ def _kernels(dtype: torch.dtype) -> Found:
         return {"loss head and sampler in Triton": why}
     limit = lambda name: kernels.OTHER_TOKENS if name == "sampler, draws that differ" else kernels.TOLERANCES[dtype]
     return {f"Triton: {name}": (value, limit(name)) for name, value in kernels.differences(dtype).items()}
+
+
+def _weights(dtype: torch.dtype) -> Found:
+    """What rounding and multiplication make of weights in FP8, against the dequantised numbers in float64."""
+    from megatron_dlm.model import fp8
+    from megatron_dlm.parallel.self_test import relative_difference
+
+    if dtype != torch.bfloat16:
+        return {}
+    if platform.is_cuda() and torch.cuda.get_device_capability() < fp8.OLDEST_GPU:
+        return {"weights in FP8": "this GPU multiplies no numbers of FP8"}
+    pairs = fp8.product_pairs(platform.device())
+    return {f"weights in FP8: {name}": (relative_difference(mine, right), _PRODUCT) for name, mine, right in pairs}
 
 
 def _layers(dtype: torch.dtype) -> Found:

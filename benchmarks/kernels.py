@@ -51,25 +51,31 @@ def differences(dtype: torch.dtype, columns: int = _SMALL, rows: int = 96) -> di
     names = ("log-probabilities", "entropies", "gradient of hidden states", "gradient of the weight")
     for name, mine, right in zip(names, *results):
         found[f"loss head, {name}"] = float((mine - right).norm() / right.norm())
-    logits, rules, streams, steps, slot = _draw_inputs(rows, columns, dtype)
+    logits, rules, streams, steps, slot = _draw_inputs(rows, columns, dtype, filters=True)
     drawn = _by_kernels(logits, rules, streams, steps, slot, vocabulary)
     wanted = _by_torch(logits.double(), rules, streams, steps, slot, vocabulary)
     same = drawn.token == wanted.token
     found["sampler, draws that differ"] = 1.0 - float(same.double().mean())
-    for name in ("logprob", "confidence"):
+    for name in ("logprob", "sampling_logprob", "confidence"):
         mine, right = getattr(drawn, name)[same], getattr(wanted, name)[same]
         found[f"sampler, {name}"] = float((mine - right).norm() / right.norm())
     return found
 
 
-def sampler_times(rows: int, columns: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """Median seconds of drawing a token for each row from its logits: by 'torch' and by 'triton', rules known."""
-    logits, rules, streams, steps, slot = _draw_inputs(rows, columns, dtype)
+def sampler_times(rows: int, columns: int, dtype: torch.dtype, repeats: int, filters: bool = False) -> dict[str, float]:
+    """Median seconds of drawing a token for each row from its logits: by 'torch' and by 'triton', rules known.
+
+    Args:
+        filters: whether three quarters of the rows have top-k, top-p, or both.
+    """
+    logits, rules, streams, steps, slot = _draw_inputs(rows, columns, dtype, filters)
     vocabulary = Vocabulary(columns - 5, 7)
     asked = Asked.by(DrawRules(*(column[slot] for column in _columns(rules))))
     return {
         "torch": median_seconds(lambda: _by_torch(logits, rules, streams, steps, slot, vocabulary, asked), repeats)[0],
-        "triton": median_seconds(lambda: _by_kernels(logits, rules, streams, steps, slot, vocabulary), repeats)[0],
+        "triton": median_seconds(
+            lambda: _by_kernels(logits, rules, streams, steps, slot, vocabulary, filters), repeats
+        )[0],
     }
 
 
@@ -80,13 +86,14 @@ def _head_inputs(targets: int, columns: int, width: int, dtype: torch.dtype) -> 
     return hidden, weight, torch.randint(8, columns - 5, (targets,), generator=generator).to(platform.device())
 
 
-def _draw_inputs(rows: int, columns: int, dtype: torch.dtype) -> tuple:
+def _draw_inputs(rows: int, columns: int, dtype: torch.dtype, filters: bool) -> tuple:
     """Logits [N, V], rules, streams and steps of 16 slots, and the slots of the rows."""
+    which = torch.arange(16) // 4 * int(filters)
     generator, slots = torch.Generator().manual_seed(0), 16
     rules = DrawRules(
         greedy=torch.arange(slots) % 4 == 0,
-        top_k=torch.zeros(slots, dtype=torch.int64),
-        top_p=torch.ones(slots, dtype=torch.float64),
+        top_k=torch.tensor([0, 50, 0, 50])[which],
+        top_p=torch.tensor([1, 1, 0.9, 0.9], dtype=torch.float64)[which],
         temperature=torch.linspace(0.6, 1.4, slots, dtype=torch.float64),
         confidence=torch.full((slots,), int(Confidence.SAMPLED)),
     )
@@ -102,11 +109,11 @@ def _columns(rules: DrawRules) -> tuple[Tensor, ...]:
     return rules.greedy, rules.top_k, rules.top_p, rules.temperature, rules.confidence
 
 
-def _by_kernels(logits, rules, streams, steps, slot, vocabulary):
+def _by_kernels(logits, rules, streams, steps, slot, vocabulary, filters: bool = True):
     from megatron_dlm.diffusion.sampling_triton import draw_logits
 
     position = torch.arange(len(slot), device=slot.device)
-    return draw_logits(logits, slot, position, rules, streams, steps, vocabulary.size, vocabulary.mask_id)
+    return draw_logits(logits, slot, position, rules, streams, steps, vocabulary.size, vocabulary.mask_id, filters)
 
 
 def _by_torch(logits, rules, streams, steps, slot, vocabulary, asked: Asked | None = None):
@@ -135,9 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines.append([str(dtype).removeprefix("torch."), name, f"{value:.1e}", f"{limit:.0e}"])
     print(table(["dtype", "what", "difference", "allowed"], lines))
     for dtype in TOLERANCES:
-        times = sampler_times(args.rows, args.vocab_size, dtype, args.repeats)
-        told = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items())
-        print(f"sampler, {args.rows} rows of {args.vocab_size} {dtype}: {told}", flush=True)
+        for filters in (False, True):
+            times = sampler_times(args.rows, args.vocab_size, dtype, args.repeats, filters)
+            told = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items())
+            how = " with top-k and top-p" if filters else ""
+            print(f"sampler{how}, {args.rows} rows of {args.vocab_size} {dtype}: {told}", flush=True)
     return 0 if good else 1
 
 

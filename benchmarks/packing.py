@@ -23,7 +23,7 @@ from megatron_dlm.data.sampler import EpochSampler, Position
 from megatron_dlm.data.sft_data import Sample, sample_of
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.context import Sharing
-from megatron_dlm.diffusion.planner import ROW_MULTIPLE
+from megatron_dlm.diffusion.planner import row_multiple
 from megatron_dlm.sft.updates import Place, Updates
 
 MASK_ID, PAD_ID = 8, 9  # of made-up texts
@@ -74,10 +74,16 @@ def measure(
     mask_id: int = MASK_ID,
     pad_id: int = PAD_ID,
     updates: int | None = None,
+    attention: str = "dense",
 ) -> Waste:
-    """Waste of an epoch, or of its first updates, in rows of `budget` tokens for `ranks` data-parallel ranks."""
+    """Waste of an epoch, or of its first updates, in rows of `budget` tokens for `ranks` data-parallel ranks.
+
+    attention: backend of rows, whose lengths it decides.
+    """
     sft = SFTConfig(data_path=["-"], global_batch_size=batch, max_tokens_per_row=budget)
-    place = Place(0, ranks, ROW_MULTIPLE, 1, Sharing(1, 0, block_size, 1, pad_id), mask_id, pad_id)
+    place = Place(
+        0, ranks, row_multiple(1, attention=attention), 1, Sharing(1, 0, block_size, 1, pad_id), mask_id, pad_id
+    )
     source = Updates(EpochSampler(samples, 1, Position("sft")), sft, BlockSchedule((block_size,)), place, 1)
     shares, used, held, rows = [], 0, 0, 0
     for _ in range(updates or len(samples) // batch):
@@ -93,6 +99,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="JSON lines; made-up lengths without any")
     parser.add_argument("--tokenizer-model", help="folder of the tokenizer for the files")
     parser.add_argument("--max-tokens-per-row", type=int, default=4096)
+    parser.add_argument("--attention-backend", choices=("dense", "flex"), default="dense")
     parser.add_argument("--block-size", type=int, default=4)
     parser.add_argument("--global-batch-size", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--data-parallel", type=int, nargs="+", default=[1, 4])
@@ -106,7 +113,8 @@ def main() -> None:
     print("global batch  data parallel  rows per update  padding  worst update")
     for batch in args.global_batch_size:
         for ranks in args.data_parallel:
-            found = measure(samples, args.max_tokens_per_row, args.block_size, batch, ranks, *ids)
+            sizes = args.max_tokens_per_row, args.block_size, batch, ranks
+            found = measure(samples, *sizes, *ids, attention=args.attention_backend)
             print(f"{batch:12}  {ranks:13}  {found.rows:15.1f}  {found.mean:7.2%}  {found.worst:12.2%}")
 
 

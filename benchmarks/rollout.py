@@ -45,6 +45,7 @@ PLAIN, ENGINE = "plain loop", "engine"
 FEATURES = {"share_prompts": "prompts not shared", "fuse_commit": "commits apart", "masked_head": "head everywhere"}
 """Switches of EngineOptions, and what the engine is called without each."""
 
+WEIGHTS = get_args(get_type_hints(CapacityConfig)["rollout_weights"])
 BACKENDS = get_args(get_type_hints(CapacityConfig)["rollout_attention_backend"])
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
@@ -56,12 +57,14 @@ class Contestant:
     Attributes:
         requests: the plain loop takes every n-th, an engine the first n.
         options: None for the plain loop.
+        weights: the engine's, as --rollout-weights says.
     """
 
     name: str
     threads: int
     requests: int
     options: EngineOptions | None = None
+    weights: str = "trained"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{options.page_sizes[0]}"
         )
         for remasking in options.remasking:
-            result = summary(remasking, _measure(remasking, engines, workers, options))
+            until = None if options.seconds is None else began + options.seconds
+            result = summary(remasking, _measure(remasking, engines, workers, options, until))
             limits(result, job, shape, options.dtype, device, options.bandwidth, options.flops)
             results.append(result)
             print("\n" + report(result))
@@ -106,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("fp32", "bf16", "fp64"), help="of the model; bf16 on a GPU and fp32 elsewhere if not given")
     add("--threads", **several, help="all are tried, and the best compared; 1 and 2 on a CPU if not given")
     add("--repeats", type=_positive, default=3, help="rounds")
+    add("--seconds", type=float, help="begin no further round after so many")
     add("--json", metavar="FILE", help="write all figures there")
     add("--prompts", type=_positive, default=64)
     add("--samples", type=_positive, default=8, help="responses per prompt")
@@ -129,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--attention-backends", nargs="+", choices=BACKENDS, default=["auto"], help="attention_backend")
     add("--cuda-graphs", action="store_true", help="measured with them, too; needs a GPU and FlashAttention")
     add("--samplers", nargs="+", choices=("torch", "triton"), help="triton torch on a GPU with triton, torch elsewhere")
+    add("--weights", nargs="+", choices=WEIGHTS, default=["trained"], help="rollout_weights; fp8 needs bf16")
     add("--without", nargs="*", choices=FEATURES, default=list(FEATURES), help="measured with each of these off, too")
     model = parser.add_argument_group("model", "Random weights; a size that is given beats the preset's.")
     add = model.add_argument
@@ -219,6 +225,8 @@ def _check(options: argparse.Namespace, sizes: dict[str, Any]) -> None:
     ):
         if not good:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {range_}.")
+    if "fp8" in options.weights and options.dtype != "bf16":
+        raise ConfigError(f"--weights fp8 needs --dtype bf16, and it is {options.dtype}. Give it, or leave fp8 out.")
     if (options.bandwidth is None) != (options.flops is None):
         raise ConfigError("--bandwidth and --flops belong together. Give both or none.")
     if options.cuda_graphs and options.device != "cuda":
@@ -251,7 +259,14 @@ def _engines(options: argparse.Namespace, job: Job) -> list[Contestant]:
         found.append(("CUDA graphs", dataclasses.replace(base, attention_backend="flash", cuda_graphs=True)))
     # Few sequences at a time are as slow as the plain loop: eight turns of them say enough, and whole groups.
     few = lambda one: min(total, max(8 * one.max_running_requests, 2 * options.samples))
-    return [Contestant(name, options.threads[0], few(one), one) for name, one in found]
+    first, *others = options.weights
+    made = [Contestant(name, options.threads[0], few(one), one, first) for name, one in found]
+    for one in others:
+        made.append(Contestant(f"weights {one}", options.threads[0], total, base, one))
+        if options.cuda_graphs:
+            graphs = dataclasses.replace(base, attention_backend="flash", cuda_graphs=True)
+            made.append(Contestant(f"weights {one}, CUDA graphs", options.threads[0], total, graphs, one))
+    return made
 
 
 def _different(engines: Sequence[Contestant], job: Job) -> str | None:
@@ -260,7 +275,9 @@ def _different(engines: Sequence[Contestant], job: Job) -> str | None:
     with _workers(small, apart=False) as workers:
         # Kernels for GPUs know no float64; gpu_check.py holds the backends against each other.
         plain = dict(max_length=small.longest, attention_backend="sdpa", cuda_graphs=False)
-        cases = [(one.name, dataclasses.replace(one.options, **plain)) for one in engines]
+        # Nor do weights in FP8, whose tokens are others: engines have the trained ones here.
+        some = [one for one in engines if one.weights == engines[0].weights]
+        cases = [(one.name, dataclasses.replace(one.options, **plain)) for one in some]
         complaints = workers[ENGINE].ask("different", cases)
     if not complaints:
         return None
@@ -280,9 +297,14 @@ def _workers(job: Job, apart: bool) -> Iterator[dict[str, Worker]]:
 
 
 def _measure(
-    remasking: str, engines: Sequence[Contestant], workers: dict[str, Worker], options: argparse.Namespace
+    remasking: str,
+    engines: Sequence[Contestant],
+    workers: dict[str, Worker],
+    options: argparse.Namespace,
+    until: float | None = None,
 ) -> dict[Contestant, list[Generated]]:
-    """One run of each contestant per round; every other round backwards.
+    """One run of each contestant per round; every other round backwards; but the first none that would begin after
+    `until`, of `time.perf_counter`.
 
     The engine and the plain loop run with every number of threads, the engine's variants with its best in round one.
     """
@@ -293,7 +315,7 @@ def _measure(
             if one.options is None:
                 made = workers[PLAIN].ask("plain", remasking, one.requests, one.threads)
             else:
-                made = workers[ENGINE].ask("engine", one.options, remasking, one.requests, one.threads)
+                made = workers[ENGINE].ask("engine", one.options, remasking, one.requests, one.threads, one.weights)
             found.setdefault(one, []).append(made)
 
     loops = [Contestant(PLAIN, threads, options.plain_every) for threads in options.threads]
@@ -305,6 +327,8 @@ def _measure(
     take(variants)
     everyone += variants
     for repeat in range(1, options.repeats):
+        if until is not None and time.perf_counter() > until:
+            break
         take(everyone[::-1] if repeat % 2 else everyone)
     return found
 

@@ -51,6 +51,7 @@ def _line(one: Any, runs: Sequence[Generated]) -> dict[str, Any]:
         "name": one.name,
         "threads": one.threads,
         "options": None if one.options is None else dataclasses.asdict(one.options),
+        "weights": one.weights,
         "tokens_per_second": statistics.median(speeds),
         "all_tokens_per_second": speeds,
         "seconds": [run.seconds for run in runs],
@@ -86,7 +87,8 @@ def limits(
     for one in result["contestants"]:
         sequences = min(one["options"]["max_running_requests"], one["responses"]) if one["options"] else 1
         context = one["prompt_tokens"] / one["responses"] + sampling.max_new_tokens / 2
-        seconds = roofline.seconds_of_a_pass(shape, _BYTES[dtype], hardware, sequences, context, sampling.block_size)
+        given = _BYTES[dtype], hardware, sequences, context, sampling.block_size, one["weights"] == "fp8"
+        seconds = roofline.seconds_of_a_pass(shape, *given)
         steps = one["steps"] / one["blocks"]
         one["limit"] = roofline.tokens_per_second(seconds, sequences, sampling.block_size, steps)
         one["share_of_limit"] = one["tokens_per_second"] / one["limit"]

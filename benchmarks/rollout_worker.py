@@ -70,12 +70,25 @@ class Bench:
         self.model = random_model(self.session, job.head_scale)
         self.shape = shape_of(self.model, self.vocabulary.size)
         self._copy: plain_loop.PlainModel | None = None
+        self._models = {"trained": self.model}
 
     @property
     def plain_model(self) -> plain_loop.PlainModel:
         if self._copy is None:
             self._copy = plain_loop.plain_model(dict(self.model.named_parameters()), self.shape, self.job.longest)
         return self._copy
+
+    def model_with(self, weights: str):
+        """The engine's model, its weights as --rollout-weights says."""
+        from megatron_dlm.model.fp8 import fp8_layers, hold_in_fp8, load
+
+        if weights not in self._models:
+            self._models[weights] = model = random_model(self.session, self.job.head_scale)
+            hold_in_fp8(model)
+            wide = dict(self.model.named_parameters())
+            for name, layer in fp8_layers(model):
+                load(layer, wide[name])
+        return self._models[weights]
 
     def describe(self) -> tuple[plain_loop.Shape, int, str]:
         """The model's sizes, its number of parameters, and the device."""
@@ -113,13 +126,13 @@ class Bench:
             phases={},
         )
 
-    def engine(self, options, remasking: str, first: int, threads: int) -> Generated:
-        """The first n requests, with an engine of these options (EngineOptions)."""
+    def engine(self, options, remasking: str, first: int, threads: int, weights: str = "trained") -> Generated:
+        """The first n requests, with an engine of these options (EngineOptions) and weights."""
         from megatron_dlm.rollout.engine import Engine
 
         torch.set_num_threads(threads)
         requests = requests_of(self.job, remasking)[:first]
-        engine = Engine(self.model, self.vocabulary, options)
+        engine = Engine(self.model_with(weights), self.vocabulary, options)
         short = dataclasses.replace(self.job.sampling[remasking], max_new_tokens=_WARM_UP)
         engine.run([dataclasses.replace(request, sampling=short) for request in requests[: self.job.samples]])
         engine.drop_cache()

@@ -43,24 +43,32 @@ def known(device: str) -> Hardware | None:
     return next((HARDWARE[word] for word in words if word in HARDWARE), None)
 
 
+def layer_parameters(shape: Shape) -> int:
+    """Parameters of the matrices of all layers."""
+    width, heads = shape.hidden_size, shape.heads + 2 * shape.kv_heads
+    return shape.num_layers * (width * (heads + shape.heads) * shape.head_dim + 3 * width * shape.ffn_hidden_size)
+
+
 def matrix_parameters(shape: Shape) -> int:
     """Parameters that every token of a pass is multiplied with: all matrices but the embedding."""
-    width, heads = shape.hidden_size, shape.heads + 2 * shape.kv_heads
-    layer = width * (heads + shape.heads) * shape.head_dim + 3 * width * shape.ffn_hidden_size
-    return shape.num_layers * layer + shape.vocab_size * width
+    return layer_parameters(shape) + shape.vocab_size * shape.hidden_size
 
 
 def seconds_of_a_pass(
-    shape: Shape, itemsize: int, hardware: Hardware, sequences: int, context: float, block: int
+    shape: Shape, itemsize: int, hardware: Hardware, sequences: int, context: float, block: int, in_fp8: bool = False
 ) -> float:
     """The least time of a pass that gives `sequences` sequences a block each, behind `context` tokens.
 
     Args:
         itemsize: bytes of a weight, and of a number in the cache.
+        in_fp8: the weights of the layers have one byte, and are multiplied at twice the rate. The head's are not.
     """
-    parameters, rows = matrix_parameters(shape), block * sequences
+    layers, rows = layer_parameters(shape), block * sequences
+    head = matrix_parameters(shape) - layers
     token = 2 * shape.num_layers * shape.kv_heads * shape.head_dim * itemsize
-    matrices = max(parameters * itemsize / hardware.bandwidth, 2 * parameters * rows / hardware.flops)
+    weights = layers * (1 if in_fp8 else itemsize) + head * itemsize
+    products = 2 * rows * (layers / (2 if in_fp8 else 1) + head)
+    matrices = max(weights / hardware.bandwidth, products / hardware.flops)
     return matrices + (sequences * context * token + rows * shape.vocab_size * 4) / hardware.bandwidth
 
 

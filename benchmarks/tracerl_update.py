@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         _warm_up(workers)
         for remasking in options.remasking:
-            result = _measure(remasking, layouts, workers, options.repeats, Path(folder))
+            until = None if options.seconds is None else began + options.seconds
+            result = _measure(remasking, layouts, workers, options.repeats, Path(folder), until)
             results.append(result)
             print("\n" + _report(result))
             if (complaint := unequal(result, TOLERANCE[options.bf16])) is not None:
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-attention-heads", type=_positive, default=5)
     add("--num-query-groups", type=_positive, default=1)
     add("--kv-channels", type=_positive, default=64)
+    add("--seconds", type=float, help="begin no further round after so many")
     add("--vocab-size", type=_positive, default=8960)
     add("--head-scale", type=float, default=30.0, help="standard deviation of the random model's logits")
     add("--seed", type=int, default=1)
@@ -149,13 +151,22 @@ def _warm_up(workers: dict[str, Worker]) -> None:
 
 
 def _measure(
-    remasking: str, layouts: Sequence[str], workers: dict[str, Worker], repeats: int, folder: Path
+    remasking: str,
+    layouts: Sequence[str],
+    workers: dict[str, Worker],
+    repeats: int,
+    folder: Path,
+    until: float | None = None,
 ) -> dict[str, Any]:
-    """One rollout, and `repeats` rounds of updates in which each layout has its turn."""
+    """One rollout, and `repeats` rounds of updates in which each layout has its turn; but the first none that would
+    begin after `until`, of `time.perf_counter`.
+    """
     generated: Generated = workers[PACKED].ask("generate", remasking)
     traces = generated.traces
     updates: dict[str, list[Updated]] = {layout: [] for layout in layouts}
     for repeat in range(repeats):
+        if repeat and until is not None and time.perf_counter() > until:
+            break
         for layout in layouts if repeat % 2 == 0 else list(layouts)[::-1]:
             keep = str(folder / f"{layout}.pt") if repeat == 0 else None
             updates[layout].append(workers[layout].ask("update", layout, traces, keep))

@@ -40,9 +40,13 @@ class Result:
 
 
 class Server:
-    """One process that has imported everything."""
+    """One process that has imported everything.
 
-    def __init__(self) -> None:
+    Args:
+        module: what is started; it calls `serve`.
+    """
+
+    def __init__(self, module: str = "tests.command_server") -> None:
         environment = {
             **{name: value for name, value in os.environ.items() if name not in OF_A_JOB},
             "OMP_NUM_THREADS": "1",
@@ -51,7 +55,7 @@ class Server:
             "PYTHONWARNINGS": "ignore",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.command_server"],
+            [sys.executable, "-m", module],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

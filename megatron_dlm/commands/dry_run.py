@@ -284,6 +284,8 @@ def _layout_line(config: dict[str, Any], world_size: int) -> str:
         shared = rollout.rollout_expert_model_parallel_size or layout.expert_model_parallel_size
         if shared > 1 and rollout.rollout_backend == "native":
             line += f", experts over {shared}"
+        if rollout.rollout_weights == "fp8":
+            line += ", with weights of their own in FP8"
     return line + "."
 
 

@@ -20,7 +20,7 @@ from megatron_dlm.config.rollout import CapacityConfig, EngineConfig
 from megatron_dlm.config.sections import pick_parts
 from megatron_dlm.config.validate_generation import check_generate
 from megatron_dlm.config.validate_profile import check_profile
-from megatron_dlm.config.validate_rollout import check_rollout_layout
+from megatron_dlm.config.validate_rollout import check_rollout_layout, check_rollout_weights
 from megatron_dlm.config.validate_training import check_logging, check_tokenizer
 
 SECTIONS = ("model", "parallel", "tokenizer", "generate", "checkpoint", "logging", "profile", "run")
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         session = Session.open(config["model"], parallel, words, seed)
         model, tokenizer = session.model, session.tokenizer
         check_rollout_layout(parallel, model)
+        check_rollout_weights(settings, parallel, model)
         capacity = {field.name: getattr(settings, field.name) for field in dataclasses.fields(CapacityConfig)}
         together(lambda: check_attention(EngineConfig(**capacity), model))
         sampling_params(settings, model, tokenizer)  # the flags come first, for lines could not be blamed for them

@@ -116,7 +116,8 @@ def _frozen(session, folder: str, model: ModelConfig, flag: str):
     from megatron_dlm.commands.weights import restore
 
     parallel = without_recompute(session.parallel)
-    state = dataclasses.replace(session, model=model, parallel=parallel).train_state(None, 1)
+    own = dataclasses.replace(session, model=model, parallel=parallel, attention=None, fused_head=None)
+    state = own.train_state(None, 1)
     where = LoadConfig(hf_checkpoint=folder) if _is_hf(folder) else LoadConfig(load=folder)
     restore(state, where, model, stage=None, any_block_size=True, flag=flag)
     return state

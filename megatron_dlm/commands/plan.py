@@ -59,7 +59,9 @@ def main(argv: Sequence[str]) -> int | None:
             f"--plan-reserve-gib {plan.plan_reserve_gib} leaves nothing of the {in_gib(hardware.memory_bytes)} GiB of "
             f"{hardware.name}. Lower it."
         )
-    job = job_of(config, model, world_size)
+    job = job_of(config, model, world_size).changed(fp8_transposed=bool(hardware.fp8_transposed))
+    if job.precision.recipe is not None and not hardware.fp8_flops:
+        raise ConfigError(f"--plan-hardware {plan.plan_hardware} has no products in FP8. Leave --fp8-format out.")
     ranks = plan_memory(job, memory, int(hardware.devices_per_node))
     cost, unknown = report.cost_of(job, hardware, ranks)
     for line in report.text(job, ranks, hardware, memory, cost):

@@ -27,16 +27,22 @@ class CapacityConfig:
     started; 4 on a GPU and 1 on a CPU when it is not given. Always 1 under full attention or a logit shift, for
     responses of different block sizes, and for engines that share experts."""
     rollout_cuda_graphs: bool = False
-    """Capture these rounds as CUDA graphs; with --rollout-attention-backend flash, on a GPU."""
+    """Capture these rounds as CUDA graphs, with the sampler where that is triton; with --rollout-attention-backend
+    flash, on a GPU."""
+    rollout_weights: Literal["trained", "fp8"] = "trained"
+    """What the engine keeps of the weights of the layers' matrices: them as they are trained, or e4m3 numbers with a
+    scale per row, half as many bytes, which it multiplies in FP8 with activations that are rounded likewise; with
+    --bf16."""
     rollout_sampler: Literal["auto", "torch", "triton"] = "auto"
     """What draws tokens and decides which of them are unmasked: torch's operations, or kernels in Triton, which read
-    the logits once; top-k, top-p and float64 are torch's in both. auto is triton on a GPU where it does what torch
-    does in a small round, which is tried at the start, and torch elsewhere."""
+    the logits once, and some times more for responses with top-k or top-p; float64 is torch's in both. auto is triton
+    on a GPU where it does what torch does in a small round, which is tried at the start, and torch elsewhere."""
     longest_first: bool = False
     """Start the responses that have most tokens left before others; those of an earlier step come before new ones."""
     rollout_attention_backend: Literal["auto", "sdpa", "flex", "flash", "flashinfer"] = "auto"
     """What computes attention over the pages of the KV cache: torch's own kernels (sdpa, or flex, which it compiles),
-    FlashAttention (3, or 2 with pages of 256 tokens), or FlashInfer. auto is the best that works here."""
+    FlashAttention (3, or 2 with pages of 256 tokens), or FlashInfer. auto is one of the last two where they work, and
+    sdpa elsewhere."""
 
 
 @dataclass(slots=True)

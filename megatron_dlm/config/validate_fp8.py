@@ -72,11 +72,11 @@ def check_fp8_weights(parallel: ParallelConfig, checkpoint: LoadConfig) -> None:
 
 
 def check_lora_layers(lora: LoraConfig, parallel: ParallelConfig) -> None:
-    """Refuse adapters beside layers that have no place for one."""
-    if lora.wanted and parallel.transformer_impl != "local":
+    """Refuse adapters beside weights that are kept in FP8, to which nothing can be merged."""
+    if lora.wanted and parallel.fp8_param_gather:
         raise ConfigError(
-            f"--lora-rank {lora.lora_rank} does not work with {_ENGINE}, whose layers take no adapter. Use "
-            "--transformer-impl local."
+            f"--lora-rank {lora.lora_rank} does not work with --fp8-param-gather, which is for weights that learn, and "
+            "those beside adapters do not. Leave --fp8-param-gather out."
         )
 
 
@@ -116,10 +116,19 @@ def _check_recompute(parallel: ParallelConfig) -> None:
 
 
 def _check_widths(parallel: ParallelConfig, model: ModelConfig) -> None:
-    """Both sides of every weight matrix, as a rank has it, are multiples of 16 (of 32 for mxfp8)."""
     unit = 32 if parallel.fp8_recipe == "mxfp8" else 16
     tensor = parallel.tensor_model_parallel_size
     experts = parallel.expert_tensor_parallel_size or tensor
+    advice = "Use another --tensor-model-parallel-size, or leave --fp8-format out."
+    check_widths(model, tensor, experts, unit, advice)
+
+
+def check_widths(model: ModelConfig, tensor: int, experts: int, unit: int, advice: str) -> None:
+    """Refuse weight matrices that, as a rank has them, are not multiples of `unit` on both sides.
+
+    Args:
+        tensor, experts: processes that share a layer, and an expert.
+    """
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     width = model.kv_channels or model.hidden_size // heads
     widths = [
@@ -137,10 +146,7 @@ def _check_widths(parallel: ParallelConfig, model: ModelConfig) -> None:
     for name, size, parts in widths:
         if size % (unit * parts):
             among = f" over {parts} processes" if parts > 1 else ""
-            raise ConfigError(
-                f"{name} is {size}{among}, and FP8 needs multiples of {unit} on each process. Use another "
-                "--tensor-model-parallel-size, or leave --fp8-format out."
-            )
+            raise ConfigError(f"{name} is {size}{among}, and FP8 needs multiples of {unit} on each process. {advice}")
 
 
 def _told(parallel: ParallelConfig, name: str) -> str:

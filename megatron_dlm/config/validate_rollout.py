@@ -11,8 +11,10 @@ from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import LayoutConfig
 from megatron_dlm.config.rollout import CapacityConfig, EngineConfig
 from megatron_dlm.config.validate import above, at_least, check_tensor_size, within
+from megatron_dlm.config.validate_fp8 import check_widths
 
 TENSOR, EXPERTS = "--rollout-tensor-model-parallel-size", "--rollout-expert-model-parallel-size"
+WEIGHTS = "--rollout-weights"
 
 
 def check_capacity(settings: CapacityConfig) -> None:
@@ -51,6 +53,29 @@ def check_rollout_layout(
         check_tensor_size(size, model, TENSOR)
     _check_query_groups(parallel, model, engine)
     _check_experts(parallel, model, engine, world_size)
+    check_rollout_weights(own, parallel, model)
+
+
+def check_rollout_weights(engine: CapacityConfig, parallel: LayoutConfig, model: ModelConfig) -> None:
+    """Refuse weights in FP8 that an engine cannot have.
+
+    Args:
+        engine: where it is no EngineConfig, its layout is that of `parallel`.
+    """
+    if engine.rollout_weights != "fp8":
+        return
+    own = engine if isinstance(engine, EngineConfig) else EngineConfig()
+    if own.rollout_backend != "native":
+        raise ConfigError(
+            f"{WEIGHTS} fp8 does not work with --rollout-backend {own.rollout_backend}. Leave it out, or use native."
+        )
+    if not model.bf16:
+        raise ConfigError(f"{WEIGHTS} fp8 needs --bf16, the type of its products. Add it, or use {WEIGHTS} trained.")
+    tensor = own.rollout_tensor_model_parallel_size or parallel.tensor_model_parallel_size
+    experts = own.rollout_expert_model_parallel_size or parallel.expert_model_parallel_size
+    flag = TENSOR if isinstance(engine, EngineConfig) else "--tensor-model-parallel-size"
+    advice = f"Use another {flag}, or {WEIGHTS} trained."
+    check_widths(model, tensor, _processes_per_expert(parallel, tensor, experts), 16, advice)
 
 
 def _check_query_groups(parallel: LayoutConfig, model: ModelConfig, engine: EngineConfig | None) -> None:

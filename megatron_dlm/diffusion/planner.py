@@ -2,10 +2,11 @@
 
 1. `partition` splits the shuffled responses into updates of nearly equal size.
 2. `pack` fills the rows of one update: members of a group stay together (their prompt is stored once), the longest
-   bundle goes first, into the emptiest row that can take it. Every data-parallel rank gets the same number of rows, all
-   of one length, for which the layers' matrix products cost the same. What still differs is attention: within that
-   length, bundles go to the rows, and rows to the ranks, that have least of it (`_balanced`, `_deal`). Items may come
-   in parts (`pack_parts`, views.split_views), which go where there is room.
+   bundle goes first, into the emptiest row that can take it, or the fullest, if that makes rows shorter. Every
+   data-parallel rank gets the same number of rows, all of one length, for which the layers' matrix products cost the
+   same. What still differs is attention: within that length, bundles go to the rows, and rows to the ranks, that have
+   least of it (`_balanced`, `_deal`). Items may come in parts (`pack_parts`, views.split_views), which go where there
+   is room.
 
 Pure functions of lengths and keys, identical on every rank; nothing here touches tokens, devices or process groups.
 Losses are sums of weight x loss with weights computed from the whole update, so nothing that is decided here can change
@@ -22,15 +23,18 @@ from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.diffusion.keys import permutation
 
 ROW_MULTIPLE = 64  # rows are rounded up to this many tokens, so that few shapes occur
+FLEX_TILE = 128  # queries, and keys, of a tile: what the kernels of FlexAttention are tuned for
 
 
-def row_multiple(tensor_size: int, token_multiple: int = 1) -> int:
-    """Lengths of rows are multiples of this: few shapes, and as many tokens for every rank of sequence parallelism.
+def row_multiple(tensor_size: int, token_multiple: int = 1, attention: str = "dense") -> int:
+    """Lengths of rows, and of a context-parallel rank's part of one, are multiples of this: few shapes, as many tokens
+    for every rank of sequence parallelism, and whole tiles, which attention would otherwise fill up in every layer.
 
     Args:
         token_multiple: what a rank of sequence parallelism has is a multiple of this (FP8).
+        attention: the backend of rows (model/attention_backends.py).
     """
-    return math.lcm(ROW_MULTIPLE, tensor_size * token_multiple)
+    return math.lcm(FLEX_TILE if attention == "flex" else ROW_MULTIPLE, tensor_size * token_multiple)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ def pack(loads: list[Load], budget: int, num_ranks: int = 1, multiple_of: int = 
         num_rows = max(unit, _round_up(math.ceil(sum(bundle.tokens for bundle in bundles) / budget), unit))
         while (rows := _fill(bundles, num_rows, budget)) is None:
             num_rows += unit
-        length = _round_up(max(row.tokens for row in rows), multiple_of) or multiple_of
+        rows, length = _tightened(bundles, rows, multiple_of)
         found.append((num_rows * length, share, length, bundles, rows))
     _, _, length, bundles, rows = min(found, key=lambda one: one[:2])
     rows = _balanced(bundles, len(rows), min(length, budget)) or rows
@@ -251,6 +255,23 @@ def _fill(bundles: list[_Bundle], num_rows: int, budget: int) -> list[_Bundle] |
             return None
         _add(row, bundle)
     return rows
+
+
+def _tightened(bundles: list[_Bundle], rows: list[_Bundle], multiple_of: int) -> tuple[list[_Bundle], int]:
+    """As many rows, one or more multiples shorter where the longest bundle first, into the fullest row that can take
+    it, finds room; and their length.
+    """
+    length = _round_up(max(row.tokens for row in rows), multiple_of) or multiple_of
+    total = sum(bundle.tokens for bundle in bundles)
+    while length > multiple_of and total <= len(rows) * (length - multiple_of):
+        tighter = [_Bundle([], 0) for _ in rows]
+        for bundle in bundles:
+            fitting = [row for row in tighter if row.tokens + bundle.tokens <= length - multiple_of]
+            if not fitting:
+                return rows, length
+            _add(max(fitting, key=lambda row: row.tokens), bundle)
+        rows, length = tighter, length - multiple_of
+    return rows, length
 
 
 def _balanced(bundles: list[_Bundle], num_rows: int, length: int) -> list[_Bundle] | None:

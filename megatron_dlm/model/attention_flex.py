@@ -4,8 +4,9 @@ Nothing is cut into groups or padded to their longest: the kernel gets the row a
 see each other (tiles.py), and the visibility rule for the tiles that do so in part. Keys and values are not repeated
 for the heads that share them, and no [T, T] mask is made.
 
-It is compiled once: lengths of rows are rounded up to whole tiles and marked as changing, and everything that says who
-sees whom is a tensor. Another width or number of heads, another dtype, or a pass without gradients is compiled anew.
+It is compiled once: lengths of rows are whole tiles (diffusion/planner.py; others are filled up) and marked as
+changing, and everything that says who sees whom is a tensor. Another width or number of heads, another dtype, or a pass
+without gradients is compiled anew.
 
 FlexAttention has no backward pass on a CPU, and its forward pass there reads the rule alone. So on a CPU the mask is
 written out from the tables and the rule, and torch's own attention runs under it: exact, with [T, T] numbers, for
@@ -22,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dlm.diffusion.layout import Layout, sees
+from megatron_dlm.diffusion.planner import FLEX_TILE as TILE
 from megatron_dlm.model.attention import masked_attention
 from megatron_dlm.model.tiles import Tables
 
-TILE = 128  # queries, and keys, of a tile: what FlexAttention's kernels are tuned for
 _FEWEST = 2  # tiles; torch takes a length of one for a constant
 _VARIANTS = 64  # most kernels in a process, of heads, widths, types, and with or without gradients
 

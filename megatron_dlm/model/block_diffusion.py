@@ -141,10 +141,13 @@ class BlockDiffusionModel(GPTModel):
 
     def attention_of(self, row: Row) -> Attention:
         """Who sees whom in a row. Made once for all virtual stages of a process."""
-        config, stages = self.config, self.config.virtual_pipeline_model_parallel_size
-        backend = served(self.attention_backend, config.params_dtype, config.kv_channels, row.tokens.device)
+        stages, backend = self.config.virtual_pipeline_model_parallel_size, self.backend_of_rows(row.tokens.device)
         more_to_come = self.vp_stage is not None and stages is not None and self.vp_stage < stages - 1
         return attention_of(row, self.pg_collection.cp, backend, more_to_come)
+
+    def backend_of_rows(self, device: torch.device) -> str:
+        """What computes attention over rows on a device: a value of --attention-backend that is not `auto`."""
+        return served(self.attention_backend, self.config.params_dtype, self.config.kv_channels, device)
 
     def forward_tokens(self, tokens: Tensor, params: RowParams) -> Tensor:
         """Run this chunk over tokens [T] that see each other as `params` says; the head is evaluated at its slots,

@@ -1,7 +1,8 @@
 """Low-rank adapters beside tensor-parallel linear layers: y = W x + (alpha / r) B (A x).
 
-The layers of a model are `AdaptableColumn` and `AdaptableRow`, which are megatron-core's with a place for an `Adapter`.
-Without one they are what they were; parameters and checkpoints know them by the same names either way.
+The layers of a model are `Adaptable`: megatron-core's with a place for an `Adapter`, `AdaptableColumn` and
+`AdaptableRow` here, those of Transformer Engine in model/te.py. Without one they are what they were; parameters and
+checkpoints know them by the same names either way.
 
     column (linear_qkv, linear_fc1)   W is cut along its outputs.   A is whole on every rank, B is cut as W is.
     row (linear_proj, linear_fc2)     W is cut along its inputs.    A is cut as W is, B is whole on every rank.
@@ -55,14 +56,15 @@ class Adapter(nn.Module):
         draw: a stream of draws (diffusion/keys.py), the same on all ranks.
     """
 
-    def __init__(self, layer: AdaptableColumn | AdaptableRow, lora: LoraConfig, gated: bool, draw: int) -> None:
+    def __init__(self, layer: Adaptable, lora: LoraConfig, gated: bool, draw: int) -> None:
         super().__init__()
-        self.column, self.gated, self.scale = isinstance(layer, AdaptableColumn), gated, lora.scale
+        self.column, self.gated, self.scale = layer.column, gated, lora.scale
         self.group, self.sequence_parallel = layer.tp_group, layer.sequence_parallel
         weight, rank = layer.weight, lora.lora_rank
         outputs, inputs = weight.shape
         first = 0 if self.column else self.group.rank() * inputs
-        self.a = nn.Parameter(_drawn(draw, rank, first, inputs, layer.input_size).to(weight))
+        whole = inputs if self.column else inputs * self.group.size()
+        self.a = nn.Parameter(_drawn(draw, rank, first, inputs, whole).to(weight))
         self.b = nn.Parameter(torch.zeros(outputs, rank, dtype=weight.dtype, device=weight.device))
         cut, whole = (self.b, self.a) if self.column else (self.a, self.b)
         stride = 2 if gated else 1
@@ -105,10 +107,11 @@ class Adapter(nn.Module):
         return content
 
 
-class _Adaptable:
-    """A layer with a place for an adapter."""
+class Adaptable:
+    """A layer with a place for an adapter. `column`: whether its outputs are cut, and not its inputs."""
 
     lora: Adapter | None
+    column: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -127,12 +130,16 @@ class _Adaptable:
         return content
 
 
-class AdaptableColumn(_Adaptable, ColumnParallelLinear):
+class AdaptableColumn(Adaptable, ColumnParallelLinear):
     """A linear layer whose outputs are cut."""
 
+    column = True
 
-class AdaptableRow(_Adaptable, RowParallelLinear):
+
+class AdaptableRow(Adaptable, RowParallelLinear):
     """A linear layer whose inputs are cut."""
+
+    column = False
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -148,7 +155,7 @@ def attach(model: nn.Module, lora: LoraConfig, seed: int) -> None:
             continue
         for name, layer in block.named_modules():
             last = name.rpartition(".")[2]
-            if isinstance(layer, _Adaptable) and last in lora.lora_target_modules:
+            if isinstance(layer, Adaptable) and last in lora.lora_target_modules:
                 draw = stream(seed, "lora", block.layer_number, name)
                 gated = last == "linear_fc1" and block.config.gated_linear_unit
                 layer.lora = Adapter(layer, lora, gated, draw)
@@ -172,10 +179,10 @@ def freeze_all_but_adapters(model: nn.Module) -> None:
         )
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptableColumn | AdaptableRow]]:
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adaptable]]:
     """The layers of a chunk that have an adapter, with the names of their weights in the chunk."""
     for name, layer in model.named_modules():
-        if isinstance(layer, _Adaptable) and layer.lora is not None:
+        if isinstance(layer, Adaptable) and layer.lora is not None:
             yield f"{name}.weight", layer
 
 

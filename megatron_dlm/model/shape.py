@@ -8,7 +8,6 @@ TransformerConfig has no field for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -206,7 +205,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
             recompute_num_layers=parallel.recompute_num_layers,
             recompute_modules=parallel.recompute_modules and list(parallel.recompute_modules),
         )
-        _check_recomputed_norms(parallel.recompute_modules or ())
     if parallel.expert_tensor_parallel_size is not None:
         values["expert_tensor_parallel_size"] = parallel.expert_tensor_parallel_size
     if model.num_experts is not None:
@@ -258,7 +256,7 @@ def _of_transformer_engine(model: ModelConfig, parallel: ParallelConfig) -> dict
         # bias_dropout_fusion stays off: without biases and dropout only an addition is left, which is one kernel.
         # gradient_accumulation_fusion does, too: these layers could, but megatron-core refuses a head with it unless
         # Apex's fused_weight_gradient_mlp_cuda is there; who has that may override it.
-        bias_activation_fusion=platform.is_cuda() and _ANOTHER_SWIGLU.isdisjoint(model.transformer_overrides),
+        bias_activation_fusion=platform.is_cuda() and one_kernel_for_gates(model),
     )
     if model.num_experts is not None:
         values["moe_grouped_gemm"] = True
@@ -277,15 +275,10 @@ def _of_transformer_engine(model: ModelConfig, parallel: ParallelConfig) -> dict
     return values
 
 
-def _check_recomputed_norms(modules: Sequence[str]) -> None:
-    """Refuse what megatron-core 0.16.1 needs Transformer Engine for, where that is not."""
-    from megatron.core.tensor_parallel import random
-
-    if "layernorm" in modules and platform.is_cuda() and not random.HAVE_TE:
-        raise ConfigError(
-            "--recompute-modules layernorm needs Transformer Engine on a GPU, and it is not installed. Leave layernorm "
-            "out, or install it."
-        )
+def one_kernel_for_gates(model: ModelConfig) -> bool:
+    """Whether fused layers compute SwiGLU in one kernel on a GPU: it is megatron-core's own, and not another."""
+    overrides = model.transformer_overrides
+    return _ANOTHER_SWIGLU.isdisjoint(overrides) and bool(overrides.get("bias_activation_fusion", True))
 
 
 def refused_overrides(model: ModelConfig, error: BaseException) -> ConfigError:

@@ -18,7 +18,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelGroupedLinear,
+    TELayerNormColumnParallelLinear,
+    TERowParallelGroupedLinear,
+    TERowParallelLinear,
+)
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import (
     set_defaults_if_not_set_tensor_model_parallel_attributes,
@@ -27,9 +32,32 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_dlm.model.attention import LayoutAttention
+from megatron_dlm.model.lora import Adaptable
+
+
+class AdaptableNormColumn(Adaptable, TELayerNormColumnParallelLinear):
+    """A norm and a linear layer whose outputs are cut. An adapter reads what the norm gives, as the layer's weight
+    does; the module returns it only while there is one.
+    """
+
+    column = True
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        self.return_layernorm_output = self.lora is not None
+        found = TELayerNormColumnParallelLinear.forward(self, input_)
+        if self.lora is None:
+            return found
+        output, bias, normed = found if self.te_return_bias else (found[0][0], None, found[0][1])
+        return output + self.lora(normed), bias
+
+
+class AdaptableTERow(Adaptable, TERowParallelLinear):
+    """A linear layer whose inputs are cut."""
+
+    column = False
 
 
 class GroupedColumn(TEColumnParallelGroupedLinear):
@@ -49,7 +77,7 @@ class GroupedRow(TERowParallelGroupedLinear):
 
 
 def te_layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
-    """megatron-core's spec of Transformer Engine with our attention."""
+    """megatron-core's spec of Transformer Engine with our attention, and linear layers that can have adapters."""
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if with_experts else None,
         moe_grouped_gemm=with_experts,
@@ -59,7 +87,11 @@ def te_layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
     attention = layer.self_attention
     attention.params["attn_mask_type"] = AttnMaskType.arbitrary
     attention.submodules.core_attention = LayoutAttention
-    if with_experts:
+    attention.submodules.linear_qkv, attention.submodules.linear_proj = AdaptableNormColumn, AdaptableTERow
+    if not with_experts:
+        mlp = layer.mlp.submodules
+        mlp.linear_fc1, mlp.linear_fc2 = AdaptableNormColumn, AdaptableTERow
+    else:
         experts = layer.mlp.submodules.experts.submodules
         experts.linear_fc1, experts.linear_fc2 = GroupedColumn, GroupedRow
         # This norm stands alone here, too; it is stored where the others are, as megatron-core's local layer does.

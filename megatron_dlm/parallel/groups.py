@@ -37,6 +37,7 @@ from megatron_dlm import platform
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.parallel import meeting
+from megatron_dlm.parallel.alike import compare_processes
 
 _rollout_groups: list[dist.ProcessGroup] = []  # made here, so destroyed here
 
@@ -101,6 +102,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
     Raises:
         ConfigError: the world size is not a multiple of tensor x context x pipeline parallel size, or of the expert
             layout.
+        DependencyError: the processes do not have the same Transformer Engine.
     """
     platform.install()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
@@ -138,6 +140,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
     )
     # Until every rank has come this far none may leave, not even over a mistake: the others still ask rank 0's store.
     dist.barrier()
+    compare_processes()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return _describe(ProcessGroupCollection.use_mpu_process_groups(), timeout)

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.diffusion.context import shared_length
-from megatron_dlm.diffusion.planner import row_multiple
 from megatron_dlm.planning.decode import rollout_cost
 from megatron_dlm.planning.hardware import Hardware
 from megatron_dlm.planning.layout import Layout, Workload, lengths, supervised
@@ -27,12 +27,16 @@ from megatron_dlm.planning.work import (
     ATTENTION_BACKWARD,
     BACKWARD,
     LOGIT_BYTES,
+    QUANTISED_BYTES,
+    TRITON_LOGIT_BYTES,
     Rows,
     attention_flops,
     body_flops,
+    check_blocks,
     head_flops,
     layer_traffic,
     padded_vocabulary,
+    quantised_numbers,
     rows_of_update,
     sizes_of,
 )
@@ -95,8 +99,8 @@ def step_cost(
 def training_phases(model: ModelConfig, layout: Layout, workload: Workload, hardware: Hardware) -> Mapping[str, Phase]:
     """All phases in which rows are passed. Raises: as `step_cost`."""
     layout.check(model)
-    sizes_of(model)
-    rows = rows_of_update(workload, layout.data, rows_multiple=layout.pp if layout.vpp > 1 else 1)
+    check_blocks(model)
+    rows = rows_of(layout, workload)
     one = lambda backward, policy=True: _pass(model, layout, workload, hardware, rows, backward, policy)
     update = lambda policy=True: one(True, policy).plus(_update(model, layout, workload, hardware, rows, policy))
     facts = dict(
@@ -118,6 +122,12 @@ def training_phases(model: ModelConfig, layout: Layout, workload: Workload, hard
             phases["train_value"] = update(False).times(workload.updates).phase(**facts)
     phases["train"] = update().times(workload.updates).phase(**facts)
     return phases
+
+
+def rows_of(layout: Layout, workload: Workload) -> Rows:
+    """The rows of an update, as the layout wants them."""
+    multiple = layout.row_multiple(workload.attention)
+    return rows_of_update(workload, layout.data, multiple, layout.pp if layout.vpp > 1 else 1)
 
 
 def _pass(
@@ -159,20 +169,43 @@ def _row(
     head = head_flops(model, rows.targets) * (1 + BACKWARD * backward) if policy else 0.0
     tally = Tally()
     tally.flops = (body + attention * rows.mean_area + head) / (shared * stages)
-    peak = hardware.bf16_flops
-    tally.add("products", (body / stages + head) / shared / (peak * hardware.matmul_fraction))
+    peak, fp8 = hardware.bf16_flops, _share_in_fp8(model, layout)
+    if fp8 and not hardware.fp8_flops:
+        raise ConfigError(f"hardware {hardware.name} has no products in FP8. Use another, or leave FP8 out.")
+    tally.add("products", (body * (1 - fp8) / stages + head) / shared / (peak * hardware.matmul_fraction))
+    if fp8:
+        tally.add("products", body * fp8 / stages / shared / (hardware.fp8_flops * hardware.fp8_fraction))
     tally.add("attention", attention * rows.area / stages / shared / (peak * hardware.attention_fraction))
 
-    wide, rest = layer_traffic(model, workload.itemsize)
-    by_token = (wide / (layout.tp if layout.sequence_parallel else 1) + rest / layout.tp) * model.num_layers / stages
-    moved = held * by_token * (forward + 2 * backward)
+    moved = held * model.num_layers / stages * _moved_by_token(model, layout, workload, fp8, forward, backward)
     if policy:
-        moved += rows.targets / shared * padded_vocabulary(model) * LOGIT_BYTES * (2 if backward else 1)
+        logit = TRITON_LOGIT_BYTES if workload.triton_head else LOGIT_BYTES
+        moved += rows.targets / shared * padded_vocabulary(model) * logit * (2 if backward else 1)
     if backward:  # each row's gradient of each parameter is written, read, and added to an fp32 sum
         moved += parameters_of_a_rank(model, layout, policy)[2] * (2 * workload.itemsize + 8)
     tally.add("memory", moved / (hardware.memory_bandwidth * hardware.bandwidth_fraction))
     _layer_collectives(tally, model, layout, workload, hardware, rows, forward, backward, policy)
     return tally
+
+
+def _share_in_fp8(model: ModelConfig, layout: Layout) -> float:
+    """Of the layers of the last pipeline stage, for which all others wait: it has the head, and the last layers."""
+    each = model.num_layers // layout.pp
+    precision = layout.precision
+    return sum(precision.in_fp8(model.num_layers - 1 - n, model.num_layers) for n in range(each)) / each
+
+
+def _moved_by_token(
+    model: ModelConfig, layout: Layout, workload: Workload, fp8: float, forward: int, backward: bool
+) -> float:
+    """Bytes that a token moves through a rank's memory in a layer, beside products and attention."""
+    each = lambda wide, rest: wide / (layout.tp if layout.sequence_parallel else 1) + rest / layout.tp
+    moved = each(*layer_traffic(model, workload.itemsize, layout.precision.fused)) * (forward + 2 * backward)
+    if fp8:
+        read, made = quantised_numbers(model)
+        rounded = each(*read) * forward + each(*made) * backward
+        moved += fp8 * QUANTISED_BYTES[layout.precision.recipe] * rounded
+    return moved
 
 
 def _held(layout: Layout, workload: Workload, rows: Rows) -> int:
@@ -181,7 +214,7 @@ def _held(layout: Layout, workload: Workload, rows: Rows) -> int:
     """
     if layout.cp == 1:
         return rows.tokens
-    return shared_length(rows.tokens, layout.cp, workload.block_size, row_multiple(layout.tp))
+    return shared_length(rows.tokens, layout.cp, workload.block_size, layout.row_multiple(workload.attention))
 
 
 def _layer_collectives(
@@ -243,11 +276,16 @@ def parameters_of_a_rank(model: ModelConfig, layout: Layout, policy: bool = True
     embedding, the last one the head (a tied head is stored on both). A value model's head is one line.
     """
     sizes = sizes_of(model)
-    head = (sizes.head or (sizes.embedding if layout.pp > 1 else 0)) if policy else 0
-    tables = sizes.embedding + head if layout.pp == 1 else max(sizes.embedding, head)
-    dense = (sizes.dense / layout.pp + tables) / layout.tp
+    dense = sizes.dense / layout.pp / layout.tp + _tables(model, layout, policy)
     experts = sizes.experts / (layout.pp * layout.ep * layout.expert_tp)
     return dense, experts, dense + experts
+
+
+def _tables(model: ModelConfig, layout: Layout, policy: bool) -> float:
+    """Parameters of embedding and head on a rank of the stage that has most."""
+    sizes = sizes_of(model)
+    head = (sizes.head or (sizes.embedding if layout.pp > 1 else 0)) if policy else 0
+    return (sizes.embedding + head if layout.pp == 1 else max(sizes.embedding, head)) / layout.tp
 
 
 def _update(
@@ -259,10 +297,13 @@ def _update(
     without, all-reduced. Overlapped, a reduction hides behind the last row's backward pass and a gather behind the
     first row's forward pass, but for one bucket (megatron-core: 40 million parameters, or 1 million per rank if that is
     more). Adam reads gradient, fp32 weight and two moments, writes the last three and the parameter; the sums of
-    gradients are read for the norm and zeroed.
+    gradients are read for the norm and zeroed. Weights of layers in FP8 are rounded once; with --fp8-param-gather they
+    are gathered as bytes.
     """
     dense, experts, all_of = parameters_of_a_rank(model, layout, policy)
     item, tally = workload.itemsize, Tally()
+    fp8 = layout.precision.share(model.num_layers) * (1 - _tables(model, layout, policy) / all_of)
+    gathered = item * (1 - fp8) + fp8 if layout.precision.gather else item  # bytes a parameter
     groups = (
         (dense, layout.replicas, layout.tp),
         (experts, layout.expert_replicas, layout.expert_tp * layout.ep),
@@ -276,7 +317,7 @@ def _update(
             continue
         link, part = hardware.link(ranks, stride), (ranks - 1) / ranks
         bucket = min(1.0, max(40e6, 1e6 * ranks) / count)
-        halves = [(4, hidden_reduce), (item if layout.distributed_optimizer else 4, hidden_gather)]
+        halves = [(4, hidden_reduce), (gathered if layout.distributed_optimizer else 4, hidden_gather)]
         for size, window in halves:
             sent = part * count * size
             messages = max(1.0, 1 / bucket)
@@ -284,7 +325,7 @@ def _update(
             hides = layout.overlap and (size == 4 or layout.distributed_optimizer)
             exposed = max(whole - window, whole * bucket) if hides else whole
             tally.send("data", link, sent, messages, exposed)
-    moved = shard * (4 * 7 + item) + all_of * 8
+    moved = shard * (4 * 7 + item) + all_of * (8 + fp8 * (2 if layout.precision.gather else item + 2))
     tally.add("optimizer", moved / (hardware.memory_bandwidth * hardware.bandwidth_fraction))
     return tally
 

@@ -25,6 +25,7 @@ from megatron_dlm.diffusion.context import shared_length
 from megatron_dlm.diffusion.planner import row_multiple
 from megatron_dlm.planning.attention import Kept, group_lengths
 from megatron_dlm.planning.measure import RowShape
+from megatron_dlm.planning.precision import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Job:
         model: resolved. value_optimizer: of the value model, if there is one. rl, rollout: None for fine-tuning; rl
             with the fields of its method.
         responses: of one update. samples: of them that share a prompt.
-        rollout_fits: a plan for the engine is wanted.
+        fp8_transposed: of the hardware (planning/hardware.py).
     """
 
     world_size: int
@@ -76,6 +77,17 @@ class Job:
     rollout: RolloutConfig | None = None
     value_optimizer: OptimizerConfig | None = None
     lora: LoraConfig | None = None
+    fp8_transposed: bool = True
+
+    @property
+    def precision(self) -> Precision:
+        """What the trained layers are made of and multiply in."""
+        return Precision.of(self.parallel, self.fp8_transposed)
+
+    @property
+    def triton_head(self) -> bool:
+        """Whether the loss head has kernels: where it is left to the run, as on a GPU that they work on."""
+        return self.parallel.loss_head != "torch" and self.parallel.loss_chunk_size > 0 and not self.model.fp64
 
     @property
     def has_reference(self) -> bool:
@@ -110,7 +122,8 @@ class Job:
 
     @property
     def _row_multiple(self) -> int:
-        return row_multiple(self.parallel.tensor_model_parallel_size, self.parallel.token_multiple)
+        attention = "dense" if self.dense_attention else "flex"
+        return row_multiple(self.parallel.tensor_model_parallel_size, self.parallel.token_multiple, attention)
 
     @property
     def tokens_per_group(self) -> int:
@@ -124,7 +137,7 @@ class Job:
         """Of one rank."""
         texts = self.texts
         share = (self.tokens_per_group - texts.prompt) * texts.response / texts.own / self.tokens_per_group
-        held = self._whole_row / self.context  # the rest of a part is padding
+        held = self.row_budget / self.context  # the rest of a part is padding
         return RowShape(self.row_length, max(1, round(held * share * self.texts.predicted)))
 
     @property

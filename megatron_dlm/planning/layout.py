@@ -10,6 +10,8 @@ import numpy as np
 
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
+from megatron_dlm.diffusion.planner import row_multiple
+from megatron_dlm.planning.precision import BF16, Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Layout:
         recompute: what the backward pass computes again.
         rollout_tp: tensor-parallel size of the engine; that of training where it is None. Its expert-parallel size is
             1: each engine has all experts.
+        precision: what the trained layers are made of and multiply in; engines run plain layers.
     """
 
     world: int = 1
@@ -40,6 +43,7 @@ class Layout:
     overlap: bool = True
     recompute: Literal["none", "selective", "full"] = "none"
     rollout_tp: int | None = None
+    precision: Precision = BF16
 
     @property
     def data(self) -> int:
@@ -67,6 +71,10 @@ class Layout:
     @property
     def engines(self) -> int:
         return self.world // self.engine_tp
+
+    def row_multiple(self, attention: str) -> int:
+        """Lengths of rows are multiples of this. attention: of `Workload`."""
+        return row_multiple(self.tp, self.precision.token_multiple, "dense" if attention == "dense" else "flex")
 
     def check(self, model: ModelConfig) -> None:
         """Refuse what cannot be.
@@ -144,6 +152,7 @@ class Workload:
         together: all rows of a response on one data-parallel rank (needed by a value model).
         old_logprobs: 'recomputed' passes over all updates but the first again.
         reference, value_model: whether there is a frozen reference, and a value model.
+        triton_head: whether the loss head has kernels (--loss-head).
         rollout: whether responses are generated; without, texts are given (supervised fine-tuning).
         max_running: responses in flight per engine.
         itemsize: bytes of a parameter and of an activation.
@@ -164,6 +173,7 @@ class Workload:
     old_logprobs: Literal["recomputed", "rollout", "current"] = "recomputed"
     reference: bool = False
     value_model: bool = False
+    triton_head: bool = False
     rollout: bool = True
     max_running: int = 256
     itemsize: int = 2

@@ -3,13 +3,14 @@ backward pass, over tensors without data.
 
 Everything runs within `world.as_rank`. What is real: the model, its pipeline chunks, DDP's buffers with their padding,
 the optimizer and its shard, recomputation, collectives' buffers, the loss. What stands in: attention
-(planning/attention.py), and the routing of experts, which is taken to be even.
+(planning/attention.py), what a GPU alone can run (planning/fused.py), and the routing of experts, which is taken to be
+even.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -20,7 +21,9 @@ from megatron_dlm.diffusion.layout import Layout
 from megatron_dlm.diffusion.rows import Row, Targets
 from megatron_dlm.model.row_params import RowParams
 from megatron_dlm.planning.attention import PlannedAttention
+from megatron_dlm.planning.fused import PLAIN, Kernels, fuse, linears, standing_in
 from megatron_dlm.planning.live import LiveBytes, SavedBytes
+from megatron_dlm.planning.precision import Precision
 from megatron_dlm.training import sleep
 from megatron_dlm.training.state import TrainState
 from megatron_dlm.training.step import ForwardStep
@@ -29,7 +32,7 @@ from megatron_dlm.training.step import ForwardStep
 @dataclass(frozen=True, slots=True)
 class StateBytes:
     """Of one model on one rank. `optimizer`: master weights and moments; `moments` of it are taken at the first
-    update. `count`: parameters.
+    update. `count`: parameters. `copies`: of weights in FP8, beside those in bfloat16.
     """
 
     count: int
@@ -37,10 +40,11 @@ class StateBytes:
     gradients: int
     optimizer: int
     moments: int
+    copies: int = 0
 
     @property
     def training(self) -> int:
-        """What sleeps: gradients and optimizer."""
+        """What sleeps: gradients and optimizer; copies of weights are made again when they are needed."""
         return self.gradients + self.optimizer
 
 
@@ -82,6 +86,26 @@ def state_bytes(state: TrainState) -> StateBytes:
     return StateBytes(count, parameters, gradients, held + moments, moments)
 
 
+def weights_in_fp8(state: TrainState, precision: Precision) -> list[nn.Parameter]:
+    """Weights whose products are computed in FP8."""
+    return [
+        linear.weight
+        for chunk in state.unwrapped_chunks()
+        for layer in chunk.decoder.layers
+        if precision.in_fp8(layer.layer_number - 1, layer.config.num_layers)
+        for linear in linears(layer)
+    ]
+
+
+def with_fp8(found: StateBytes, state: TrainState, precision: Precision, learns: bool) -> StateBytes:
+    """The same with its weights in FP8: beside those in bfloat16, or in their place (--fp8-param-gather)."""
+    weights = weights_in_fp8(state, precision)
+    if precision.gather:  # both copies are made with the model, whether it learns or not
+        held = sum(precision.weight_bytes(*weight.shape) for weight in weights)
+        return replace(found, parameters=found.parameters + held - sum(weight.nbytes for weight in weights))
+    return replace(found, copies=sum(precision.weight_bytes(*weight.shape, learns) for weight in weights))
+
+
 def distinct_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
     """Bytes of the storages under some tensors that are not in `seen` yet."""
     total = 0
@@ -94,17 +118,25 @@ def distinct_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
 
 
 def activation_bytes(
-    state: TrainState, shape: RowShape, attention: PlannedAttention, forward: ForwardStep
+    state: TrainState,
+    shape: RowShape,
+    attention: PlannedAttention,
+    forward: ForwardStep,
+    kernels: Kernels = PLAIN,
 ) -> ActivationBytes:
     """Forward and backward of one row through this rank's chunks.
 
     Args:
         forward: of training/step.py, for a plain row.
+        kernels: that a GPU has for the layers and the loss head.
     """
     from megatron.core.parallel_state import get_global_memory_buffer
 
     row = planned_row(shape, platform.device())
-    found = [_one_chunk(state, wrapped, row, attention, forward) for wrapped in state.chunks]
+    with standing_in(kernels.head):
+        for chunk in state.unwrapped_chunks() if kernels.precision.fused else ():
+            fuse(chunk, kernels.precision, kernels.gated_unit)
+        found = [_one_chunk(state, wrapped, row, attention, forward) for wrapped in state.chunks]
     buffers = get_global_memory_buffer().buffer.values()
     return ActivationBytes(
         saved=tuple(one.saved for one in found),

@@ -18,10 +18,12 @@ from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import with_local_layers
 from megatron_dlm.model.policy import Vocabulary
+from megatron_dlm.model.shape import one_kernel_for_gates
 from megatron_dlm.planning.attention import PlannedAttention
+from megatron_dlm.planning.fused import Kernels
 from megatron_dlm.planning.job import Job, chunks_in_flight
 from megatron_dlm.planning.losses import loss_of_values, policy_loss
-from megatron_dlm.planning.measure import ActivationBytes, StateBytes, activation_bytes, state_bytes
+from megatron_dlm.planning.measure import ActivationBytes, StateBytes, activation_bytes, state_bytes, with_fp8
 from megatron_dlm.planning.refit import Traffic, Weights, own_bytes, refit_traffic, weights_of
 from megatron_dlm.planning.world import Place, as_rank, distinct_places, engine_sizes
 from megatron_dlm.rollout.kv_cache import CacheShape, num_pages
@@ -130,8 +132,10 @@ def build(job: Job, place: Place, measured: dict) -> BuiltRank:
 
     vocabulary = Vocabulary(job.model.vocab_size, 0)
     with as_rank(place.rank, job.world_size, job.parallel) as groups:
-        # Those of Transformer Engine have the same weights, and can be built on a GPU only; FP8 is left out.
-        session = Session(job.model, with_local_layers(job.parallel), None, groups, vocabulary)
+        # Fused layers have the same weights, and can be built on a GPU only; planning/fused.py has what differs.
+        plain = dataclasses.replace(with_local_layers(job.parallel), loss_head="torch", attention_backend="dense")
+        session = Session(job.model, plain, None, groups, vocabulary)
+        kernels = Kernels(job.precision, one_kernel_for_gates(job.model), job.triton_head)
         trained: list[tuple[str, OptimizerConfig, Callable, ForwardStep]] = [
             ("policy", job.optimizer, partial(session.train_state, lora=job.lora), policy_loss(job, vocabulary))
         ]
@@ -140,19 +144,22 @@ def build(job: Job, place: Place, measured: dict) -> BuiltRank:
         models, activations, weights = {}, {}, None
         for name, optimizer, make, loss in trained:
             state = make(_on_device(optimizer), 1)
-            models[name] = _offloaded(state_bytes(state), optimizer)
+            models[name] = _offloaded(with_fp8(state_bytes(state), state, job.precision, True), optimizer)
             shapes = tuple(tuple(tensor.shape) for _, tensor in state.named_parameters())
             key = (name, place.stage, shapes)
             if key not in measured:
-                measured[key] = activation_bytes(state, job.row, PlannedAttention(job.kept), loss)
+                measured[key] = activation_bytes(state, job.row, PlannedAttention(job.kept), loss, kernels)
             activations[name] = measured[key]
             if name == "policy" and job.rollout is not None and job.rollout.rollout_backend == "native":
                 rollout = rollout_groups(groups, *engine_sizes(job.parallel, job.rollout))
-                weights = weights_of(state, rollout_model(session, rollout))
+                engine = rollout_model(session, rollout, job.rollout.rollout_weights == "fp8")
+                weights = weights_of(state, engine, job.precision)
             del state
         frozen = [name for name, there in (("reference", job.has_reference), ("teacher", job.has_teacher)) if there]
         for name in frozen:
-            models[name] = state_bytes(session.train_state(None, 1))
+            state = session.train_state(None, 1)
+            models[name] = with_fp8(state_bytes(state), state, job.precision, False)
+            del state
         return BuiltRank(place, models, activations, weights)
 
 
@@ -184,8 +191,13 @@ def _rank_plan(job: Job, rank: BuiltRank, traffic: Traffic | None, memory_bytes:
     virtual = job.parallel.num_virtual_stages_per_pipeline_rank or 1
     flight = chunks_in_flight(rank.place.stage, job.stages, virtual, job.microbatches)
     always = {f"{name} parameters": model.parameters for name, model in rank.models.items()}
-    resting = {f"{name} gradients and optimizer": model.training for name, model in rank.models.items()}
-    resting = {name: nbytes for name, nbytes in resting.items() if nbytes}
+    always |= {f"{name} weights in FP8": model.copies for name, model in rank.models.items() if not model.training}
+    sleeping = {
+        name: {f"{name} gradients and optimizer": model.training, f"{name} weights in FP8": model.copies}
+        for name, model in rank.models.items()
+        if model.training
+    }
+    resting = {holder: nbytes for held in sleeping.values() for holder, nbytes in held.items()}
     activations = {name: in_flight_bytes(found, flight) for name, found in rank.activations.items()}
     phases: dict[str, dict[str, int]] = {}
     engine = None
@@ -200,8 +212,7 @@ def _rank_plan(job: Job, rank: BuiltRank, traffic: Traffic | None, memory_bytes:
         phases["rollout"] = {**always, **({} if offload_train else resting), **cache, "engine's work": engine.work}
     for name, phase in (("policy", "train"), ("value", "train_value")):
         if name in activations:
-            own = f"{name} gradients and optimizer"
-            awake = {own: resting[own]} if offload_train else resting
+            awake = sleeping[name] if offload_train else resting
             held = {} if offload_rollout else cache
             phases[phase] = {**always, **awake, **held, "activations": activations[name]}
     return RankPlan(rank.place, rank, flight, activations["policy"], traffic, engine, phases)

@@ -17,9 +17,12 @@ from torch import nn
 
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.rollout import EngineConfig
+from megatron_dlm.model.fp8 import fp8_layers
+from megatron_dlm.planning.measure import weights_in_fp8
+from megatron_dlm.planning.precision import BF16, Precision
 from megatron_dlm.planning.world import Place, engine_sizes, place_of
-from megatron_dlm.rollout.refit import _is_buffer, _slots, training_shards
-from megatron_dlm.rollout.reshard_plan import Shard, bytes_of, is_expert, plan_refit
+from megatron_dlm.rollout.refit import _first_expert, _is_buffer, _slots, training_shards, training_tensors
+from megatron_dlm.rollout.reshard_plan import Shard, bytes_of, canonical, is_expert, plan_refit
 from megatron_dlm.training.state import TrainState
 
 MOST_RANKS = 128  # that a plan is made for
@@ -42,10 +45,13 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What one rank trains, and what its engine needs."""
+    """What one rank trains, and what its engine needs. `saved`: bytes by which what its engine keeps is less than what
+    it is given, because it keeps FP8.
+    """
 
     trained: tuple[Shard, ...]
     wanted: tuple[Wanted, ...]
+    saved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +70,43 @@ class Traffic:
     copied: int
 
 
-def weights_of(state: TrainState, model: nn.Module) -> Weights:
-    """Args: model: of the engine of this rank, on the meta device."""
+def weights_of(state: TrainState, model: nn.Module, precision: Precision = BF16) -> Weights:
+    """Args:
+    model: of the engine of this rank, on the meta device.
+    precision: of the trained model. Weights that it keeps in FP8 are computed for the engine.
+    """
     here = model.pg_collection
     place = lambda group: (group.rank(), group.size())
+    rounded = {canonical(name, _first_expert(model)): layer for name, layer in fp8_layers(model)}
+    type_of = lambda slot: rounded[slot.name].wide_dtype if slot.name in rounded else slot.owner[slot.key].dtype
+    trained = _computed(training_shards(state, model), state, model, precision)
     return Weights(
-        tuple(training_shards(state, model)),
+        tuple(replace(shard, computed=True) if shard.name in rounded else shard for shard in trained),
         tuple(
             Wanted(
                 slot.name,
                 tuple(slot.owner[slot.key].shape),
-                slot.owner[slot.key].dtype,
+                type_of(slot),
                 _is_buffer(slot),
                 place(here.tp),
                 place(here.expt_tp),
             )
             for slot in _slots(model)
         ),
+        sum(
+            layer.weight.numel() * layer.wide_dtype.itemsize - layer.weight.nbytes - layer.weight_scale.nbytes
+            for layer in rounded.values()
+        ),
     )
+
+
+def _computed(shards: list[Shard], state: TrainState, model: nn.Module, precision: Precision) -> list[Shard]:
+    """Noted as such where the trained weights are in FP8."""
+    if not precision.gather:
+        return shards
+    kept = {id(weight) for weight in weights_in_fp8(state, precision)}
+    found = {name for name, tensor in training_tensors(state, model).items() if id(tensor) in kept}
+    return [replace(shard, computed=True) if shard.name in found else shard for shard in shards]
 
 
 def own_bytes(weights: Weights) -> int:
@@ -90,7 +115,7 @@ def own_bytes(weights: Weights) -> int:
     needs = _needed(weights, trained)
     kept = {name: shard.part for name, shard in trained.items() if not shard.computed}
     shared = sum(bytes_of(shard) for shard in needs if shard.name in kept and shard.part == kept[shard.name])
-    return sum(map(bytes_of, needs)) - shared
+    return sum(map(bytes_of, needs)) - shared - weights.saved
 
 
 def refit_traffic(
@@ -133,7 +158,7 @@ def refit_traffic(
         shared = sum(bytes_of(shard) for shard in needs[key] if shard.name in plan.shared[first])
         whole = sum(bytes_of(shard) for shard in needs[key])
         mean_sent = round(sum(sent[rank] for rank in alike) / len(alike))
-        found[key] = Traffic(shared, whole - shared, received[first], mean_sent, copied[first])
+        found[key] = Traffic(shared, whole - shared - weights[key][1].saved, received[first], mean_sent, copied[first])
     return found
 
 

@@ -7,58 +7,11 @@ from typing import Any
 from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.planning.cost import StepCost, step_cost
 from megatron_dlm.planning.hardware import Hardware
+from megatron_dlm.planning.head import head_bytes
 from megatron_dlm.planning.job import Job
-from megatron_dlm.planning.layout import Layout, Workload, lengths
 from megatron_dlm.planning.memory import RankPlan
-from megatron_dlm.planning.search import fullest, in_gib, recomputation
-
-
-def layout_of(job: Job) -> Layout:
-    """The layout as the cost model has it."""
-    one = job.parallel
-    return Layout(
-        world=job.world_size,
-        tp=one.tensor_model_parallel_size,
-        pp=one.pipeline_model_parallel_size,
-        cp=one.context_parallel_size,
-        ep=one.expert_model_parallel_size,
-        etp=one.expert_tensor_parallel_size,
-        vpp=one.num_virtual_stages_per_pipeline_rank or 1,
-        sequence_parallel=one.sequence_parallel,
-        distributed_optimizer=one.use_distributed_optimizer,
-        overlap=one.overlap_grad_reduce,
-        recompute=recomputation(job)[0] or "none",
-        rollout_tp=None if job.rollout is None else job.rollout.rollout_tensor_model_parallel_size,
-    )
-
-
-def workload_of(job: Job) -> Workload:
-    """A step as the cost model has it."""
-    texts, model = job.texts, job.model
-    common = dict(
-        prompt_length=texts.prompt,
-        responses=lengths(texts.response, max(texts.response, texts.longest_response)),
-        block_size=model.block_size or texts.longest_response,
-        row_budget=job.row_budget,
-        attention="dense" if job.dense_attention else "visible",
-        itemsize=2 if model.bf16 else 4,
-    )
-    if job.rl is None:
-        return Workload(
-            prompts=job.responses, samples=1, steps_per_block=1.0, rollout=False, old_logprobs="current", **common
-        )
-    return Workload(
-        prompts=job.rollout.rollout_batch_size,
-        samples=job.samples,
-        steps_per_block=job.texts.copies,
-        updates=job.updates,
-        old_logprobs=job.rl.old_logprobs,
-        reference=job.has_reference,
-        value_model=job.value_optimizer is not None,
-        together=job.value_optimizer is not None,
-        max_running=job.rollout.max_running_requests,
-        **common,
-    )
+from megatron_dlm.planning.plain import layout_of, workload_of
+from megatron_dlm.planning.search import fullest, in_gib
 
 
 def cost_of(job: Job, hardware: Hardware, ranks: list[RankPlan]) -> tuple[StepCost | None, str]:
@@ -88,7 +41,7 @@ def table(ranks: list[RankPlan]) -> list[str]:
             f"{place.stage}",
             f"{place.expert}",
             f"{sum(model.count for model in models) / 1e6:,.1f}",
-            in_gib(sum(model.parameters for model in models)),
+            in_gib(sum(model.parameters + model.copies for model in models)),
             in_gib(sum(model.gradients for model in models)),
             in_gib(sum(model.optimizer for model in models)),
             "+".join(map(str, rank.in_flight)),
@@ -129,6 +82,25 @@ def seconds(cost: StepCost, hardware: Hardware) -> list[str]:
     return [total + "model whose fractions of peak are assumptions (docs/scaling.md):", *lines]
 
 
+def estimates(job: Job) -> list[str]:
+    """What of a plan stands for kernels that run on a GPU only, and was neither built nor measured."""
+    lines, precision, layers = [], job.precision, job.model.num_layers
+    if precision.fused:
+        count = sum(precision.in_fp8(layer, layers) for layer in range(layers))
+        fp8 = f", {count} of {layers} in FP8 ({precision.recipe})" if count else ""
+        lines.append(
+            f"Layers of Transformer Engine{fp8}: what they keep is an estimate from the sources of Transformer Engine "
+            "2.9 and megatron-core 0.16.1 (docs/planning.md)."
+        )
+    if job.triton_head:
+        ours, plain = head_bytes(job, True), head_bytes(job, False)
+        lines.append(
+            f"The loss head takes {in_gib(ours)} GiB by Triton's kernels, as on a GPU that they work on (an estimate), "
+            f"and {in_gib(plain)} GiB with --loss-head torch."
+        )
+    return lines
+
+
 def text(job: Job, ranks: list[RankPlan], hardware: Hardware, memory_bytes: int, cost: StepCost | None) -> list[str]:
     row, top = job.row, fullest(ranks)
     count = f"Distinct ranks: {len(ranks)} of {job.world_size:,}"
@@ -139,6 +111,7 @@ def text(job: Job, ranks: list[RankPlan], hardware: Hardware, memory_bytes: int,
         f"The fullest is rank {top.place.rank}, of {in_gib(memory_bytes)} GiB on {hardware.name}:",
         *phases(top),
     ]
+    lines += estimates(job)
     if top.engine is not None:
         per = top.engine.token
         lines.append(
@@ -167,7 +140,7 @@ def _rank(rank: RankPlan) -> dict[str, Any]:
     return {
         **fields(place, "rank", "alike", "tensor", "stage", "expert", "expert_tensor", "engine", "engine_expert"),
         "models": {
-            name: fields(model, "count", "parameters", "gradients", "optimizer")
+            name: fields(model, "count", "parameters", "copies", "gradients", "optimizer")
             for name, model in rank.built.models.items()
         },
         "activations": {

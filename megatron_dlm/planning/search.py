@@ -16,9 +16,11 @@ from megatron_dlm.config.fields import flag_name
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.validate import check_parallel
 from megatron_dlm.config.validate_rollout import check_rollout_layout
-from megatron_dlm.model.size import model_size
-from megatron_dlm.planning.job import Job, chunks_in_flight
+from megatron_dlm.planning.cost import parameters_of_a_rank
+from megatron_dlm.planning.fit import activation_bytes, static_bytes
+from megatron_dlm.planning.job import Job
 from megatron_dlm.planning.memory import GIB, RankPlan, plan_memory
+from megatron_dlm.planning.plain import layout_of, recomputation, workload_of
 from megatron_dlm.planning.world import Place
 
 LARGEST_TENSOR, LARGEST_CONTEXT, LARGEST_PIPELINE = 8, 8, 16
@@ -92,42 +94,12 @@ def possible(job: Job) -> bool:
 
 
 def estimate(job: Job) -> float:
-    """Bytes of the fullest rank in training, from sizes alone: parameters, gradients and optimizer of the first and the
-    last stage, and activations by what a layer of ours keeps of a token.
-
-    Rough: built ranks decide.
-    """
-    model, layout = job.model, job.parallel
-    tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    size = model_size(model)
-    experts = 0
-    if model.num_experts:
-        sparse = model.num_layers - (model.moe_first_k_dense or 0)
-        experts = sparse * model.num_experts * 3 * model.hidden_size * model.moe_ffn_hidden_size
-    shard = tensor if layout.expert_tensor_parallel_size is None else layout.expert_tensor_parallel_size
-    count = (size.body - experts) / stages / tensor + experts / stages / layout.expert_model_parallel_size / shard
-    count += max(size.embedding, size.head) / tensor if stages > 1 else (size.embedding + size.head) / tensor
-    item = 2 if model.bf16 else 4
-    replicas = job.world_size // (tensor * stages) if layout.use_distributed_optimizer else 1
-    optimizer = (12 if model.bf16 else 8) / replicas
-    models = 2 if job.value_optimizer is not None else 1
-    frozen = job.has_reference + job.has_teacher
-    bytes_of_models = count * (models * (item + 4 + optimizer) + frozen * item)
-    held = model.hidden_size / (tensor if layout.sequence_parallel else 1)
-    heads = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels / tensor
-    wide = (model.moe_ffn_hidden_size or 0) * (model.moe_router_topk or 0) or model.ffn_hidden_size
-    whole_layer = item * (6 * held + 3 * heads + 5 * wide / tensor)
-    kept = item * held if recomputation(job)[0] == "full" else whole_layer
-    layers = model.num_layers / stages
-    flight = sum(chunks_in_flight(0, stages, layout.num_virtual_stages_per_pipeline_rank or 1, job.microbatches))
-    flight /= layout.num_virtual_stages_per_pipeline_rank or 1
-    return bytes_of_models + job.row.tokens * (flight * layers * kept + whole_layer)
-
-
-def recomputation(job: Job) -> tuple[str | None, str]:
-    """What is computed again (None, 'selective' or 'full'), and whether a flag or an override says so."""
-    override = job.model.transformer_overrides.get("recompute_granularity")
-    return (override, "override") if override else (getattr(job.parallel, "recompute_granularity", None), "flag")
+    """Bytes of the fullest rank in training, by the formula of planning/fit.py. Rough: built ranks decide."""
+    model, layout, workload = job.model, layout_of(job), workload_of(job)
+    row = job.row.tokens * layout.cp
+    teacher = parameters_of_a_rank(model, layout)[2] * workload.itemsize if job.has_teacher else 0.0
+    held = static_bytes(model, layout, workload) + teacher
+    return held + activation_bytes(model, layout, workload, row, job.microbatches)
 
 
 def flags_of(before: Job, after: Job) -> str:

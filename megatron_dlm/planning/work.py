@@ -174,14 +174,18 @@ class Sizes:
         return self.dense + self.experts + self.embedding + self.head
 
 
-def sizes_of(model: ModelConfig) -> Sizes:
-    """Sizes of a resolved configuration (model/size.py), with experts apart.
+def check_blocks(model: ModelConfig) -> None:
+    """Refuse what the seconds of a step are not modelled for.
 
     Raises:
         ConfigError: a model of full attention, whose passes are of another kind.
     """
     if model.full_attention:
         raise ConfigError("the cost of a step is modelled for attention in blocks only, not for full attention.")
+
+
+def sizes_of(model: ModelConfig) -> Sizes:
+    """Sizes of a resolved configuration (model/size.py), with experts apart."""
     key = tuple(getattr(model, name) for name in _SHAPE)
     if key not in _known:
         _known[key] = _sizes_of(model)
@@ -236,7 +240,7 @@ ATTENTION_BACKWARD = 2.5
 queries and keys) instead of two. Source: FlashAttention, arXiv 2205.14135, algorithm 4."""
 
 
-def layer_traffic(model: ModelConfig, itemsize: int) -> tuple[float, float]:
+def layer_traffic(model: ModelConfig, itemsize: int, fused: bool = False) -> tuple[float, float]:
     """Bytes that one token moves through memory in the forward pass of a layer, outside its matrix products and
     attention: of what is as wide as the hidden state, and of the rest, which tensor-parallel ranks always share.
 
@@ -244,19 +248,46 @@ def layer_traffic(model: ModelConfig, itemsize: int) -> tuple[float, float]:
     writing whole tensors. Two norms (in bfloat16: a copy in fp32, its norm, the product, a cast, the weight: 28 bytes
     an element; in fp32 five passes), two residual sums (3 passes); norms of queries and keys, and their rotation (10
     passes); the gated unit (5 passes over its width); experts' tokens are permuted there and back (4 passes).
+
+    Layers of Transformer Engine (`fused`) have kernels that read and write once: norms and rotations 2 passes, the
+    gated unit 3.
     """
-    norm = 28 if itemsize == 2 else 5 * itemsize
+    norm = 2 * itemsize if fused else 28 if itemsize == 2 else 5 * itemsize
     wide = model.hidden_size * (2 * norm + 2 * 3 * itemsize)
     heads = (model.num_attention_heads + model.num_query_groups) * model.kv_channels
-    rest = heads * (10 * itemsize + (norm if model.qk_layernorm else 0))
+    rest = heads * ((2 if fused else 10) * itemsize + (norm if model.qk_layernorm else 0))
     experts = model.num_experts is not None
     ffn = model.moe_router_topk * model.moe_ffn_hidden_size if experts else model.ffn_hidden_size
-    rest += 5 * itemsize * ffn
+    rest += (3 if fused else 5) * itemsize * ffn
     if experts:
         rest += 4 * itemsize * model.moe_router_topk * model.hidden_size
     return float(wide), float(rest)
 
 
+def quantised_numbers(model: ModelConfig) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Numbers of a token that a layer in FP8 rounds: those that its products read, and the gradients of those that they
+    make; of each what is as wide as the hidden state, and the rest, as in `layer_traffic`.
+    """
+    queries = model.num_attention_heads * model.kv_channels
+    keys = 2 * model.num_query_groups * model.kv_channels
+    ffn = model.ffn_hidden_size
+    if model.num_experts is None:
+        return (2.0 * model.hidden_size, queries + ffn), (2.0 * model.hidden_size, queries + keys + 2 * ffn)
+    chosen = model.moe_router_topk  # copies of a token go to the experts, in the parts that tensor-parallel ranks have
+    routed, made = chosen * model.moe_ffn_hidden_size, chosen * model.hidden_size
+    return (
+        (1.0 * model.hidden_size, queries + routed + made),
+        (1.0 * model.hidden_size, queries + keys + 2 * routed + made),
+    )
+
+
+QUANTISED_BYTES = {"tensorwise": 6.0, "delayed": 4.0, "blockwise": 4.0, "mxfp8": 4.0}
+"""Bytes that a number moves through memory to be rounded: read, written by rows and by columns; `tensorwise` reads it
+once more, for the largest. (What a kernel makes as it writes its result is counted as if it stood alone.)"""
+
+
 LOGIT_BYTES = 40.0
 """Bytes that a logit moves through memory in a forward pass: made, cast to fp32, tempered, and the passes of a
 log-softmax."""
+TRITON_LOGIT_BYTES = 6.0
+"""The same of a loss head in Triton: written by the product, and read once more; its backward pass writes, too."""

@@ -3,9 +3,10 @@
 This package alone knows that megatron-core expects CUDA and NCCL. Call `install()` once, before megatron.core is
 imported for the first time:
   - a Transformer Engine that cannot be imported is hidden from it (platform/te.py);
-  - on a host with CUDA it selects this process's device and touches nothing else;
+  - on a host with CUDA it selects this process's device;
   - elsewhere it makes `torch.cuda` mean the CPU for the calls that megatron-core makes (platform/cpu.py), and gloo
-    stands in for NCCL.
+    stands in for NCCL;
+  - what megatron-core leaves undefined where there is no Transformer Engine is defined (platform/no_te.py).
 
 Everything above asks `device()`, `backend()` and the functions here, and never writes "cuda".
 """
@@ -45,7 +46,7 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    from megatron_dlm.platform import te
+    from megatron_dlm.platform import no_te, te
 
     te.shield()
     if is_cuda():
@@ -59,6 +60,7 @@ def install() -> None:
         from megatron_dlm.platform import cpu
 
         cpu.install()
+    no_te.install()
     _installed = True
 
 

@@ -255,12 +255,6 @@ def _patch_megatron() -> None:
     # Tensors made with device="cuda" amid forward and backward: the schedules' token counters, the router's losses.
     schedules.torch = moe_utils.torch = _torch_on_cpu()
     _patch_hybrid_optimizer()
-    # Norms that are computed again ask Transformer Engine about FP8, unless they are told that there is none.
-    if not random_state.HAVE_TE:
-        random_state.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-    # Imported only where Transformer Engine is, used everywhere.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
 
 
 class _OnHost(torch.Tensor):

@@ -87,6 +87,16 @@ def hidden() -> str | None:
     return _probe()[1] if _NAME in sys.modules and sys.modules[_NAME] is None and _probe.cache_info().currsize else None
 
 
+def found() -> str:
+    """What this process has, in words, for a comparison with other processes: a version, none, or one that does not
+    load, and why.
+    """
+    if not _probe.cache_info().currsize and importlib.util.find_spec(_NAME) is None:
+        return "none"
+    version, reason = _probe()
+    return version if reason is None else f"one that cannot be imported ({reason})"
+
+
 def installed() -> str:
     """The version of Transformer Engine, which can be imported.
 

@@ -101,7 +101,8 @@ class Teacher:
         budget = max([self.budget, *(largest_part(item) for _, item in items)])
         parts = [(index, part) for index, item in items for part in split_views(item, budget)]
         config = self.state.config
-        multiple = row_multiple(groups.tp_size, fp8_tokens(config.fp8, config.fp8_recipe))
+        attention = self.state.unwrapped_chunks()[0].backend_of_rows(platform.device())
+        multiple = row_multiple(groups.tp_size, fp8_tokens(config.fp8, config.fp8_recipe), attention)
         loads = [load_of(part) for _, part in parts]
         plan = pack(loads, budget, 1, multiple)
         built = [build_row([parts[n] for n in members], plan.length, mask_id, pad_id) for members in plan.ranks[0]]

@@ -229,7 +229,9 @@ def policy_forward(vocabulary: Vocabulary, settings: UpdateSettings, teacher: Te
                 loss = loss + settings.distill_coef * distill_loss
                 metrics |= {"distill_loss": distill_loss.detach(), "teacher_kl": distance.detach().sum()}
             if settings.sees_rollout_states:
-                metrics[MISMATCH] = (logprob.detach() - cast(rl_row.rollout_logprob)).abs().sum()
+                apart = (logprob.detach() - cast(rl_row.rollout_logprob)).abs()
+                metrics[MISMATCH] = apart.sum()
+                metrics[f"{MISMATCH}_max"] = torch.cat([apart.new_zeros(1), apart]).max()
             return loss, metrics
 
         return model.module.forward_row(rl_row.row, headless=settings.head_chunk > 0), loss_fn
@@ -287,10 +289,10 @@ def update_policy(
     for index, (rows, length) in enumerate(prepared):
         result = train_step(state, rows, policy_forward(vocabulary, settings, teacher), length)
         norms.append(result.grad_norm)
-        difference = result.metrics.pop(MISMATCH, None)
+        difference, most = result.metrics.pop(MISMATCH, None), result.metrics.pop(f"{MISMATCH}_max", None)
         largest = max(largest, result.metrics.pop("ratio_max"))
         if index == 0 and difference is not None:
-            mismatch = {MISMATCH: difference / max(result.metrics["targets"], 1.0)}
+            mismatch = {MISMATCH: difference / max(result.metrics["targets"], 1.0), f"{MISMATCH}_max": most}
         for name, value in result.metrics.items():
             totals[name] = totals.get(name, 0.0) + value
     targets, units = max(totals.pop("targets"), 1.0), max(totals.pop("units"), 1.0)

@@ -1,14 +1,14 @@
 """From logits to unmasked tokens: the policy, the draw, and which of the drawn tokens are kept.
 
-By operations of torch, or (`fused`) by three kernels in Triton: two for the draw (diffusion/sampling_triton.py), one
-for what is kept of whole blocks (unmask_triton.py). None of these waits for the host, and the draw reads the logits
-where they are, so it takes all positions at a time. Positions with top-k or top-p are drawn by torch in both ways, and
-so are logits in float64.
+By operations of torch, or (`fused`) by kernels in Triton: two for the draw (diffusion/sampling_triton.py) and one more
+while any running sequence has top-k or top-p (filters_triton.py), one for what is kept of whole blocks
+(unmask_triton.py). None of these waits for the host, and the draw reads the logits where they are, so it takes all
+positions at a time. Logits in float64 are torch's in both ways.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -24,16 +24,9 @@ _TABLE_BYTES = 2**28  # of one [rows, V] table in float64
 _GATHERED_BYTES = 2**30  # of the whole logits of positions whose shards the kernels need together
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """By which rules N positions are drawn, found out once for all rounds of the same slots.
-
-    by_kernels: whether there are positions for the kernels.
-    by_torch: the others, so many at a time as torch works on: which of the N they are, their rules, and what these ask.
-    """
-
-    by_kernels: bool
-    by_torch: list[tuple[Tensor | slice, DrawRules, Asked]]
+Rules = list[tuple[slice, DrawRules, Asked]]
+"""By which rules torch draws N positions, so many at a time as it works on: which of the N they are, their rules, and
+what these ask for. Found out once for all rounds of the same slots."""
 
 
 class Denoiser:
@@ -50,26 +43,19 @@ class Denoiser:
         self.batch, self.vocabulary, self.tp_group, self.fused = batch, vocabulary, tp_group, fused
         self._rows = max(1, _TABLE_BYTES // (8 * vocabulary.size))  # positions that torch works on at a time
 
-    def rules(self, where: Tensor) -> Rules:
-        """Those of N positions in these slots [N]. The kernels find theirs themselves: while nobody has filters, nobody
-        looks for positions that do.
+    def rules(self, where: Tensor) -> Rules | None:
+        """Those of N positions in these slots [N]; None with kernels, which find theirs themselves. Here the host waits
+        for the device.
         """
-        if not self.fused:
-            return self._rules_of_torch(where)
-        if not self.batch.filters:
-            return Rules(True, [])
-        filtered = torch.nonzero(self.batch.draw_rules(where).filtered)[:, 0]
-        if len(filtered) == len(where):
-            return self._rules_of_torch(where)
-        parts = filtered.split(self._rows) if len(filtered) else []
-        return Rules(True, [self._part(where, rows) for rows in parts])
+        return None if self.fused else self._rules_of_torch(where)
 
     def _rules_of_torch(self, where: Tensor) -> Rules:
-        return Rules(False, [self._part(where, slice(n, n + self._rows)) for n in range(0, len(where), self._rows)])
-
-    def _part(self, where: Tensor, rows: Tensor | slice) -> tuple[Tensor | slice, DrawRules, Asked]:
-        rules = self.batch.draw_rules(where[rows])
-        return rows, rules, Asked.by(rules)
+        found = []
+        for first in range(0, len(where), self._rows):
+            part = slice(first, first + self._rows)
+            rules = self.batch.draw_rules(where[part])
+            found.append((part, rules, Asked.by(rules)))
+        return found
 
     def draw(self, logits: Tensor, where: Tensor, position: Tensor, rules: Rules | None = None) -> Draws:
         """One token for each of N positions.
@@ -79,11 +65,10 @@ class Denoiser:
             where, position: int64 [N], slots and positions in the text.
             rules: `rules(where)`, if it is known.
         """
-        rules = rules or self.rules(where)
-        if rules.by_kernels and logits.dtype == torch.float64:
-            rules = self._rules_of_torch(where)
-        draws = self._drawn_by_kernels(logits, where, position) if rules.by_kernels else _no_draws(where)
-        for rows, *how in rules.by_torch:
+        if self.fused and logits.dtype != torch.float64:
+            return self._agreed(self._drawn_by_kernels(logits, where, position))
+        draws = _no_draws(where)
+        for rows, *how in self._rules_of_torch(where) if rules is None else rules:
             part = self._drawn_by_torch(logits[rows], where[rows], position[rows], *how)
             for field in fields(Draws):
                 getattr(draws, field.name)[rows] = getattr(part, field.name)
@@ -106,9 +91,8 @@ class Denoiser:
             width = logits.shape[1] * dist.get_world_size(self.tp_group)
             rows = max(1, _GATHERED_BYTES // (logits.element_size() * width))
         split = zip(*(one.split(rows) for one in (logits, slot, position)))
-        parts = [
-            draw_logits(self._whole(one), *at, *of_slots, vocabulary.size, vocabulary.mask_id) for one, *at in split
-        ]
+        policy = vocabulary.size, vocabulary.mask_id
+        parts = [draw_logits(self._whole(one), *at, *of_slots, *policy, batch.filters) for one, *at in split]
         if len(parts) == 1:
             return parts[0]
         return Draws(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws)))
@@ -164,8 +148,8 @@ class Denoiser:
         slot: Tensor,
         position: Tensor,
         masked: Tensor,
-        version: int,
-        rules: Rules,
+        version: Tensor,
+        rules: Rules | None = None,
     ) -> None:
         """The same for whole blocks, in shapes that do not depend on what is chosen.
 
@@ -173,7 +157,8 @@ class Denoiser:
             logits: [n * B, V / TP].
             slot: int64 [n]. position: int64 [n, B], the current blocks.
             masked: bool [n, B], what may be unmasked.
-            rules: of all n * B positions.
+            version: int64 [], of the weights.
+            rules: of all n * B positions, if they are known.
         """
         batch, line = self.batch, slot[:, None]
         draws = self.draw(logits, slot.repeat_interleave(position.shape[1]), position.flatten(), rules)

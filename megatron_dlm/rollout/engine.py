@@ -22,7 +22,7 @@ matrix products; docs/architecture.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -38,7 +38,7 @@ from megatron_dlm.rollout.attention.backends import backend
 from megatron_dlm.rollout.attention.queries import Queries
 from megatron_dlm.rollout.batch import Progress, RunningBatch
 from megatron_dlm.rollout.denoiser import Denoiser, Rules
-from megatron_dlm.rollout.graphs import GraphedForward, width_for
+from megatron_dlm.rollout.graphs import GraphedForward, GraphedRounds, width_for
 from megatron_dlm.rollout.kv_cache import BlockKVCache, CacheShape, num_pages
 from megatron_dlm.rollout.options import EngineOptions
 from megatron_dlm.rollout.plan import Plan, Sequence, Span
@@ -110,9 +110,14 @@ class Engine:
         widest = -(-options.max_length // options.page_size)
         self.page_table = torch.zeros((slots + 1, widest), dtype=torch.int64, device=self.device)
         self.page_table[self.batch.spare] = self.cache.scratch
-        self.graphs = GraphedForward(self._forward) if options.cuda_graphs else None
         self.denoiser = Denoiser(self.batch, vocabulary, self.tp_group, options.fused_sampler)
+        self.graphs: GraphedForward | GraphedRounds | None = None
+        if options.cuda_graphs and options.fused_sampler:
+            self.graphs = GraphedRounds(self._forward, partial(self._decide_round, None))
+        elif options.cuda_graphs:
+            self.graphs = GraphedForward(self._forward)
         self.weight_version = 0
+        self._version = torch.zeros((), dtype=torch.int64, device=self.device)  # the same, where kernels read it
         self.stats = EngineStats()
 
     # Requests -------------------------------------------------------------------------------------------------------
@@ -303,9 +308,10 @@ class Engine:
             size = self.options.page_size
             rounds = Rounds(self.batch, self.page_table, size, self.cache.scratch, sequences, pages * size, width)
             self.batch.forget_filters(sequences)
-            rules = self.denoiser.rules(rounds.slot.repeat_interleave(rounds.block))
+            self._version.fill_(self.weight_version)
+            rounds, one_round = self._maker(rounds)
         for _ in range(self.options.rounds_per_sync):
-            rounds.round(self._forward_round, partial(self._decide_round, rules))
+            one_round()
         with stats.phase("collect"):
             finished = []
             for one, (progress, end, *standing) in zip(sequences, rounds.outcome()):
@@ -322,18 +328,30 @@ class Engine:
         stats.head_tokens += len(slots) * rounds.block * self.options.rounds_per_sync
         return traces
 
-    def _forward_round(self, tokens: Tensor, queries: Queries, slots: Tensor) -> Tensor:
-        with self.stats.phase("model"):
-            return (self.graphs or self._forward)(tokens, queries, slots)
+    def _maker(self, rounds: Rounds) -> tuple[Rounds, Callable[[], object]]:
+        """The rounds to look at, and what makes one of them."""
+        if isinstance(self.graphs, GraphedRounds):
+            batch = self.batch  # its stop tokens and widest block have other shapes when they grow
+            rounds, again = self.graphs(rounds, batch.widest_block, batch.stops.shape[1], int(batch.filters))
+            return rounds, partial(self._in_phase, "model", again)
+        rules = self.denoiser.rules(rounds.slot.repeat_interleave(rounds.block))
+        forward = partial(self._in_phase, "model", self.graphs or self._forward)
+        decide = partial(self._in_phase, "sample", partial(self._decide_round, rules))
+        return rounds, partial(rounds.round, forward, decide)
+
+    def _in_phase(self, name: str, work: Callable[..., Tensor | None], *given: object) -> Tensor | None:
+        with self.stats.phase(name):
+            return work(*given)
 
     def _forward(self, tokens: Tensor, queries: Queries, slots: Tensor) -> Tensor:
         """Logits [N, V / TP] at the slots of a pass."""
         attention = self.attention(self.cache, queries)
         return self.model.forward_tokens(tokens, RowParams(position=queries.position, slots=slots, attention=attention))
 
-    def _decide_round(self, rules: Rules, logits: Tensor, slot: Tensor, position: Tensor, masked: Tensor) -> None:
-        with self.stats.phase("sample"):
-            self.denoiser.step_blocks(logits, slot, position, masked, self.weight_version, rules)
+    def _decide_round(
+        self, rules: Rules | None, logits: Tensor, slot: Tensor, position: Tensor, masked: Tensor
+    ) -> None:
+        self.denoiser.step_blocks(logits, slot, position, masked, self._version, rules)
 
     def _collect(self, spans: list[Span], slot: Tensor) -> list[Trace]:
         """Count the step; move finished blocks on; hand out finished responses."""

@@ -1,11 +1,13 @@
-"""Forward passes of fixed shapes as CUDA graphs: captured once for each shape, replayed afterwards.
+"""Rounds, or their forward passes, as CUDA graphs: captured once for each shape, replayed afterwards.
 
 A pass of a few hundred tokens is so short on a GPU that launching its kernels takes longer than running them. The
 rounds of rounds.py have few shapes, because their width is rounded up to one of `WIDTHS`, and all that changes between
-them is the content of five tensors.
+them is the content of a few tensors. With the sampler's kernels, which never wait for the host, the whole round is one
+graph: forward pass, head, draw, unmasking, and where each sequence stands then (`GraphedRounds`). With torch's sampler,
+whose operations depend on who asks for what, the forward pass is (`GraphedForward`).
 
 Captured addresses must stay what they were: the engine forgets all graphs when its cache sleeps or its weights change.
-Not run on CUDA yet. On a CPU a pass is "replayed" by making it again from the same five tensors, which shows that
+Not run on CUDA yet. On a CPU a graph is "replayed" by doing the same again on the same tensors, which shows that
 nothing else changes.
 """
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.rollout.attention.queries import Queries
+from megatron_dlm.rollout.rounds import Decide, Forward, Rounds
 
 WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _WARM_UP = 3  # passes before a capture, so that kernels are chosen and workspaces exist
@@ -39,10 +42,10 @@ class GraphedForward:
         forward: the same, eager. It may not wait for the device (Queries.seen is None).
     """
 
-    def __init__(self, forward: Callable[[Tensor, Queries, Tensor], Tensor]) -> None:
+    def __init__(self, forward: Forward) -> None:
         self.forward = forward
         self.captured: dict[tuple[int, ...], _Captured] = {}
-        self._pool = None  # of all graphs: only the logits of the last replay are ever read
+        self._recorder = _Recorder()
 
     def clear(self) -> None:
         """Forget all graphs: what they point to may move."""
@@ -65,17 +68,8 @@ class GraphedForward:
         if not platform.is_cuda():
             logits = again()
             return _Captured(tokens, queries, logits, lambda: logits.copy_(again()))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                again()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = again()
-        return _Captured(tokens, queries, logits, graph.replay)
+        logits, replay = self._recorder(again)
+        return _Captured(tokens, queries, logits, replay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +80,76 @@ class _Captured:
     queries: Queries
     logits: Tensor
     replay: Callable[[], object]
+
+
+class GraphedRounds:
+    """Whole rounds, each one replay. The rounds that a graph was captured for lend it their tensors; later ones of its
+    shape go on in these:
+
+        rounds, again = graphed(rounds)
+        for _ in range(4):
+            again()
+        rounds.outcome()
+
+    Args:
+        forward, decide: of `Rounds.round`. They may not wait for the device, and what they read beside their arguments
+            may change in content alone, unless the caller tells of it.
+    """
+
+    def __init__(self, forward: Forward, decide: Decide) -> None:
+        self.forward, self.decide = forward, decide
+        self.captured: dict[tuple[int, ...], tuple[Rounds, Callable[[], object]]] = {}
+        self._recorder = _Recorder()
+
+    def clear(self) -> None:
+        """Forget all graphs: what they point to may move."""
+        self.captured.clear()
+
+    def __call__(self, rounds: Rounds, *also: int) -> tuple[Rounds, Callable[[], object]]:
+        """The rounds to look at, and what makes one of them.
+
+        Args:
+            also: beside the rounds' own shape, what a graph cannot be replayed for another value of.
+        """
+        shape = (*rounds.shape, *also)
+        if shape not in self.captured:
+            self.captured[shape] = rounds, self._capture(rounds)
+        own, replay = self.captured[shape]
+        own.take(rounds)
+        return own, replay
+
+    def _capture(self, rounds: Rounds) -> Callable[[], object]:
+        """Warm-up passes must leave no trace: the sequences idle in them."""
+        again = partial(rounds.round, self.forward, self.decide)
+        standing = rounds.progress.clone()
+        rounds.idle()
+        if platform.is_cuda():
+            _, replay = self._recorder(again)
+        else:
+            again()
+            replay = again
+        rounds.progress.copy_(standing)
+        return replay
+
+
+class _Recorder:
+    """Captures what some work does as CUDA graphs, which share their memory: what one makes is read before another is
+    replayed.
+    """
+
+    def __init__(self) -> None:
+        self._pool = None
+
+    def __call__(self, work: Callable[[], Tensor | None]) -> tuple[Tensor | None, Callable[[], object]]:
+        """Do it some times, then capture it: what it returns, which a replay overwrites, and the replay."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            made = work()
+        return made, graph.replay

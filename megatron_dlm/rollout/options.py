@@ -21,7 +21,8 @@ class EngineOptions:
         denoising step of the next one; head and softmax run at masked positions only.
     rounds_per_sync: denoising rounds that are made before the host looks at what became of them, where nobody waits to
         be let in. On a GPU the device then never waits for the host; sequences that end in between idle.
-    cuda_graphs: such rounds are captured and replayed, their width and the number of keys rounded up to few values.
+    cuda_graphs: such rounds are captured and replayed, whole with fused_sampler, else their forward passes; their width
+        and the number of keys are rounded up to few values.
     fused_sampler: tokens are drawn and unmasked by kernels in Triton (Denoiser).
     longest_first: waiting requests with the most tokens left start first, so that no long one is left over at the end.
     """

@@ -19,10 +19,12 @@ Sharing survives whatever moves the storage of a training parameter (`parameter.
 same; `run` puts the objects in place again, in case some were replaced.
 
 The engine knows no adapters: weights that have one are merged with it on the way, one at a time, into storage of the
-engine's own. So in the layout of training a refit writes these weights and shares all others.
+engine's own. So in the layout of training a refit writes these weights and shares all others. Nor can it share weights
+that it keeps in FP8 (model/fp8.py): each refit rounds them anew (refit_fp8.py).
 
-Invariants (tests/rollout/test_refit.py): afterwards every rollout parameter equals, bit by bit, the training parameter
-of that name, merged; shared ones have its address; a model in the layout of training without adapters moves nothing.
+Invariants (tests/rollout/test_refit.py, test_refit_fp8.py): afterwards every rollout parameter equals, bit by bit, the
+training parameter of that name, merged and rounded; shared ones have its address; a model in the layout of training
+without adapters or FP8 moves nothing.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor, nn
 
 from megatron_dlm import platform
+from megatron_dlm.model.fp8 import fp8_layers, give_storage
 from megatron_dlm.model.lora import OF_ADAPTERS, Adapter
 from megatron_dlm.parallel.exchange import gather_objects
-from megatron_dlm.rollout.refit_check import check_weights
+from megatron_dlm.rollout.refit_check import Witness, check_weights
+from megatron_dlm.rollout.refit_fp8 import Arrivals, in_turn, pieces
 from megatron_dlm.rollout.reshard_plan import Shard, bytes_of, canonical, is_expert, plan_refit
 from megatron_dlm.rollout.transport import PointToPoint, carry, operations, slices
 from megatron_dlm.training.state import TrainState, adapters_by_weight, global_names
@@ -67,7 +71,7 @@ class RefitReport:
 
     @property
     def moved(self) -> int:
-        """Bytes written into the rollout model."""
+        """Bytes written into the rollout model, as they were before those of weights in FP8 were rounded."""
         return self.received + self.copied
 
 
@@ -105,19 +109,23 @@ class Refit:
     ) -> None:
         self.state, self.rollout_model, self.verify = state, rollout_model, verify
         self.transport = PointToPoint()
+        first = _first_expert(rollout_model)
+        self.rounded = {canonical(name, first): layer for name, layer in fp8_layers(rollout_model)}
+        self.local_names = {canonical(name, first): name for name, _ in fp8_layers(rollout_model)}
         trained = training_shards(state, rollout_model)
-        if not share:  # the plan shares nothing that is computed
-            trained = [replace(shard, computed=True) for shard in trained]
+        # The plan shares nothing that is computed.
+        trained = [replace(s, computed=True) if not share or s.name in self.rounded else s for s in trained]
         training = gather_objects(trained)
         known = {shard.name: shard for shards in training for shard in shards}
         self.slots = [slot for slot in _slots(rollout_model) if slot.name in known or not _is_buffer(slot)]
-        wanted = [_shard_like(known.get(slot.name), slot, rollout_model.pg_collection) for slot in self.slots]
+        wanted = [self._wanted(known.get(slot.name), slot) for slot in self.slots]
         rank = dist.get_rank()
         ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         plan = plan_refit(training, gather_objects(wanted), bucket_bytes, ranks_per_host)
         self.shared = plan.shared[rank]
         self.copies = [copy for copy in plan.local if copy.target == rank]
         self.batches = [operations(batch, rank) for batch in plan.batches]
+        self.steps = in_turn(self.copies, self.batches)
         self.received = sum(copy.nbytes for batch in plan.batches for copy in batch if copy.target == rank)
         self.shared_bytes = sum(bytes_of(shard) for shard in wanted if shard.name in self.shared)
         self._give_storage()
@@ -133,16 +141,27 @@ class Refit:
         self.state.gather_parameters()  # the optimizer may still owe this rank other ranks' parts
         training = _Given(training_tensors(self.state, self.rollout_model), adapters_by_weight(self.state))
         self._share(training.stored)
-        targets = {slot.name: slot.owner[slot.key] for slot in self.slots}
-        for copy in self.copies:
-            targets[copy.name][slices(copy.target_region)].copy_(training[copy.name][slices(copy.source_region)])
-        for batch in self.batches:
-            carry(batch, training, targets, self.transport)
+        witness = Witness(self.rollout_model, self.local_names) if self.verify else None
+        stored = {slot.name: slot.owner[slot.key] for slot in self.slots}
+        targets = Arrivals(stored, self.rounded, pieces(self.steps), witness and witness.see)
+        for copies, batch in self.steps:
+            for copy in copies:
+                targets[copy.name][slices(copy.target_region)].copy_(training[copy.name][slices(copy.source_region)])
+                targets.landed([copy.name])
+            if batch is not None:
+                carry(batch, training, targets, self.transport)
+                targets.landed(operation.param_name for operation in batch.recv_ops)
         platform.synchronize()
         seconds = time.monotonic() - start
-        if self.verify:
-            check_weights(self.state, self.rollout_model)
+        if witness is not None:
+            check_weights(self.state, self.rollout_model, witness.parts)
         return RefitReport(self.received, sum(copy.nbytes for copy in self.copies), self.shared_bytes, seconds)
+
+    def _wanted(self, trained: Shard | None, slot: _Slot) -> Shard:
+        """What is carried for a slot: in the type of training, whatever the engine makes of it."""
+        shard = _shard_like(trained, slot, self.rollout_model.pg_collection)
+        layer = self.rounded.get(slot.name)
+        return shard if layer is None else replace(shard, dtype=layer.wide_dtype)
 
     def _share(self, training: dict[str, Tensor]) -> None:
         for slot in self.slots:
@@ -152,6 +171,8 @@ class Refit:
     def _give_storage(self) -> None:
         """Hang in the shared tensors, and make the others where there is only a meta tensor."""
         self._share(training_tensors(self.state, self.rollout_model))
+        for layer in self.rounded.values():
+            give_storage(layer, platform.device())
         for slot in self.slots:
             tensor = slot.owner[slot.key]
             if tensor.is_meta:

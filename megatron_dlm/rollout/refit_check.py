@@ -7,12 +7,13 @@ element's place in the whole tensor. So the fingerprint of a whole is the sum of
 is cut; one element that differs, or stands elsewhere, changes it.
 
 Parameters and persistent buffers are compared; counters that no checkpoint holds are not. Of a weight with an adapter
-what counts is the two merged.
+what counts is the two merged. Weights that the engine keeps in FP8 are gone when all has arrived: of these a `Witness`
+takes the fingerprints while they are whole, and looks whether what the layer has is that, rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor, nn
 
 from megatron_dlm.config.errors import TrainingError
+from megatron_dlm.model.fp8 import FP8, holds
 from megatron_dlm.model.lora import OF_ADAPTERS, adapted_layers
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.training.state import TrainState
@@ -48,14 +50,39 @@ class Part:
     fingerprint: int
 
 
-def check_weights(state: TrainState, rollout_model: nn.Module) -> None:
+class Witness:
+    """Sees weights that are about to be dropped.
+
+    Args:
+        names: of the weights in FP8, in the rollout model, by their names in the whole model.
+
+    Attributes:
+        parts: of the rank's rollout weights that it has seen.
+    """
+
+    def __init__(self, rollout_model: nn.Module, names: Mapping[str, str]) -> None:
+        self.names, self.parts = names, []
+        self._content = _content(rollout_model) if names else {}
+
+    def see(self, name: str, layer: nn.Module, wide: Tensor) -> None:
+        """What a layer was given; one that holds something else has the fingerprint of something else."""
+        own = self.names[name]
+        found = list(_parts_of(own, self._content[own], wide))
+        wrong = 0 if holds(layer, wide) else 1
+        self.parts += [replace(part, fingerprint=(part.fingerprint + wrong) % 2**64) for part in found]
+
+
+def check_weights(state: TrainState, rollout_model: nn.Module, seen: Iterable[Part] = ()) -> None:
     """Compare every rank's rollout weights with the training weights. Collective over the world.
+
+    Args:
+        seen: parts of the rank's rollout weights that it does not keep as they were.
 
     Raises:
         TrainingError: they differ; names the first parameter that does.
     """
     trained = list(_parts(state.unwrapped_chunks(), state.groups.pg_collection.dp_cp))
-    rolled = list(_parts([rollout_model], rollout_model.pg_collection.dp_cp))
+    rolled = [*_parts([rollout_model], rollout_model.pg_collection.dp_cp), *seen]
     answers = gather_objects((trained, rolled))
     name = differing(
         (part for answer in answers for part in answer[0]), (part for answer in answers for part in answer[1])
@@ -145,17 +172,30 @@ def _shift(value: Tensor, bits: int) -> Tensor:
 
 def _parts(chunks: Iterable[nn.Module], replicas: torch.distributed.ProcessGroup) -> Iterator[Part]:
     for chunk in chunks:
-        content = chunk.sharded_state_dict(metadata={"dp_cp_group": replicas})
         adapted = dict(adapted_layers(chunk))
-        for name, value in content.items():
-            if OF_ADAPTERS in name:
+        for name, value in _content(chunk, replicas).items():
+            stored = getattr(value, "data", None)
+            if OF_ADAPTERS in name or (isinstance(stored, Tensor) and stored.dtype == FP8):
                 continue
-            if name in adapted:
-                value = replace(value, data=adapted[name].lora.merged(adapted[name].weight))
-            for tensor in nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]:
-                if isinstance(tensor, ShardedTensor) and tensor.data is not None:
-                    offset, whole = tuple(tensor.global_offset), tuple(tensor.global_shape)
-                    key = f"{tensor.key}{list(offset[: tensor.prepend_axis_num])}"
-                    data = dequantize_fp8_tensor(tensor.data) if is_float8tensor(tensor.data) else tensor.data
-                    mark = fingerprint(data, offset, whole)
-                    yield Part(key, offset, tuple(tensor.data.shape), name, mark)
+            data = adapted[name].lora.merged(adapted[name].weight) if name in adapted else None
+            yield from _parts_of(name, value, data)
+
+
+def _content(
+    chunk: nn.Module, replicas: torch.distributed.ProcessGroup | None = None
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """Where the tensors of a chunk stand in the stored model."""
+    return chunk.sharded_state_dict(metadata={"dp_cp_group": replicas or chunk.pg_collection.dp_cp})
+
+
+def _parts_of(name: str, value: ShardedTensor | ShardedTensorFactory, data: Tensor | None = None) -> Iterator[Part]:
+    """Args: data: what counts, where that is not what is stored."""
+    if data is not None:
+        own_type = {"dtype": data.dtype} if isinstance(value, ShardedTensor) else {}
+        value = replace(value, data=data, **own_type)
+    for tensor in nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]:
+        if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+            offset, whole = tuple(tensor.global_offset), tuple(tensor.global_shape)
+            key = f"{tensor.key}{list(offset[: tensor.prepend_axis_num])}"
+            data = dequantize_fp8_tensor(tensor.data) if is_float8tensor(tensor.data) else tensor.data
+            yield Part(key, offset, tuple(tensor.data.shape), name, fingerprint(data, offset, whole))

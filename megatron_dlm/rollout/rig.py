@@ -15,7 +15,9 @@ from megatron_dlm.config.parallel import with_local_layers, without_recompute
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.diffusion.trace import SamplingParams
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
+from megatron_dlm.model.fp8 import hold_in_fp8, product_pairs
 from megatron_dlm.model.shape import model_shape, transformer_config
+from megatron_dlm.parallel import self_test
 from megatron_dlm.parallel.groups import Groups, rollout_groups
 from megatron_dlm.rollout.engine import Engine
 from megatron_dlm.rollout.refit import Refit, RefitReport
@@ -74,7 +76,11 @@ class RolloutRig:
         groups = rollout_groups(
             session.groups, rollout.rollout_tensor_model_parallel_size, rollout.rollout_expert_model_parallel_size
         )
-        model = rollout_model(session, groups)
+        in_fp8 = rollout.rollout_weights == "fp8"
+        if in_fp8 and self_test.needed():
+            work = lambda: product_pairs(platform.device())
+            self_test.passed("--rollout-weights", "fp8", "trained", torch.bfloat16, work)
+        model = rollout_model(session, groups, in_fp8)
         transfer = Refit(state, model, rollout.refit_bucket_mib * 2**20, rollout.verify_refit)
         full = bool(session.model.full_attention)
         block = 1 if full else rollout.rollout_block_size or session.model.block_size
@@ -133,8 +139,12 @@ class RolloutRig:
         )
 
 
-def rollout_model(session: Session, groups: Groups) -> BlockDiffusionModel:
-    """A model in the rollout layout, on the meta device: refit gives it the training parameters, or storage."""
+def rollout_model(session: Session, groups: Groups, in_fp8: bool = False) -> BlockDiffusionModel:
+    """A model in the rollout layout, on the meta device: refit gives it the training parameters, or storage.
+
+    Args:
+        in_fp8: whether its layers keep their weights in FP8 (model/fp8.py).
+    """
     with_experts = session.model.num_experts is not None
     parallel = dataclasses.replace(
         with_local_layers(without_recompute(session.parallel)),
@@ -149,4 +159,6 @@ def rollout_model(session: Session, groups: Groups) -> BlockDiffusionModel:
     config = transformer_config(session.model, parallel, use_cpu_initialization=True, perform_initialization=False)
     with platform.cuda_calls_on_cpu(), torch.device("meta"):
         model = BlockDiffusionModel(config, model_shape(session.model), groups.pg_collection)
+        if in_fp8:
+            hold_in_fp8(model)
     return model.requires_grad_(False).eval()

@@ -8,6 +8,9 @@ the c waits for a round, one that has ended idles until the host looks; neither 
 places than sequences, so that few shapes occur (CUDA graphs): empty ones compute a block of nobody.
 
 The host gives each sequence the pages of all blocks that it may reach before it looks again (Scheduler.for_rounds).
+
+What differs between two lots of rounds of one `shape` is the content of a few tensors, which a round writes in place:
+so a round can be captured once as a CUDA graph, draw and unmasking included, and replayed for others (graphs.py).
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ Forward = Callable[[Tensor, Queries, Tensor], Tensor]
 
 Decide = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """(logits of n blocks, slot [n], position [n, B], may be unmasked: bool [n, B]): draw, and unmask in the batch."""
+
+
+_STANDING = ("slot", "page_table", "uncommitted", "progress", "steps", "committed")
 
 
 class Rounds:
@@ -75,6 +81,21 @@ class Rounds:
         self.every = torch.arange(self.rows * self.block, device=device)
         self.read = self.every[commits * self.block :]  # the head is read at all positions of the current blocks
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What must be the same for one graph to serve other rounds of the same engine."""
+        return (self.block, self.commits, self.key_length[0], *self.page_table.shape)
+
+    def take(self, other: Rounds) -> None:
+        """Stand where others of the same shape stand."""
+        self.count = other.count
+        for name in _STANDING:
+            getattr(self, name).copy_(getattr(other, name))
+
+    def idle(self) -> None:
+        """Let all sequences have ended. Rounds then change nothing: what they compute goes to the scratch page."""
+        self.progress[:, 0] = Progress.LENGTH
+
     def round(self, forward: Forward, decide: Decide) -> None:
         """One pass, and what follows from it."""
         batch, slot = self.batch, self.slot
@@ -107,8 +128,8 @@ class Rounds:
         current = position[self.commits :]
         decide(logits, slot, current, stepped[:, None] & ~batch.known[slot[:, None], current])
         now = batch.advance(slot, stepped)
-        self.progress = torch.where(stepped[:, None], now, self.progress)
-        self.uncommitted = torch.where(stepped, now[:, 0] == Progress.NEXT_BLOCK, self.uncommitted)
+        self.progress.copy_(torch.where(stepped[:, None], now, self.progress))
+        self.uncommitted.copy_(torch.where(stepped, now[:, 0] == Progress.NEXT_BLOCK, self.uncommitted))
         self.steps += stepped.sum()
         self.committed += commits.sum()
 

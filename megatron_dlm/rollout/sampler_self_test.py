@@ -1,5 +1,5 @@
 """A small round by which the sampler's kernels are tried out (parallel/self_test.py): all kinds of confidence and of
-remasking, temperatures, greedy positions, a vocabulary of several pieces with padding.
+remasking, temperatures, greedy positions, top-k and top-p, a vocabulary of several pieces with padding.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def sampler_pairs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[st
     masked = torch.rand(_SLOTS, _BLOCK, generator=generator) < 0.8
     slot = torch.arange(_SLOTS, device=device)
     position = torch.arange(_BLOCK, device=device).repeat(_SLOTS, 1)
-    batches = []
+    version, batches = torch.ones((), dtype=torch.int64, device=device), []
     for fused in (True, False):
         batch = _batch(device)
         denoiser = Denoiser(batch, Vocabulary(_COLUMNS - 30, _MASK), None, fused)
         rules = denoiser.rules(slot.repeat_interleave(_BLOCK))
-        denoiser.step_blocks(logits.to(device, dtype), slot, position, masked.to(device), 1, rules)
+        denoiser.step_blocks(logits.to(device, dtype), slot, position, masked.to(device), version, rules)
         batches.append(batch)
     mine, right = batches
     same = (mine.tokens == right.tokens) & (mine.known == right.known) & (mine.step == right.step)
@@ -48,4 +48,6 @@ def _batch(device: torch.device) -> RunningBatch:
     batch.temperature[:] = torch.linspace(0.6, 1.4, _SLOTS + 1, device=device)
     batch.greedy[:], batch.stream[:] = number % 5 == 0, 1234567 * number
     batch.threshold[:], batch.entropy_bound[:] = 0.3, 3.0
+    batch.filters, batch.top_k[:] = True, torch.where(number % 3 == 0, 20, 0)
+    batch.top_p[:] = torch.where(number % 4 == 1, 0.9, 1.0)
     return batch

@@ -24,7 +24,8 @@ class EngineStats:
         finished: responses. response_tokens: theirs.
         preemptions: sequences that lost their pages.
         seconds: 'schedule' (host), 'model' (the layers and the head), 'sample' (softmax, draw, unmasking), 'collect'
-            (reading what happened). On a GPU the host does not wait in between: only their sum means something there.
+            (reading what happened). Rounds that are replayed whole are 'model'. On a GPU the host does not wait in
+            between: only their sum means something there.
     """
 
     passes: int = 0

@@ -18,12 +18,13 @@ WIDEST = 64  # positions of a block; a program holds the square of it
 _DYNAMIC, _SEQUENTIAL, _ENTROPY_BOUNDED = (tl.constexpr(kind) for kind in (1, 2, 3))  # of unmasking.Remasking
 
 
-def unmask(batch: RunningBatch, draws: Draws, slot: Tensor, position: Tensor, masked: Tensor, version: int) -> None:
+def unmask(batch: RunningBatch, draws: Draws, slot: Tensor, position: Tensor, masked: Tensor, version: Tensor) -> None:
     """Write what is kept of the draws for whole blocks into the batch.
 
     Args:
         draws: [n * B]. slot: int64 [n], none twice but that of nobody. position: int64 [n, B], B at most WIDEST.
-        masked: bool [n, B], what may be unmasked. version: of the weights.
+        masked: bool [n, B], what may be unmasked. version: int64 [], of the weights; on the device, so that a graph of
+            this can be replayed with other weights.
     """
     n, block = position.shape
     if n:
@@ -38,7 +39,7 @@ def unmask(batch: RunningBatch, draws: Draws, slot: Tensor, position: Tensor, ma
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["weights"])
+@triton.jit
 def _unmask(
     token, logprob, sampling_logprob, confidence,
     slot, position, masked,
@@ -81,4 +82,4 @@ def _unmask(
     tl.store(step_table + place, tl.load(steps_taken + which) + 1 + tl.zeros_like(drawn), mask=chosen)
     tl.store(logprob_table + place, tl.load(logprob + here, mask=chosen, other=0.0), mask=chosen)
     tl.store(sampling_logprob_table + place, tl.load(sampling_logprob + here, mask=chosen, other=0.0), mask=chosen)
-    tl.store(version_table + place, weights + tl.zeros_like(drawn), mask=chosen)
+    tl.store(version_table + place, tl.load(weights) + tl.zeros_like(drawn), mask=chosen)

@@ -41,13 +41,19 @@ from megatron_dlm.training.state import TrainState
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Attributes: model: every size filled in. groups: the training layout. vocabulary: what the policy ranges over."""
+    """Attributes:
+    model: every size filled in. groups: the training layout. vocabulary: what the policy ranges over.
+    attention, fused_head: the attention backend of rows, and whether the loss head has kernels, where they have been
+        tried out; None before.
+    """
 
     model: ModelConfig
     parallel: ParallelConfig
     tokenizer: Tokenizer
     groups: Groups
     vocabulary: Vocabulary
+    attention: str | None = None
+    fused_head: bool | None = None
 
     @classmethod
     def open(cls, model: ModelConfig, parallel: ParallelConfig, tokenizer: TokenizerConfig, seed: int) -> Session:
@@ -69,13 +75,15 @@ class Session:
         check_attention(parallel, resolved)
         by_triton("--loss-head", parallel.loss_head)  # which says what is missing
         te.require(parallel)
-        return cls(
+        session = cls(
             resolved,
             parallel,
             words,
             process_groups.initialize(parallel, seed),
             Vocabulary(words.vocab_size, words.mask_id),
         )
+        attention, fused_head = session._kernels()
+        return dataclasses.replace(session, attention=attention, fused_head=fused_head)
 
     @property
     def grid(self) -> Grid:
@@ -85,7 +93,8 @@ class Session:
     @property
     def row_multiple(self) -> int:
         """Lengths of rows are multiples of this."""
-        return row_multiple(self.groups.tp_size, self.parallel.token_multiple)
+        attention = self.attention or check_attention(self.parallel, self.model)
+        return row_multiple(self.groups.tp_size, self.parallel.token_multiple, attention)
 
     @property
     def rows_multiple(self) -> int:
@@ -163,6 +172,8 @@ class Session:
         Raises:
             DependencyError: one that was asked for by name does not work on some rank.
         """
+        if self.attention is not None and self.fused_head is not None:
+            return self.attention, self.fused_head
         model, parallel, device = self.model, self.parallel, platform.device()
         dtype, tensor = dtype_of(model), self.groups.tp_size
         attention = check_attention(parallel, model)

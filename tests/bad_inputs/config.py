@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.bad_inputs.bench import Bad
 
+FP8_WEIGHTS = "--rollout-weights"
+
 ENTRIES = [
     # ---- what is not there
     Bad("no such command", "slt --lr 1", says=("slt", "Did you mean sft?")),
@@ -208,6 +210,21 @@ ENTRIES = [
         "--transformer-override attention_backend=flash",
         "--attention-backend",
     ),
+    Bad("weights in FP8 of a model in fp32", "tracerl", f"{FP8_WEIGHTS} fp8", (f"{FP8_WEIGHTS} fp8", "--bf16")),
+    Bad(
+        "weights in FP8 that are too narrow",
+        "tracerl",
+        f"{FP8_WEIGHTS} fp8 --bf16 --ffn-hidden-size 56",
+        ("--ffn-hidden-size is 56", "multiples of 16", f"{FP8_WEIGHTS} trained"),
+    ),
+    Bad(
+        "weights in FP8 in SGLang",
+        "tracerl",
+        f"{FP8_WEIGHTS} fp8 --bf16 --rollout-backend sglang --sglang-python /bin/true",
+        (f"{FP8_WEIGHTS} fp8", "native"),
+    ),
+    Bad("generation with weights in FP8 in fp32", "generate", f"{FP8_WEIGHTS} fp8", (FP8_WEIGHTS, "--bf16")),
+    Bad("weights in another type", "tracerl", f"{FP8_WEIGHTS} int8", (FP8_WEIGHTS, "'int8'")),
     Bad("SGLang without its interpreter", "tracerl", "--rollout-backend sglang", "--sglang-python is not set"),
     Bad(
         "an interpreter that is not there",

@@ -115,7 +115,12 @@ ENTRIES = [
         f"{TE} --fp8-format hybrid --bf16 --fp8-param-gather",
         "--use-distributed-optimizer",
     ),
-    Bad("adapters beside fused layers", "sft", f"{TE} --load ckpt --lora-rank 2", ("--lora-rank 2", "local")),
+    Bad(
+        "adapters beside weights in FP8",
+        "sft",
+        f"{TE} --fp8-format hybrid --bf16 --fp8-param-gather --use-distributed-optimizer --load ckpt --lora-rank 2",
+        ("--lora-rank 2", "--fp8-param-gather"),
+    ),
     Bad("fused layers without a GPU", "sft", TE, (TE, "GPU"), kind="DependencyError"),
     Bad("a timeout beyond time", "sft", f"--distributed-timeout-minutes {10**9}", "--distributed-timeout-minutes"),
     Bad("three processes for tensor parallel 2", "sft", f"{TP} 2", ("3 processes", f"{TP} 2"), ranks=3),

@@ -118,15 +118,51 @@ def test_what_does_not_fit_the_budget_is_told(tmp_path, monkeypatch, capsys) -> 
         return "ended" if limit < 29.5 else None
 
     file = tmp_path / "gpu.json"
-    words = [*TOY, "--parts", "correctness", "packed", "--budget-seconds", "30", "--json", str(file)]
+    words = [*TOY, "--parts", "correctness", "packed", "--budget", "43", "--json", str(file)]
+    assert PARTS["correctness"].share == 240 and PARTS["packed"].share == 100
     assert gpu_suite.main(words, slow) == 1
-    assert seen == {"correctness": 30}
+    assert seen == {"correctness": pytest.approx(43 * 240 / 340), "packed": pytest.approx(13.5)}, "the rest"
     parts = json.loads(file.read_text())["parts"]
-    assert parts["correctness"]["why"] is None and "--budget-seconds 30" in parts["packed"]["why"]
+    assert parts["correctness"]["why"] is None and not parts["correctness"]["late"]
+    assert parts["packed"]["why"] == "cut short after 14 seconds, its share of --budget 43"
     again = f"{{}}: python -m benchmarks.gpu_suite --parts {{}} --device cpu --size tiny --json {file} --keep"
     assert again.format("1 part was left out or cut short", "packed") in capsys.readouterr().out
     assert gpu_suite.main([*words[:-3], "20", *words[-2:]], slow) == 1
     assert again.format("2 parts were left out or cut short", "correctness packed") in capsys.readouterr().out
+
+
+def test_limits_share_out_the_budget_and_what_a_part_leaves() -> None:
+    from benchmarks.gpu_figures import limit_of
+
+    names, left = list(PARTS), 600.0
+    for name in names:
+        limit = limit_of(name, names, left)
+        assert limit == pytest.approx(600 * PARTS[name].share / sum(part.share for part in PARTS.values()))
+        left -= limit
+    assert left == pytest.approx(0)
+    assert limit_of("refit", ["refit"], 50.0) == 50 and limit_of("refit", ["head", "refit"], -1.0) == 0
+    # Nothing used by the first: the second has more.
+    assert limit_of(names[1], names, 600) > 600 * PARTS[names[1]].share / sum(part.share for part in PARTS.values())
+    worth = ["correctness", "training-8b", "attention", "step", "rollout", "head", "refit", "curves"]
+    assert [name for name in names if name in worth] == worth
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_program_that_is_ended_leaves_what_it_has_written(written, tmp_path, monkeypatch) -> None:
+    from benchmarks import gpu_parts
+
+    def never_ends(command, *_: object, timeout: float, **__: object) -> None:
+        assert 0 < timeout <= 0.9 * 20
+        if written:
+            Path(command[command.index("--json") + 1]).write_text('[{"what": "logits", "passed": true}]')
+        raise gpu_parts.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu_parts.subprocess, "run", never_ends)
+    says = "ended before it was through" if written else "had not written anything"
+    with pytest.raises(RuntimeError, match=says):
+        gpu_parts.measure("correctness", "tiny", "cpu", tmp_path / "out.json", 20.0)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["passed"] == {"value": 1.0}) is written and ("why" in found["failed"]) is not written
 
 
 def test_a_failed_check_is_an_exit_code(tmp_path) -> None:
@@ -143,7 +179,7 @@ def test_a_failed_check_is_an_exit_code(tmp_path) -> None:
         (["--parts", "--write", "nowhere.md"], "--write nowhere.md"),
         ([*TOY, "--json", "no/such/folder.json"], "--json no/such/folder.json"),
         ([*TOY, "--keep"], "--keep"),
-        ([*TOY, "--budget-seconds", "0"], "--budget-seconds 0"),
+        ([*TOY, "--budget", "0"], "--budget 0"),
     ],
 )
 def test_command_lines_that_cannot_work(words, says, page, capsys) -> None:

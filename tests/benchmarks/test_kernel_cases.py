@@ -30,4 +30,5 @@ def test_each_difference_has_its_limit_and_what_raises_fails(monkeypatch) -> Non
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_cannot_run_here_is_told() -> None:
     assert kernel_cases._kernels(torch.float32) == {"loss head and sampler in Triton": "this host has no GPU"}
-    assert kernel_cases._layers(torch.bfloat16) == {}
+    assert kernel_cases._layers(torch.bfloat16) == {} == kernel_cases._weights(torch.float32)
+    assert all(0 <= found < allowed / 2 for found, allowed in kernel_cases._weights(torch.bfloat16).values())

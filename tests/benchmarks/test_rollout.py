@@ -32,7 +32,8 @@ TINY += ["--budgets", 512, 16, "--page-sizes", 16, 3, "--repeats", 2]
 
 def test_every_contestant_makes_the_same_and_is_counted_for_what_it_did(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    code = rollout.main([*map(str, TINY), "--json", str(tmp_path / "figures.json")])
+    kinds = ["--dtype", "bf16", "--weights", "trained", "fp8"]
+    code = rollout.main([*map(str, TINY), *kinds, "--json", str(tmp_path / "figures.json")])
     said = capsys.readouterr()
     assert code == 0, said.err
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -46,7 +47,7 @@ def test_every_contestant_makes_the_same_and_is_counted_for_what_it_did(tmp_path
         found = {one["name"]: one for one in result["contestants"]}
         assert list(found) == [
             *("plain loop", "engine", "prompts not shared", "commits apart", "head everywhere"),
-            *("1 running", "16 tokens a pass", "pages of 3"),
+            *("1 running", "16 tokens a pass", "pages of 3", "weights fp8"),
         ]
         for name, one in found.items():
             responses = 3 if name == "plain loop" else 8 if name == "1 running" else 12
@@ -70,6 +71,7 @@ def test_every_contestant_makes_the_same_and_is_counted_for_what_it_did(tmp_path
 
 
 BAD = {
+    "weights": (["--dtype", "fp32", "--weights", "fp8"], "--weights fp8 needs --dtype bf16"),
     "lengths": (["--prompt-lengths", "9", "4"], "--prompt-lengths 9 4"),
     "steps": (["--denoising-steps", "5"], "--denoising-steps 5"),
     "steps of a block": (["--block-size", "8", "--denoising-steps", "9"], "8 tokens of a block"),
@@ -222,6 +224,11 @@ def test_the_roofline_of_sdar_8b_on_an_h200(sequences: int, context: int, millis
     assert matrix_parameters(shape) == pytest.approx(7.568e9, rel=1e-3)
     seconds = seconds_of_a_pass(shape, 2, HARDWARE["H200"], sequences, context, 4)
     assert 1000 * seconds == pytest.approx(milliseconds, abs=0.02)
+    # 6.946e9 of the parameters are in layers: in FP8 of one byte, and multiplied at twice the rate
+    products = 8 * sequences / 989e12
+    waits = max(2 * 7.568e9 / 4.8e12, 7.568e9 * products), max(8.190e9 / 4.8e12, 4.095e9 * products)
+    saved = seconds - seconds_of_a_pass(shape, 2, HARDWARE["H200"], sequences, context, 4, in_fp8=True)
+    assert saved == pytest.approx(waits[0] - waits[1], rel=1e-3)
     assert tokens_per_second(seconds, sequences, 4, 2) == pytest.approx(4 / 3 * sequences / seconds)
 
 

@@ -13,6 +13,7 @@ from megatron_dlm.__main__ import main
 from tests.tiny import leave_job
 
 RL = ["plan", "--model-preset", "tiny", "--vocab-size", "512", "--bf16", "--global-batch-size", "32"]
+FP8 = "--transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe"
 LAYOUT = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2"]
 
 
@@ -66,11 +67,17 @@ def test_replicas_share_the_optimizer(capsys):
         "--recompute-granularity selective",
         "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 "
         "--rollout-expert-model-parallel-size 1",
+        f"{FP8} blockwise --num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2 --recompute-granularity "
+        "selective --recompute-modules layernorm core_attn --expert-tensor-parallel-size 1",
+        f"{FP8} tensorwise --fp8-param-gather --use-distributed-optimizer --first-last-layers-bf16 --use-value-model "
+        "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1",
     ],
 )
 def test_every_layout_can_be_planned(capsys, layout):
     code, out, err = told(capsys, *RL, *layout.split(), "--plan-world-size", 8)
     assert (code, err) == (0, "") and "It fits" in out
+    assert ("Transformer Engine" in out) == (FP8 in layout) and "GiB by Triton's kernels" in out
 
 
 def test_who_sleeps_is_not_there(capsys):
@@ -112,6 +119,10 @@ def test_what_does_not_fit_is_refused_with_what_does(capsys):
     ("flags", "says"),
     [
         (["--plan-hardware", "z80"], "z80"),
+        (
+            [*"--plan-hardware a100 --transformer-impl transformer_engine --fp8-format e4m3".split()],
+            "no products in FP8",
+        ),
         (["--plan-world-size", "0"], "--plan-world-size is 0"),
         (["--plan-world-size", "3", "--tensor-model-parallel-size", "2"], "3 processes cannot be split"),
         (["--plan-tokens-per-step", "0"], "--plan-tokens-per-step is 0"),

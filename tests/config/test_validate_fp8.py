@@ -87,9 +87,9 @@ def test_what_only_some_weights_can_do() -> None:
     assert told(check_fp8_weights, fused, LoadConfig(hf_checkpoint="there")) is None
     assert "offload" in told(check_fp8_optimizer, gather, OptimizerConfig(optimizer_cpu_offload=True))
     assert told(check_fp8_optimizer, fused, OptimizerConfig(optimizer_cpu_offload=True)) is None
-    assert "--lora-rank 4" in told(check_lora_layers, LoraConfig(lora_rank=4), fused)
-    assert told(check_lora_layers, LoraConfig(lora_rank=4), ParallelConfig()) is None
-    assert told(check_lora_layers, LoraConfig(), fused) is None
+    assert "--fp8-param-gather" in told(check_lora_layers, LoraConfig(lora_rank=4), gather)
+    assert told(check_lora_layers, LoraConfig(lora_rank=4), fused) is None
+    assert told(check_lora_layers, LoraConfig(), gather) is None
 
 
 def test_engines_have_plain_layers_in_the_same_layout() -> None:
@@ -110,10 +110,12 @@ def test_engines_have_plain_layers_in_the_same_layout() -> None:
     ],
 )
 def test_rows_are_as_long_as_fp8_wants_them_on_each_rank(given: dict, tokens: int) -> None:
-    from megatron_dlm.diffusion.planner import ROW_MULTIPLE, row_multiple
+    from megatron_dlm.diffusion.planner import FLEX_TILE, ROW_MULTIPLE, row_multiple
 
     assert ParallelConfig(**given).token_multiple == tokens
     for ranks in (1, 2, 3, 8):
         multiple = row_multiple(ranks, tokens)
         assert multiple % ROW_MULTIPLE == 0 and multiple % ranks == 0 and multiple // ranks % tokens == 0
         assert multiple <= ROW_MULTIPLE * ranks * tokens
+        tiled = row_multiple(ranks, tokens, "flex")
+        assert tiled % FLEX_TILE == tiled % multiple == 0 and tiled <= 2 * multiple

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -200,6 +202,23 @@ def test_the_flag_reaches_the_models_of_a_session_and_an_update_is_the_same() ->
         results.append(train_step(state, [row, row], sft_forward(vocabulary(), 2, 512), len(row.tokens)))
     assert results[0].metrics["loss"] == pytest.approx(results[1].metrics["loss"], rel=1e-5)
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
+
+
+def test_rows_of_whole_tiles_are_not_filled_up() -> None:
+    from types import SimpleNamespace
+
+    from megatron_dlm.training.setup import Session
+
+    model = ModelConfig(bf16=True, kv_channels=16)
+    session = Session(model, ParallelConfig(attention_backend="flex"), None, SimpleNamespace(tp_size=3), None)
+    length = session.row_multiple
+    assert length == 384, "whole tiles, and as much for each of 3 ranks"
+    assert dataclasses.replace(session, attention="dense").row_multiple == 192, "where the kernels do not work"
+    assert Session(model, ParallelConfig(), None, SimpleNamespace(tp_size=1), None).row_multiple == 64, "on a CPU"
+    x = torch.zeros(length, 1, 2, 16)
+    layout = row_of([(9, [7])], 0).layout.padded(length)
+    whole = attention_flex._by_head(x, len(attention_flex._whole_tiles(layout).group))
+    assert whole.data_ptr() == x.data_ptr() and whole.shape == (1, 2, length, 16)
 
 
 @pytest.mark.parametrize("backend", ["dense", "flex"])

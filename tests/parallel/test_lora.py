@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.harness import pool
+from tests.harness import STAND_IN, pool
 from tests.parallel.test_context import rows_of
 from tests.small_model import whole
 from tests.tiny import PAD_ID, model_config, vocabulary
@@ -89,11 +89,11 @@ def folders(tmp_path_factory):
     return folder / "adapted", folder / "plain"
 
 
-def gradients_of(parallel: dict, folder):
+def gradients_of(parallel: dict, folder, dtype: torch.dtype = torch.float64):
     from megatron_dlm.checkpoint.distributed import load
     from megatron_dlm.training.step import accumulate_gradients
 
-    state = make_state(parallel, torch.float64)
+    state = make_state(parallel, dtype)
     load(state, folder, with_optimizer=False)
     rows, length = parts(state)
     loss = accumulate_gradients(state, rows, forward_step, length)["loss"]
@@ -126,6 +126,7 @@ LAYOUTS = {
     "pp2 in chunks, recomputed in part": PP2 | MLP | dict(num_virtual_stages_per_pipeline_rank=2),
     "cp2": dict(context_parallel_size=2),
 }
+TE = SP | dict(transformer_impl="transformer_engine")
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,16 @@ def test_gradients_are_those_of_one_process(layout: str, folders, alone) -> None
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert (found[name] - value).norm() <= 1e-10 * value.norm(), name
+
+
+def test_gradients_beside_layers_of_transformer_engine_are_those_beside_plain_ones(folders, alone) -> None:
+    """Their adapters read what the fused norm gives; they are the same files."""
+    loss, expected = alone[0]
+    for found_loss, found in pool(2, STAND_IN).run(gradients_of, TE, folders[0], torch.float32):
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (found[name] - value).norm() <= 1e-4 * value.norm(), name
 
 
 @pytest.mark.parametrize("layout", [DISTRIBUTED, SP], ids=["dp2 overlap", "tp2 sp"])

@@ -30,7 +30,7 @@ def small_workload(layout: Layout, rows: int) -> Workload:
     """As many rows for each data rank as `traffic.step` has, each of one prompt with two responses."""
     return supervised(
         rows * layout.data, traffic.PROMPT, (traffic.RESPONSE,), samples=traffic.SAMPLES, steps_per_block=2.0,
-        row_budget=192, itemsize=4,
+        row_budget=192, itemsize=4, attention="dense",
     )  # fmt: skip
 
 
@@ -98,7 +98,8 @@ def test_layouts_share_the_work() -> None:
         Layout(world=8, tp=2, pp=2, cp=2), Layout(world=4, tp=4, ep=4, etp=1, sequence_parallel=True),
     ):  # fmt: skip
         assert step_cost(model, layout, work, H100).flops * layout.world == pytest.approx(
-            alone, rel=0.02 if layout.cp > 1 else 1e-6
+            alone,
+            rel=0.03 if layout.cp > 1 else 1e-6,  # a part is rounded up, too
         )
 
 

@@ -11,6 +11,7 @@ from megatron_dlm.model.shape import resolve
 from megatron_dlm.planning import fit
 from megatron_dlm.planning.hardware import HARDWARE
 from megatron_dlm.planning.layout import Layout, Workload
+from megatron_dlm.planning.precision import Precision
 
 MODEL = resolve(ModelConfig(model_preset="sdar-8b"), None)
 H100 = HARDWARE["h100"]
@@ -60,6 +61,17 @@ def test_what_fits() -> None:
     assert not fit.fits(MODEL, Layout(world=8, tp=2), dataclasses.replace(WORK, row_budget=600), H100)
     large = resolve(ModelConfig(model_preset="sdar-30b-a3b"), None)
     assert not fit.fits(large, Layout(world=8), WORK, H100)
+
+
+def test_fp8_adds_copies_and_takes_away_half_of_what_products_read() -> None:
+    numbers = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
+    plain, bf16, fp8 = (Layout(precision=one) for one in (Precision(), Precision(True), Precision(True, "tensorwise")))
+    gather = Layout(precision=Precision(True, "tensorwise", gather=True))
+    static = [fit.static_bytes(MODEL, layout, WORK) for layout in (plain, bf16, fp8, gather)]
+    assert static[0] == static[1] == static[3] and static[2] - static[1] == pytest.approx(2 * numbers, rel=1e-3)
+    kept = [fit.activation_bytes(MODEL, layout, WORK, 8192, 1) for layout in (plain, bf16, fp8)]
+    assert kept[0] - kept[1] == pytest.approx(36 * 8192 * 2 * 12288)
+    assert kept[1] - kept[2] == pytest.approx(36 * 8192 * (2 * 4096 + 12288))
 
 
 def test_room_is_what_is_left() -> None:

@@ -32,8 +32,13 @@ def rl_job(world=8, plan=None, **layout):
 
 
 def test_rows_are_rounded_as_the_planner_rounds():
-    assert rl_job().row.tokens == 8000  # 125 x 64
-    assert rl_job(tensor_model_parallel_size=4, context_parallel_size=2).row.tokens == 4032  # 8064 / 2
+    assert rl_job(attention_backend="dense").row.tokens == 8000  # 125 x 64
+    assert rl_job().row.tokens == 8064  # 63 tiles of 128
+    shared = dict(tensor_model_parallel_size=4, context_parallel_size=2)
+    assert rl_job(**shared).row.tokens == 4096  # 8064 / 2, and 3 for a block: 32 tiles
+    fp8 = dict(transformer_impl="transformer_engine", fp8_format="hybrid", fp8_recipe="blockwise")
+    shared = dict(tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True)
+    assert rl_job(**fp8, **shared).row.tokens == 4352  # 8192 / 2, and 3: 17 blocks of 128 on each of 2 ranks
 
 
 def test_a_trace_is_learned_in_a_copy_per_step():
@@ -67,7 +72,7 @@ def test_fine_tuning_has_one_copy_and_half_the_targets():
     )
     job = job_of(config, model, 1)
     assert job.rl is None and job.texts.own == 600
-    assert job.row.targets == round(job.row.tokens * 300 / 700 * (0.001 + 1) / 2)
+    assert job.row.targets == round(7000 * 300 / 700 * (0.001 + 1) / 2)
 
 
 @pytest.mark.parametrize(

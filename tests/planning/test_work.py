@@ -182,4 +182,4 @@ def test_sizes_add_up(preset: str) -> None:
 
 def test_full_attention_is_refused() -> None:
     with pytest.raises(ConfigError, match="not for full attention"):
-        work.sizes_of(resolve(ModelConfig(model_preset="llada-8b"), None))
+        work.check_blocks(resolve(ModelConfig(model_preset="llada-8b"), None))

@@ -51,17 +51,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_dlm.diffusion import sampling_triton
-from megatron_dlm.model import head_triton
+from megatron_dlm.diffusion import filters_triton, sampling_triton
+from megatron_dlm.model import fp8_triton, head_triton
 from megatron_dlm.rollout import unmask_triton
 
-SIXTY_FOUR = "labels slot position kinds streams steps token remasking tokens_table step_table version_table"
-SIXTY_FOUR = f"{SIXTY_FOUR} block_size denoising_steps block_steps steps_taken".split()
-DOUBLE = "mass more logprob sampling_logprob confidence threshold entropy_bound logprob_table"
+SIXTY_FOUR = "labels slot position top_k kinds streams steps token remasking tokens_table step_table version_table"
+SIXTY_FOUR = f"{SIXTY_FOUR} weights block_size denoising_steps block_steps steps_taken".split()
+DOUBLE = "mass more kept moment top_p logprob sampling_logprob confidence threshold entropy_bound logprob_table"
 DOUBLE = f"{DOUBLE} sampling_logprob_table".split()
 TYPES = dict.fromkeys(SIXTY_FOUR, "*i64") | dict.fromkeys(DOUBLE, "*fp64")
-TYPES |= dict(best="*i32", greedy="*u8", masked="*u8", known_table="*u8")
-WHOLE = "width first size mask_id pieces weights length".split()
+TYPES |= dict(best="*i32", last="*i32", lasts="*i32", greedy="*u8", masked="*u8", known_table="*u8")
+WHOLE = "width first size mask_id pieces length".split()
 
 
 def ptx(kernel, warps, constants, **types):
@@ -79,12 +79,15 @@ for dtype in ("*bf16", "*fp32"):
         ptx(head_triton._statistics, 16, head | dict(LOWEST=-8e37, WITH_MOMENT=True), logits=dtype),
         ptx(head_triton._gradient, 16, head | dict(WITH_ENTROPY=True), logits=dtype),
         ptx(sampling_triton._pieces, 8, dict(PIECE=4096), logits=dtype, temperatures="*fp64"),
-        ptx(sampling_triton._tokens, 8, dict(PIECE=4096, PIECES=64), logits=dtype, temperatures="*fp64"),
+        ptx(sampling_triton._tokens, 8, dict(PIECE=4096, PIECES=64, FILTERS=True), logits=dtype, temperatures="*fp64"),
+        ptx(filters_triton.keep, 8, dict(PIECE=4096, PIECES=64, TILE=2048, WAYS=8), logits=dtype, temperatures="*fp64"),
     ):
         assert re.search(r"ld\\.global\\.\\S*v4", code), "logits are not loaded 16 bytes at a time"
         assert "div.rn.f32" in code and "ld.local" not in code
 for block in (4, 64):
     ptx(unmask_triton._unmask, 4, dict(BLOCK=block))
+code = ptx(fp8_triton._round, 8, dict(BLOCK=4096), wide="*bf16", data="*fp8e4nv", columns="i32")
+assert "cvt.rn.satfinite.e4m3x2.f32" in code and "div.rn.f32" in code and "ld.local" not in code
 print("compiled")
 """
 

@@ -108,7 +108,7 @@ def test_none_is_installed(package, monkeypatch) -> None:
         te.installed()
     assert "--transformer-impl local" in str(caught.value)
     te.shield()
-    assert "transformer_engine" not in sys.modules and te.hidden() is None
+    assert "transformer_engine" not in sys.modules and te.hidden() is None and te.found() == "none"
 
 
 def described() -> str:
@@ -125,6 +125,7 @@ def test_an_installation_that_does_not_load_ends_a_process_of_its_own_and_is_hid
     with pytest.raises(ImportError):  # which is all that megatron-core expects
         import transformer_engine.pytorch.optimizers  # noqa: F401
     assert te.hidden() == BROKEN[content]
+    assert te.found() == f"one that cannot be imported ({BROKEN[content]})"
     assert f"plain layers (Transformer Engine cannot be imported: {BROKEN[content]})" in described()
     with pytest.raises(DependencyError) as caught:
         te.installed()
@@ -137,7 +138,7 @@ def test_one_that_loads_is_left_alone(package) -> None:
     te.shield()
     import transformer_engine.pytorch
 
-    assert transformer_engine.__version__ == te.installed() == "2.7.0" and te.hidden() is None
+    assert transformer_engine.__version__ == te.installed() == te.found() == "2.7.0" and te.hidden() is None
 
 
 def test_a_run_starts_beside_one_that_does_not_load(package, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from megatron_dlm.rollout.attention.self_test import agrees, largest_difference,
 from megatron_dlm.rollout.engine import Engine
 from megatron_dlm.rollout.kv_cache import CacheShape
 from megatron_dlm.rollout.options import EngineOptions
+from tests.harness import pool
 from tests.rollout import fake_kernels
 from tests.rollout.test_engine import SAMPLING, WAYS, by_key, requests, same
 from tests.tiny import make_model, vocabulary
@@ -60,6 +61,27 @@ def test_flex_reads_pages_in_place_when_they_are_tiles(monkeypatch, page: int) -
     monkeypatch.setattr(flex, "TILE", page)
     for seed in range(3):
         assert largest_difference(flex.FlexAttention, GatheredAttention, shape(page), CPU, seed) < 1e-12
+
+
+def test_the_self_test_of_flex_compiles_what_passes_need(monkeypatch) -> None:
+    """Traced as for a GPU; what is behind torch's limit of graphs is an error, and no passes write out all scores."""
+    import torch._dynamo
+    from torch._dynamo.testing import CompileCounter
+
+    counter, given, compile_ = CompileCounter(), {}, torch.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch, "compile", lambda f, **how: given.update(how) or compile_(f, backend=counter, **how))
+    kernel = flex._kernel.__wrapped__("cuda")
+    monkeypatch.setattr(flex, "_kernel", lambda device: kernel)
+    assert given["fullgraph"] and torch._dynamo.config.recompile_limit >= 64
+    asked = shape(16, torch.float32, 16)
+    assert agrees(flex.FlexAttention, GatheredAttention, asked, CPU)
+    known = counter.frame_count
+    assert known > 1
+    with torch.no_grad():
+        pages, passes = random_passes(asked, CPU, full=False)
+        assert len(list(outputs(flex.FlexAttention, asked, pages, passes, 0.25))) == 2 * len(passes)
+    assert counter.frame_count == known
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -248,7 +270,7 @@ def test_which_kind_serves_on_which_gpu(gpu) -> None:
     assert served("auto", small, gpu((9, 0))) == "flash 3"
     assert served("auto", small, gpu((10, 0))) == "flashinfer"
     assert served("auto", shape(256, torch.bfloat16, 80), gpu((10, 0))) == "flash 2"
-    assert served("auto", shape(16, torch.float32, 64), gpu((9, 0))) == "flex"
+    assert served("auto", shape(16, torch.float32, 64), gpu((9, 0))) == "sdpa"
     assert served("auto", shape(16, torch.float64, 64), gpu((9, 0))) == "sdpa"
 
 
@@ -279,7 +301,7 @@ def test_a_missing_or_broken_library_is_refused(gpu, monkeypatch, tmp_path) -> N
     monkeypatch.setattr(optional.importlib, "import_module", _broken)
     with pytest.raises(DependencyError, match="cannot be imported here \\(undefined symbol: x\\)"):
         backend("flashinfer", asked, device)
-    assert served("auto", asked, device) == "flex"
+    assert served("auto", asked, device) == "sdpa"
 
 
 def _missing(name: str):
@@ -317,3 +339,33 @@ def test_a_backend_that_raises_or_computes_otherwise_does_not_agree(fakes) -> No
         assert agrees(KINDS["flash 3"].build(), GatheredAttention, asked, CPU)
         assert not agrees(Wrong, GatheredAttention, asked, CPU)
         assert not agrees(broken, GatheredAttention, asked, CPU)
+
+
+def chosen_where_rank_1_cannot(kind: str | None, name: str) -> tuple[str, str]:
+    """The backend of each of two ranks, or why there is none, and what the rank says."""
+    import contextlib
+    import io
+    from unittest import mock
+
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.parallel.groups import initialize
+
+    rank, said = initialize(ParallelConfig(), seed=1).rank, io.StringIO()
+    refused = lambda asked, *_: DependencyError(f"no {asked} here.") if rank == 1 and asked == kind else None
+    bad = mock.patch.object(backends, "_refusal", refused)
+    slow = mock.patch.object(backends, "agrees", lambda *_: True)
+    with bad, slow, contextlib.redirect_stdout(said):
+        try:
+            found = backend(name, shape(16), Gpu()).__name__
+        except DependencyError as error:
+            found = str(error)
+    return found, said.getvalue()
+
+
+def test_all_ranks_take_the_same_backend() -> None:
+    assert pool(2).run(chosen_where_rank_1_cannot, None, "auto") == [("Flash3", "")] * 2
+    (one, said), (other, silence) = pool(2).run(chosen_where_rank_1_cannot, "flash 3", "flash")
+    assert one == other == "Flash2" and not silence
+    assert said == "Rollout attention is not flash 3, because rank 1 cannot have it: no flash 3 here.\n"
+    found = pool(2).run(chosen_where_rank_1_cannot, "sdpa", "sdpa")
+    assert [error for error, _ in found] == ["no sdpa here."] * 2

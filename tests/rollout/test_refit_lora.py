@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.harness import pool
-from tests.parallel.test_lora import PP2, SP, TP2, forward_step, make_state, parts
+from tests.harness import STAND_IN, pool
+from tests.parallel.test_lora import PP2, SP, TE, TP2, forward_step, make_state, parts
 from tests.tiny import model_config, vocabulary
 
 
@@ -97,6 +97,7 @@ CASES = {
         False,
     ),
     "tp2": (2, TP2, 2, True),
+    "tp2 sp, Transformer Engine to tp1": (2, TE, 1, False),
 }
 
 
@@ -105,7 +106,8 @@ def test_the_engine_computes_what_the_adapted_model_does(case: str) -> None:
     """And --verify-refit, which counts the two merged, agrees. In the layout of training the engine holds a merged copy
     of adapted weights, and shares the others."""
     world, parallel, tp, float64 = CASES[case]
-    for found in pool(world).run(carried, parallel, tp, float64):
+    packages = [STAND_IN] if "Engine" in case else []
+    for found in pool(world, *packages).run(carried, parallel, tp, float64):
         assert found["names"] and found["error"] < (1e-10 if float64 else 1e-5)
         assert all(found["adapted"]) and all(found["changed"])
         if case in ("dp2 overlap", "tp2"):

@@ -1,26 +1,36 @@
 """The attention backends by name, and which one an engine gets.
 
-On a CPU `auto` is sdpa. On a GPU it is the first of these that serves the model and agrees with sdpa on a small pass:
+On a CPU `auto` is sdpa. On a GPU it is the first of these that on every rank serves the model and agrees with sdpa on
+a small pass:
 
   - FlashAttention 3: reads pages of any size in place, and fills the tensor cores of a Hopper best;
   - FlashInfer: reads them in place too, on later GPUs as well, but plans each pass on the host;
   - FlashAttention 2: the same kernels' ancestor, with pages of 256 tokens, so more of the cache lies idle;
-  - FlexAttention: part of torch; gathers small pages, but computes no tile that nobody sees;
   - sdpa: gathers pages, and computes what it then masks.
+
+FlexAttention (flex) is behind sdpa, which always works: one gets it by name. It computes no tile that nobody sees, but
+the four queries of a block take a tile of 128, and torch compiles some kernels, for seconds each, before the first
+token. Which of the two is faster has not been measured.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 from megatron_dlm import platform
-from megatron_dlm.config.errors import ConfigError, UserError
+from megatron_dlm.config.errors import ConfigError, DependencyError, UserError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.rollout import EngineConfig
+from megatron_dlm.model.fp8 import check_device
 from megatron_dlm.model.row_params import Attention
+from megatron_dlm.parallel.exchange import gather_objects
+from megatron_dlm.parallel.meeting import speaks
 from megatron_dlm.platform.kernels import by_triton
 from megatron_dlm.rollout.attention import flash, flashinfer, flex
 from megatron_dlm.rollout.attention.queries import Queries
@@ -49,10 +59,10 @@ KINDS: dict[str, Kind] = {
     "flash 3": Kind(flash.check_3, lambda: flash.Flash3),
     "flashinfer": Kind(flashinfer.check, flashinfer.FlashInfer),
     "flash 2": Kind(flash.check_2, lambda: flash.Flash2),
-    "flex": Kind(flex.check, lambda: flex.FlexAttention),
     "sdpa": Kind(lambda shape, device: None, lambda: GatheredAttention),
+    "flex": Kind(flex.check, lambda: flex.FlexAttention),
 }
-"""The best for a GPU first."""
+"""In the order in which `auto` asks them."""
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "auto": tuple(KINDS),
@@ -65,25 +75,36 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 
 
 def backend(name: str, shape: CacheShape, device: torch.device) -> Backend:
-    """The backend of an engine.
+    """The backend of an engine. On a GPU collective over the job, whose ranks get the same one: hosts may have other
+    libraries, and engines that compute otherwise would generate otherwise. Where that decides, one line says so.
 
     Raises:
-        ConfigError, DependencyError: none of that name can serve it.
+        ConfigError, DependencyError: none of that name can serve it on all ranks.
     """
-    if name != "auto":
+    if device.type == "cpu" or name not in BACKENDS:
         return KINDS[served(name, shape, device)].build()
-    if device.type == "cuda":
-        for kind in BACKENDS["auto"][:-1]:
-            found = KINDS[kind].build() if _refusal(kind, shape, device) is None else None
+    refusal: UserError | None = None
+    for kind in BACKENDS[name]:
+        found, refusal = None, _refusal(kind, shape, device)
+        if refusal is None:
+            found = KINDS[kind].build()
             # A kernel library may be installed and still not work here: built for other GPUs, or unable to compile.
-            if found is not None and agrees(found, GatheredAttention, shape, device):
-                return found
-    return KINDS["sdpa"].build()
+            if name == "auto" and kind != "sdpa" and not agrees(found, GatheredAttention, shape, device):
+                refusal = DependencyError(f"{kind} does not compute here what sdpa does")
+        refusals = gather_objects(refusal) if dist.is_initialized() else [refusal]
+        if not any(refusals):
+            return found
+        rank, first = next((rank, one) for rank, one in enumerate(refusals) if one is not None)
+        if not all(refusals) and speaks():
+            said = f"Rollout attention is not {kind}, because rank {rank} cannot have it: {str(first).rstrip('.')}."
+            tqdm.write(said, file=sys.stdout)
+        refusal = refusal or first
+    raise refusal
 
 
 def check_attention(engine: EngineConfig, model: ModelConfig) -> None:
-    """Refuse a backend that cannot serve this model on this process's device, and a sampler that cannot run on it,
-    before anything is built.
+    """Refuse a backend that cannot serve this model on this process's device, and a sampler or weights in FP8 that
+    cannot run on it, before anything is built.
 
     Args:
         model: resolved.
@@ -93,6 +114,8 @@ def check_attention(engine: EngineConfig, model: ModelConfig) -> None:
     """
     if engine.rollout_backend == "native":
         by_triton("--rollout-sampler", engine.rollout_sampler)
+        if engine.rollout_weights == "fp8":
+            check_device()
         dtype = torch.bfloat16 if model.bf16 else torch.float64 if model.fp64 else torch.float32
         # The number of heads on a rank plays no part.
         served(

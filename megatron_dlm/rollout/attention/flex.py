@@ -23,6 +23,7 @@ from megatron_dlm.rollout.kv_cache import BlockKVCache, CacheShape
 
 TILE = 128  # queries, and keys, per tile of a mask
 _NARROWEST = 16  # head that torch compiles a kernel for
+_VARIANTS = 64  # most kernels in a process: of heads and types, and for one tile, page or text as for several
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -157,7 +158,12 @@ def _kernel(device: str) -> Callable[..., Tensor]:
     from torch.nn.attention import flex_attention as torch_flex
 
     if device == "cuda":
-        return torch.compile(torch_flex.flex_attention, dynamic=True)
+        import torch._dynamo.config as settings
+
+        # Beyond torch's limit it would silently run uncompiled and write out every score, also of all other texts where
+        # pages are read in place. With `fullgraph` that is an error.
+        settings.recompile_limit = max(settings.recompile_limit, _VARIANTS)
+        return torch.compile(torch_flex.flex_attention, dynamic=True, fullgraph=True)
 
     def reference(*args, **kwargs) -> Tensor:
         # Without this, torch traces the call anew each time, which takes a hundred times longer than to compute it.

@@ -106,6 +106,7 @@ def outputs(backend: Backend, shape: CacheShape, pages: int, passes: list[Pass],
             yield attention(layer + 1, one.q[layer], one.k[layer], one.v[layer], scale)[:, 0]
 
 
+@torch.no_grad()  # as engines run: kernels that are compiled for passes with gradients are others
 def largest_difference(one: Backend, other: Backend, shape: CacheShape, device: torch.device, seed: int = 0) -> float:
     """Between the outputs of two backends, under blocks and under full attention."""
     worst = 0.0

@@ -198,14 +198,22 @@ class LayerNormLinear(Linear):
         super().__init__(
             in_features, out_features, params_dtype=params_dtype, sequence_parallel=sequence_parallel, **rest
         )
-        if normalization != "RMSNorm" or zero_centered_gamma or return_layernorm_output:
+        if normalization != "RMSNorm" or zero_centered_gamma:
             raise NotImplementedError
-        self.eps = eps
+        self.eps, self.return_layernorm_output = eps, return_layernorm_output
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features, dtype=params_dtype))
         self.layer_norm_weight.sequence_parallel = sequence_parallel
 
     def product(self, inp: Tensor, is_first_microbatch: bool | None) -> Tensor:
         return super().product(_normed(inp, self.layer_norm_weight, self.eps), is_first_microbatch)
+
+    def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, ...]:
+        """With the norm's output of this rank's own tokens, unrounded, behind the rest, if that is wanted."""
+        found = super().forward(inp, is_first_microbatch)
+        if not self.return_layernorm_output:
+            return found
+        normed = _normed(inp, self.layer_norm_weight, self.eps)
+        return (*found, normed) if isinstance(found, tuple) else (found, normed)
 
 
 class GroupedLinear(_Module):
