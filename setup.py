@@ -13,7 +13,7 @@ EXTRAS = {
     "reasoning-gym": ["reasoning-gym"],
     "sentencepiece": ["sentencepiece"],
     "tensorboard": ["tensorboard"],
-    "transformer-engine": ["transformer-engine[pytorch]"],
+    "transformer-engine": ["transformer-engine[pytorch,core_cu13]"],
     "flashinfer": ["flashinfer-python"],
     "triton": ["triton>=3.0"],  # torch for CUDA brings its own; tests interpret our kernels on a CPU
     "dali": ["nvidia-dali-cuda120"],

@@ -65,20 +65,31 @@ def build_state(session, optimizer: OptimizerConfig | None, updates: int, head_s
 
     Args:
         optimizer: None leaves it out; float64 models have none. trainable: False gives frozen weights, for an engine.
+
+    Attention and loss head are those of a session's own states: on a GPU the kernels that passed their trial.
     """
     from megatron_dlm.model.block_diffusion import BlockDiffusionModel
     from megatron_dlm.model.shape import model_shape, transformer_config
     from megatron_dlm.training.state import TrainState
 
     config, shape = transformer_config(session.model, session.parallel), model_shape(session.model)
+    attention, fused_head = session._kernels()
 
     def build(pre_process: bool, post_process: bool, vp_stage: int | None) -> nn.Module:
         model = BlockDiffusionModel(
             config, shape, session.groups.pg_collection, pre_process, post_process, vp_stage
         ).requires_grad_(trainable)
+        model.attention_backend, model.fused_head = attention, fused_head
         return draw_weights(model, session.groups.tp_rank, session.groups.tp_size, head_scale)
 
     return TrainState.build(build, config, optimizer, session.parallel, session.groups, updates)
+
+
+def loss_chunk(session, state) -> int:
+    """`--loss-chunk-size` where the loss head of the state has kernels, which work on chunks; elsewhere 0: all logits
+    at once, which is what they are held against.
+    """
+    return session.parallel.loss_chunk_size if state.module.fused_head else 0
 
 
 @torch.no_grad()
@@ -246,14 +257,22 @@ def records(traces: Sequence[Trace], grid: Grid, rank: int) -> list:
     return found
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> tuple[float, object]:
-    """Median seconds of calls on this process's device, after two to warm up, and what the last one returned."""
-    seconds, result = [], None
+def median_seconds(
+    work: Callable[..., object], repeats: int, prepare: Callable[[], object] | None = None
+) -> tuple[float, object]:
+    """Median seconds of calls on this process's device, after two to warm up, and what the last one returned.
+
+    Args:
+        prepare: makes, each time anew and untimed, what `work` is given; None gives it nothing.
+    """
+    seconds, result, given = [], None, ()
     for _ in range(repeats + 2):
-        del result  # its memory is there for the next one
+        result, given = None, ()  # their memory is there for the next ones
+        if prepare is not None:
+            given = (prepare(),)
         platform.synchronize()
         start = time.perf_counter()
-        result = work()
+        result = work(*given)
         platform.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:]), result

@@ -33,6 +33,7 @@ import numpy as np
 
 from benchmarks.common import (
     build_state,
+    loss_chunk,
     made_up_advantages,
     open_session,
     random_prompts,
@@ -150,7 +151,8 @@ class Cases:
             for members in plan.ranks[groups.dp_rank]
         ]
         rows = [row.to(platform.device()) for row in rows]
-        return rows, sft_forward(self.session.vocabulary, drawn.num_predicted), plan.length, rows
+        forward = sft_forward(self.session.vocabulary, drawn.num_predicted, loss_chunk(self.session, state))
+        return rows, forward, plan.length, rows
 
     def rl_rows(self, state, step: int, traces: Sequence[Trace] | None = None, temperature: float = TEMPERATURE):
         """The same for a TraceRL update on made-up traces, or on those given; old log-probabilities included."""
@@ -168,6 +170,7 @@ class Cases:
             num_updates=1,
             max_tokens_per_row=ROW,
             states=replay(self.grid),
+            loss_chunk_size=loss_chunk(self.session, state),
         )
         words, groups, vocabulary = self.session.tokenizer, state.groups, self.session.vocabulary
         ((members, plan),) = plan_updates(records(traces, self.grid, 0), settings, groups, step)

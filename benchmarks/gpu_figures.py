@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+CUT_SHORT = 3  # exit code of a part that has not measured all, for want of time
 COMMAND = "python -m benchmarks.gpu_suite"
 FP8_GOAL, MFU_GOAL, PACKED_GOAL, ATTENTION_GOAL, NOISE_GOAL = 1.3, 50.0, 3.0, 3.0, 1.0
 
@@ -221,9 +222,9 @@ class Sheet:
         self.path, self.figures, self.seconds, self.cut = path, {}, seconds, ""
         self._began = time.monotonic()
 
-    def left(self, share: float) -> float | None:
-        """Seconds until this share of the time has gone."""
-        return None if self.seconds is None else max(0.1, share * self.seconds - (time.monotonic() - self._began))
+    def left(self, margin: float) -> float | None:
+        """Seconds until so many before the end of the time."""
+        return None if self.seconds is None else max(0.1, self.seconds - margin - (time.monotonic() - self._began))
 
     def put(self, key: str, value: float, note: str = "") -> None:
         self.figures[key] = {"value": float(value)} | ({"note": note} if note else {})

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import torch
 
-from benchmarks.gpu_figures import PARTS, Sheet
+from benchmarks.gpu_figures import CUT_SHORT, PARTS, Sheet
 
-END = 0.9  # of the time of a part: programs that it calls are then ended, and what they have written is read
+MARGIN = 5.0  # seconds before the end of a part: programs that it calls are then ended, and what they wrote is read
 LAST_ROUND = 0.5  # after which they begin no other round
 ROOT = Path(__file__).resolve().parents[1]
 _HAS_FP8 = (8, 9)  # compute capability of the oldest GPU that multiplies such numbers
@@ -50,8 +51,8 @@ def packed(size, device: str, sheet: Sheet) -> None:
 
 def rollout(size, device: str, sheet: Sheet) -> None:
     arguments = f"{size.rollout} --device {device}"
-    if importlib.util.find_spec("flash_attn") is None:
-        why = "CUDA graphs need the package flash-attn, which is not installed"
+    if not any(map(importlib.util.find_spec, ("flash_attn_interface", "flash_attn"))):
+        why = "CUDA graphs need FlashAttention, which is not installed"
         sheet.miss(why, "graphs", "graphs limit", "fp8 graphs")
         arguments = arguments.replace("--cuda-graphs", "")
     if device == "cuda" and torch.cuda.get_device_capability() < _HAS_FP8:
@@ -194,7 +195,7 @@ def _json_of(program: str, arguments: str, good: set[int], sheet: Sheet) -> Any:
         file = Path(folder) / "figures.json"
         try:
             done = _run(
-                ["-m", f"benchmarks.{program}", *shlex.split(arguments), "--json", str(file)], good, sheet.left(END)
+                ["-m", f"benchmarks.{program}", *shlex.split(arguments), "--json", str(file)], good, sheet.left(MARGIN)
             )
         except subprocess.TimeoutExpired:
             if not file.exists():
@@ -227,7 +228,7 @@ def measure(part: str, size_name: str, device: str, out: Path, seconds: float | 
         seconds: that it has; None for as long as it takes.
 
     Raises:
-        RuntimeError: not all of it could be measured in this time.
+        SystemExit: CUT_SHORT, because not all of it could be measured in this time.
     """
     from benchmarks.gpu_sizes import size_named
 
@@ -240,7 +241,8 @@ def measure(part: str, size_name: str, device: str, out: Path, seconds: float | 
         raise
     if sheet.cut:
         sheet.miss(sheet.cut, *keys)
-        raise RuntimeError(sheet.cut)
+        print(sheet.cut)
+        sys.exit(CUT_SHORT)
     sheet.miss("this size has no such figure", *keys)
 
 
@@ -249,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=[*PARTS, "refit rank"])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("h200", "tiny"), default="h200")
-    parser.add_argument("--seconds", type=float, help="after which it is to have ended; not given: as long as it takes")
+    parser.add_argument("--deadline", type=float, help="when it is to have ended, in seconds since 1970; else never")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
     if options.device == "cpu":
@@ -263,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         return _refit_rank(size_named(options.size), options.out)
     with contextlib.redirect_stdout(sys.stderr):
-        measure(options.part, options.size, options.device, options.out, options.seconds)
+        seconds = None if options.deadline is None else options.deadline - time.time()
+        measure(options.part, options.size, options.device, options.out, seconds)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from benchmarks.gpu_figures import COMMAND, PARTS, limit_of
+from benchmarks.gpu_figures import COMMAND, CUT_SHORT, PARTS, limit_of
 from benchmarks.gpu_report import MARKER, markdown_of, summary
 
-CUT = 0.85  # of its limit: who ends later, and not well, has been cut short, or has cut itself short
+OUT_OF_TIME = "its time had gone"  # why a part was ended, or has ended itself
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "flash-attn", "megatron-dlm")
 Start = Callable[[str, argparse.Namespace, Path, float], str | None]
@@ -56,23 +56,35 @@ def main(argv: Sequence[str] | None = None, start: Start | None = None) -> int:
         return 2
     result = {"parts": _kept(options)}
     this_run = about(options, argv)
-    deadline = time.monotonic() + options.budget
+    deadline, late = time.monotonic() + options.budget, []
+    if options.device == "cuda":
+        _import_once()
     with tempfile.TemporaryDirectory() as folder:
         for name in [name for name in PARTS if name in options.parts]:
             limit = limit_of(name, options.parts, deadline - time.monotonic())
             one = _measure(name, options, Path(folder), limit, start or as_process)
-            result["parts"][name] = one | {"about": this_run}
+            known = any("value" in figure for figure in one["figures"].values())
+            if known or not one["late"] or name not in result["parts"]:  # no time is no reason to forget what is kept
+                result["parts"][name] = one | {"about": this_run}
+            late += [name] * one["late"]
             _write(options, result)
             print(f"{name}: {one['why'] or 'done'} ({one['seconds']:.0f} s)", flush=True)
     _write(options, result)
     print("\n" + summary(result))
-    left = [name for name in options.parts if result["parts"][name]["late"]]
-    if left:
+    if late:
         where = ["--device", options.device, "--size", options.size] if options.size == "tiny" else []
-        again = shlex.join([*left, *where, "--json", options.json or "gpu.json", "--keep"])
-        count = "1 part was" if len(left) == 1 else f"{len(left)} parts were"
+        keep = ["--json", options.json, "--keep"] if options.json else []
+        again = shlex.join([*late, *where, *keep])
+        count = "1 part was" if len(late) == 1 else f"{len(late)} parts were"
         print(f"For want of time {count} left out or cut short: {COMMAND} --parts {again}")
-    return 1 if any(one["why"] for one in result["parts"].values()) or not _correct(result) else 0
+    return 1 if late or any(one["why"] for one in result["parts"].values()) or not _correct(result) else 0
+
+
+def _import_once() -> None:
+    """Try out whether Transformer Engine can be imported, for all parts and what they start: each would else try it."""
+    from megatron_dlm.platform import te  # touches no GPU
+
+    te.found()
 
 
 def _measure(name: str, options: argparse.Namespace, folder: Path, limit: float, start: Start) -> dict[str, Any]:
@@ -83,17 +95,15 @@ def _measure(name: str, options: argparse.Namespace, folder: Path, limit: float,
     else:
         why = start(name, options, out, limit)
     figures, seconds = json.loads(out.read_text()) if out.exists() else {}, time.monotonic() - began
-    cut_short = why is not None and seconds >= CUT * limit
-    if cut_short and all(figure.key in figures for figure in PARTS[name].figures):
-        why, cut_short = None, False  # it was through, and about to end
-    elif cut_short:
+    cut_short = why == OUT_OF_TIME
+    if cut_short:
         why = f"cut short after {seconds:.0f} seconds, its share of --budget {options.budget}"
     return {"figures": figures, "why": why, "seconds": seconds, "late": limit < 1 or cut_short}
 
 
 def as_process(name: str, options: argparse.Namespace, out: Path, limit: float) -> str | None:
     """Run a part to its end or to its limit; it and all that it started are then gone."""
-    where = ["--device", options.device, "--size", options.size, "--seconds", f"{limit:.0f}"]
+    where = ["--device", options.device, "--size", options.size, "--deadline", f"{time.time() + limit:.1f}"]
     command = [sys.executable, "-m", "benchmarks.gpu_parts", name, *where]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
@@ -109,19 +119,24 @@ def as_process(name: str, options: argparse.Namespace, out: Path, limit: float) 
         lines = said.read().strip().splitlines()
     if code == 0:
         return None
+    if code in (None, CUT_SHORT):
+        return OUT_OF_TIME
     if options.verbose:
         print("\n".join(lines[-40:]), file=sys.stderr)
-    if code is None:
-        return f"ended after {limit:.0f} seconds"
     return f"{lines[-1][:200] if lines else 'it said nothing'} (exit code {code})"
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a part and what it has started; torchrun is asked first, for its workers have sessions of their own."""
-    with contextlib.suppress(ProcessLookupError):
+    """End a part and what it has started; torchrun is asked first, for its workers have sessions of their own, and has
+    some seconds to end them, also where the part itself has ended before it.
+    """
+    with contextlib.suppress(ProcessLookupError):  # as soon as none of them is left
         os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(3)
+        asked = time.monotonic()
+        while time.monotonic() < asked + GRACE:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -191,9 +206,13 @@ def _mistake(options: argparse.Namespace) -> str | None:
         return f"--size {options.size} is for GPUs. Use --size tiny on a CPU."
     if options.write and options.size == "tiny" and options.parts and not options.write_toys:
         return "--write is for figures that mean something; those of --size tiny do not. Leave it out, or --write-toys."
-    if options.write and MARKER not in (Path(options.write).read_text() if Path(options.write).is_file() else ""):
-        return f"--write {options.write} is not a file with <!-- {MARKER} --> in it. Give docs/performance.md."
-    if options.json and not Path(options.json).resolve().parent.is_dir():
+    page = Path(options.write).read_text() if options.write and Path(options.write).is_file() else ""
+    if options.write and not all(f"<!-- {marker} -->" in page for marker in (MARKER, f"end of {MARKER}")):
+        return (
+            f"--write {options.write} is not a file with <!-- {MARKER} --> and <!-- end of {MARKER} --> in it. Give "
+            "docs/performance.md."
+        )
+    if options.json and (Path(options.json).is_dir() or not Path(options.json).resolve().parent.is_dir()):
         return f"--json {options.json} cannot be written. Give a file in a folder that exists."
     if options.keep and not (options.json and Path(options.json).is_file()):
         return "--keep goes on from the file of --json, which is not there. Leave it out."
@@ -207,7 +226,7 @@ def _mistake_in_kept(options: argparse.Namespace) -> str | None:
     device = _device(options.device) if options.keep and options.parts else ""
     try:
         kept = {name: one["about"] for name, one in _kept(options).items()}
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return f"--keep cannot go on from {options.json}, which this program has not written. Leave it out."
     for name, other in kept.items():
         if options.parts and (other["device"], other["size"]) != (device, options.size):

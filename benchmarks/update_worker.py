@@ -180,6 +180,7 @@ class Bench:
         return torch.cat(both)
 
     def _settings(self):
+        from benchmarks.common import loss_chunk
         from megatron_dlm.diffusion.layout import Grid
         from megatron_dlm.rl.methods import replay
         from megatron_dlm.rl.objective import PolicyObjective
@@ -194,4 +195,5 @@ class Bench:
             num_updates=1,
             max_tokens_per_row=job.max_tokens_per_row,
             states=replay(Grid(self.session.model.block_size)),
+            loss_chunk_size=loss_chunk(self.session, self.state),
         )

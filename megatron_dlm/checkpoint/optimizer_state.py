@@ -21,6 +21,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dlm.training import host_optimizer
+from megatron_dlm.training.state import gather_now
 
 
 def kind(optimizer: MegatronOptimizer) -> str:
@@ -81,7 +82,7 @@ def write_weights(optimizer: MegatronOptimizer, chunks: list[DistributedDataPara
     for part in _parts(optimizer):
         part._copy_main_params_to_model_params()
     for chunk in chunks:
-        chunk.start_param_sync(force_sync=True)
+        gather_now(chunk)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

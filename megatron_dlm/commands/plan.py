@@ -62,6 +62,11 @@ def main(argv: Sequence[str]) -> int | None:
     job = job_of(config, model, world_size).changed(fp8_transposed=bool(hardware.fp8_transposed))
     if job.precision.recipe is not None and not hardware.fp8_flops:
         raise ConfigError(f"--plan-hardware {plan.plan_hardware} has no products in FP8. Leave --fp8-format out.")
+    if job.precision.recipe == "mxfp8" and hardware.fp8_transposed:
+        raise ConfigError(
+            f"--fp8-recipe mxfp8 needs Blackwell GPUs, and --plan-hardware {plan.plan_hardware} is not one. Use "
+            "another recipe."
+        )
     ranks = plan_memory(job, memory, int(hardware.devices_per_node))
     cost, unknown = report.cost_of(job, hardware, ranks)
     for line in report.text(job, ranks, hardware, memory, cost):

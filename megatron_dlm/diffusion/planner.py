@@ -247,29 +247,37 @@ def _bundles(loads: list[Load], budget: int) -> list[_Bundle]:
 
 
 def _fill(bundles: list[_Bundle], num_rows: int, budget: int) -> list[_Bundle] | None:
-    """Longest bundle first into the emptiest row; None when a bundle fits no row."""
+    """Longest bundle first into the emptiest row; where one fits no row, all into the fullest row that can take it, as
+    rows that are filled one by one hold more. None when a bundle fits no row then, either.
+    """
     rows = [_Bundle([], 0) for _ in range(num_rows)]
     for bundle in bundles:
         row = min(rows, key=lambda row: row.tokens)
         if row.tokens + bundle.tokens > budget:
-            return None
+            return _filled_one_by_one(bundles, num_rows, budget)
         _add(row, bundle)
     return rows
 
 
+def _filled_one_by_one(bundles: list[_Bundle], num_rows: int, length: int) -> list[_Bundle] | None:
+    """Longest bundle first into the fullest row that can take it; None when one fits no row."""
+    rows = [_Bundle([], 0) for _ in range(num_rows)]
+    for bundle in bundles:
+        fitting = [row for row in rows if row.tokens + bundle.tokens <= length]
+        if not fitting:
+            return None
+        _add(max(fitting, key=lambda row: row.tokens), bundle)
+    return rows
+
+
 def _tightened(bundles: list[_Bundle], rows: list[_Bundle], multiple_of: int) -> tuple[list[_Bundle], int]:
-    """As many rows, one or more multiples shorter where the longest bundle first, into the fullest row that can take
-    it, finds room; and their length.
-    """
+    """As many rows, one or more multiples shorter if they can be filled one by one; and their length."""
     length = _round_up(max(row.tokens for row in rows), multiple_of) or multiple_of
     total = sum(bundle.tokens for bundle in bundles)
     while length > multiple_of and total <= len(rows) * (length - multiple_of):
-        tighter = [_Bundle([], 0) for _ in rows]
-        for bundle in bundles:
-            fitting = [row for row in tighter if row.tokens + bundle.tokens <= length - multiple_of]
-            if not fitting:
-                return rows, length
-            _add(max(fitting, key=lambda row: row.tokens), bundle)
+        tighter = _filled_one_by_one(bundles, len(rows), length - multiple_of)
+        if tighter is None:
+            break
         rows, length = tighter, length - multiple_of
     return rows, length
 

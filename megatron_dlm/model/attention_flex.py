@@ -29,6 +29,10 @@ from megatron_dlm.model.tiles import Tables
 
 _FEWEST = 2  # tiles; torch takes a length of one for a constant
 _VARIANTS = 64  # most kernels in a process, of heads, widths, types, and with or without gradients
+_OPTIONS = {"cuda": {"IS_DIVISIBLE": True}}
+"""Lengths are whole tiles. torch's forward kernel (2.9 to 2.11) does not see that of lengths that change, and would
+check and mask all it reads. torch documents no such option, and sets it itself where nobody does. Not measured.
+"""
 
 
 class FlexAttention:
@@ -98,7 +102,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *tables_and_columns: Tensor) -> Tens
     torch._check(q.shape[2] % TILE == 0)
     torch._check(k.shape[2] % TILE == 0)
     *tables, asking, seen = tables_and_columns
-    return flex_attention(q, k, v, block_mask=block_mask(tables, asking, seen), enable_gqa=q.shape[1] != k.shape[1])
+    mask, shared = block_mask(tables, asking, seen), q.shape[1] != k.shape[1]
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=shared, kernel_options=_OPTIONS.get(q.device.type))
 
 
 def block_mask(tables: list[Tensor], asking: Tensor, seen: Tensor):

@@ -43,9 +43,9 @@ class Hardware:
     fp8_fraction: float = 0.6
     """Of `fp8_flops`, in the same products as `matmul_fraction`. Assumption: a little less, because the passes over
     memory are the same beside half the time."""
-    fp8_transposed: float = 1.0
-    """1 where products of 8-bit numbers with one scale want both factors in one layout, so that transposed copies are
-    kept (Hopper), 0 where they do not (Blackwell)."""
+    fp8_transposed: bool = True
+    """Whether products of 8-bit numbers with one scale want both factors in one layout, so that transposed copies are
+    kept: Hopper, not Blackwell."""
     matmul_fraction: float = 0.65
     """Of `bf16_flops`, in matrix products of the sizes of a training row. Assumption; public reports of large products
     on H100 and H200 lie between 0.6 and 0.75."""
@@ -72,6 +72,10 @@ class Hardware:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "name":
+                continue
+            if field.type == "bool":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"hardware {self.name}: {field.name} is {value!r}. Give true or false.")
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ConfigError(f"hardware {self.name}: {field.name} is {value!r}. Give a number.")
@@ -118,7 +122,7 @@ class Link:
         return sent / self.bandwidth + messages * self.latency if sent else 0.0
 
 
-_MAY_BE_ZERO = ("fp8_flops", "fp8_transposed", "collective_latency", "network_latency", "layer_seconds", "pass_seconds")
+_MAY_BE_ZERO = ("fp8_flops", "collective_latency", "network_latency", "layer_seconds", "pass_seconds")
 _HOPPER = dict(bf16_flops=989e12, fp8_flops=1979e12, intra_node_bandwidth=450e9, inter_node_bandwidth=50e9)
 _AMPERE = dict(bf16_flops=312e12, intra_node_bandwidth=300e9, inter_node_bandwidth=25e9)
 
@@ -132,7 +136,7 @@ HARDWARE: dict[str, Hardware] = {
         memory_bytes=180e9,
         bf16_flops=2.25e15,
         fp8_flops=4.5e15,
-        fp8_transposed=0.0,
+        fp8_transposed=False,
         memory_bandwidth=8e12,
         intra_node_bandwidth=900e9,
         inter_node_bandwidth=50e9,

@@ -2,13 +2,16 @@
 
 An installation that does not fit the driver or torch may end the process that imports it, or raise what is no
 ImportError; and megatron-core imports it wherever it is found, whatever the layers are. So it is imported in a process
-of its own first, and one that cannot be is kept from megatron-core.
+of its own first, and one that cannot be is kept from megatron-core. What was found stands in the environment for the
+processes that this one starts.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import socket
 import subprocess
 import sys
 
@@ -28,6 +31,7 @@ _CHIPS = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8":
 """Lowest compute capability that has a recipe (transformer_engine/pytorch/quantization.py)."""
 _BLOCKWISE_CUDA = (12, 9)
 _PROBE = "import transformer_engine.pytorch, transformer_engine; print(transformer_engine.__version__)"
+_TOLD = "MEGATRON_DLM_TE"  # environment: host, GPUs, Python, installation; version, or why there is none
 _PATIENCE = 300  # seconds; the first import after an installation reads some gigabytes
 
 
@@ -76,7 +80,7 @@ def check(wanted: PrecisionConfig, chip: tuple[int, int], cuda: str, version: st
 def shield() -> None:
     """Hide a Transformer Engine that cannot be imported: from here on it is one that is not installed, except to
     `installed` and `hidden`. Call it before megatron-core's first import. Costs nothing where there is none; else as
-    long as its import takes.
+    long as its import takes, once in a process and those that it starts.
     """
     if _NAME not in sys.modules and importlib.util.find_spec(_NAME) is not None and _probe()[1] is not None:
         sys.modules[_NAME] = None  # an import of it raises ModuleNotFoundError
@@ -105,8 +109,8 @@ def installed() -> str:
     """
     if not _probe.cache_info().currsize and importlib.util.find_spec(_NAME) is None:
         raise DependencyError(
-            f"{_FLAG} needs Transformer Engine, which is not installed. Install transformer-engine[pytorch], or use "
-            "--transformer-impl local."
+            f"{_FLAG} needs Transformer Engine, which is not installed. Install transformer-engine[pytorch] with the "
+            "extra for this CUDA (core_cu12 or core_cu13), or use --transformer-impl local."
         )
     version, reason = _probe()
     if reason is not None:
@@ -120,13 +124,26 @@ def installed() -> str:
 @functools.cache
 def _probe() -> tuple[str, str | None]:
     """The version that a process of its own has imported, and None; or nothing, and why it has not."""
+    spec = importlib.util.find_spec(_NAME)
+    gpus, place = os.environ.get("CUDA_VISIBLE_DEVICES", "all"), (spec and spec.origin) or ""
+    here = [socket.gethostname(), gpus, sys.executable, place]
+    told = os.environ.get(_TOLD, "").split("\n")
+    if told[:4] != here or len(told) != 6:
+        told = [*here, *_tried()]
+        os.environ[_TOLD] = "\n".join(told)
+    version, reason = told[4:]
+    return version, None if version else reason
+
+
+def _tried() -> tuple[str, str]:
+    """The version, or why there is none; the other is empty."""
     try:
         probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         return "", f"not within {_PATIENCE} seconds"
     if probe.returncode:
         return "", (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1][:200].rstrip(".")
-    return probe.stdout.strip().splitlines()[-1], None
+    return probe.stdout.strip().splitlines()[-1], ""
 
 
 def _numbers(version: str) -> tuple[int, int]:

@@ -162,7 +162,9 @@ def _logprobs(logits: Tensor, labels: Tensor, vocabulary: Vocabulary, settings: 
 
 
 def logprob_forward(vocabulary: Vocabulary, settings: UpdateSettings):
-    """forward_step that returns each target's log-probability under the policy, [N] on the CPU."""
+    """forward_step that returns each target's log-probability under the policy, [N]. They stay on the device, where the
+    losses read them: the host would wait for them here, and again where it sends them back.
+    """
 
     def forward_step(rl_row: RLRow, model):
         labels = rl_row.row.targets.label
@@ -171,8 +173,8 @@ def logprob_forward(vocabulary: Vocabulary, settings: UpdateSettings):
             if settings.head_chunk:
                 return target_policy(
                     model.module, output, labels, settings.temperature, vocabulary, settings.head_chunk
-                )[0].cpu()
-            return _logprobs(output, labels, vocabulary, settings, model.module.pg_collection.tp)[1].cpu()
+                )[0]
+            return _logprobs(output, labels, vocabulary, settings, model.module.pg_collection.tp)[1]
 
         return model.module.forward_row(rl_row.row, headless=settings.head_chunk > 0), loss_fn
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
@@ -116,11 +117,21 @@ class TrainState:
         """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+                gather_now(chunk)
 
     def learning_rate(self) -> float:
         """The rate that the next update will use."""
         return 0.0 if self.optimizer is None else self.optimizer.param_groups[0]["lr"]
+
+
+def gather_now(chunk: DistributedDataParallel) -> None:
+    """Gather the parameters of a chunk from the ranks whose optimizers moved them. Collective over data ranks.
+
+    Weights in FP8 may come with a transposed copy, which the backward pass reads. Since Transformer Engine 2.10
+    megatron-core renews it where a forward pass waits for a gather; none will wait for this one.
+    """
+    chunk.start_param_sync(force_sync=True)
+    post_all_gather_processing([parameter for parameter in chunk.parameters() if is_float8tensor(parameter)])
 
 
 def forget_optimizer(state: TrainState) -> None:

@@ -10,7 +10,9 @@ import torch
 from benchmarks import attention
 from benchmarks.attention import Case, differences, figures, row_layout, visible_pairs
 from megatron_dlm.diffusion.layout import visible
+from megatron_dlm.model import attention_flex
 from megatron_dlm.model.attention import DenseAttention
+from megatron_dlm.model.attention_flex import FlexAttention
 
 SMALL = "--prompt 16 --response 48 --heads 4 --kv-heads 2 --width 16 --dtype fp32 --repeats 1"
 
@@ -54,6 +56,18 @@ def test_a_backend_that_differs_or_fails_is_told(monkeypatch, capsys) -> None:
     monkeypatch.setitem(attention.BACKENDS, "flex", broken)
     assert attention.main(SMALL.split()) == 0
     assert "flex was not measured: RuntimeError: no kernel image" in capsys.readouterr().out
+
+
+def test_what_is_compiled_goes_forward_and_backward(monkeypatch) -> None:
+    """Traced as for a GPU: such a graph goes back only once, and one serves both lengths."""
+    import torch.nn.attention.flex_attention as torch_flex
+
+    compiled = torch.compile(attention_flex.attend, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(attention_flex, "compiled", lambda: compiled)
+    monkeypatch.setattr(FlexAttention, "_on_cpu", FlexAttention._on_gpu)
+    (found,) = attention.measure(Case(16, 496, heads=4, kv_heads=2, width=16, dtype="fp32"), 1, ["flex"])
+    assert found.error is None and found.graphs == 1
 
 
 def test_another_device_than_asked_for_is_refused(capsys) -> None:

@@ -107,6 +107,28 @@ def test_without_a_gpu_it_says_what_it_needs() -> None:
     assert done.stderr.count("\n") == 1 and "needs a GPU" in done.stderr
 
 
+def heads() -> list[tuple[str, bool, int]]:
+    """Attention and loss head of a benchmark's model where a session's trial of kernels ends well, and where not."""
+    from unittest import mock
+
+    from benchmarks.common import build_state, loss_chunk, open_session
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.training.setup import Session
+    from tests.tiny import model_config
+
+    session = open_session(model_config(vocab_size=64), ParallelConfig(loss_chunk_size=128))
+    found = []
+    for fused in (True, False):
+        with mock.patch.object(Session, "_kernels", lambda _, fused=fused: ("dense", fused)):
+            state = build_state(session, None, 1, 1.0)
+        found.append((state.module.attention_backend, state.module.fused_head, loss_chunk(session, state)))
+    return found
+
+
+def test_models_have_the_kernels_that_a_session_has() -> None:
+    assert pool(1).run(heads) == [[("dense", True, 128), ("dense", False, 0)]]
+
+
 def forked(run: gpu_check.Run, order: Path) -> None:
     """As gpu_check.start, in processes that need not import everything."""
     platform.install()

@@ -115,7 +115,7 @@ def test_what_does_not_fit_the_budget_is_told(tmp_path, monkeypatch, capsys) -> 
     def slow(name: str, options, out: Path, limit: float) -> str | None:
         seen[name] = limit
         now[0] += min(29.5, limit)
-        return "ended" if limit < 29.5 else None
+        return gpu_suite.OUT_OF_TIME if limit < 29.5 else None
 
     file = tmp_path / "gpu.json"
     words = [*TOY, "--parts", "correctness", "packed", "--budget", "43", "--json", str(file)]
@@ -204,7 +204,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypat
     stand_in.chmod(0o755)
     monkeypatch.setattr(gpu_suite.sys, "executable", str(stand_in))
     options, out = gpu_suite._parser().parse_args(TOY), tmp_path / "figures.json"
-    assert gpu_suite.as_process("head", options, out, 0.5) == "ended after 0 seconds"
+    assert gpu_suite.as_process("head", options, out, 0.5) == gpu_suite.OUT_OF_TIME
     assert json.loads(out.read_text()) == {"passed": {"value": 3.0}}
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 5

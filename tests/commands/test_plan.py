@@ -123,6 +123,12 @@ def test_what_does_not_fit_is_refused_with_what_does(capsys):
             [*"--plan-hardware a100 --transformer-impl transformer_engine --fp8-format e4m3".split()],
             "no products in FP8",
         ),
+        (
+            [
+                *"--plan-hardware h200 --transformer-impl transformer_engine --fp8-format e4m3 --fp8-recipe mxfp8".split()
+            ],
+            "mxfp8 needs Blackwell",
+        ),
         (["--plan-world-size", "0"], "--plan-world-size is 0"),
         (["--plan-world-size", "3", "--tensor-model-parallel-size", "2"], "3 processes cannot be split"),
         (["--plan-tokens-per-step", "0"], "--plan-tokens-per-step is 0"),

@@ -123,6 +123,7 @@ def test_torch_compiles_it_once_for_all_layouts_and_lengths(monkeypatch) -> None
     from torch._dynamo.testing import CompileCounterWithBackend
 
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setitem(attention_flex._OPTIONS, "cpu", attention_flex._OPTIONS["cuda"])
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
     monkeypatch.setattr(attention_flex, "compiled", lambda: compiled)
@@ -148,20 +149,19 @@ def test_models_of_many_shapes_share_a_process(monkeypatch) -> None:
     from torch._dynamo.testing import CompileCounter
 
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     counter, compile_ = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda *words, **more: compile_(*words, backend=counter, **more))
-    monkeypatch.setattr(attention_flex, "compiled", attention_flex.compiled.__wrapped__)
-    once = attention_flex.compiled()
-    monkeypatch.setattr(attention_flex, "compiled", lambda: once)
     row = row_of([(5, [20])], 3)
     made = FlexAttention(row.layout)
-    for width in (16, 24, 32, 40):
-        q, k, v = (torch.randn(len(row.tokens), 1, heads, width) for heads in (4, 2, 2))
-        expected = made(1, q, k, v, width**-0.5)
-        with monkeypatch.context() as patch:
-            patch.setattr(FlexAttention, "_on_cpu", FlexAttention._on_gpu)
-            torch.testing.assert_close(made(1, q, k, v, width**-0.5), expected)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        once = attention_flex.compiled.__wrapped__()
+        monkeypatch.setattr(attention_flex, "compiled", lambda: once)
+        for width in (16, 24, 32, 40):
+            q, k, v = (torch.randn(len(row.tokens), 1, heads, width) for heads in (4, 2, 2))
+            expected = made(1, q, k, v, width**-0.5)
+            with monkeypatch.context() as patch:
+                patch.setattr(FlexAttention, "_on_cpu", FlexAttention._on_gpu)
+                torch.testing.assert_close(made(1, q, k, v, width**-0.5), expected)
     assert counter.frame_count >= 3
 
 

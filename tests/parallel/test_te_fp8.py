@@ -167,7 +167,12 @@ def kept_in_fp8(folder: Path) -> None:
     from megatron_dlm.training.step import train_step
 
     layout = dict(**FP8, fp8_param_gather=True, use_distributed_optimizer=True)
-    made = lambda: make_state(layout, {}, with_optimizer=True, dtype=torch.bfloat16)
+    made = lambda **more: make_state(layout | more, {}, with_optimizer=True, dtype=torch.bfloat16)
+
+    def stale(state) -> int:
+        """Weights whose copies for the backward pass are those of other numbers."""
+        kept = [parameter for _, parameter in state.named_parameters() if is_float8tensor(parameter)]
+        return sum(not torch.equal(weight.for_backward, weight.dequantize()) for weight in kept)
 
     def steps(state, count: int) -> None:
         rows, forward, length = sft_rows(state, 128)
@@ -200,11 +205,15 @@ def kept_in_fp8(folder: Path) -> None:
     refitted(state, {}, torch.bfloat16)
     steps(state, 1)
     expected = weights(state)
-    other = made()
+    other = made(overlap_param_gather=True)
     load(other, folder / "fp8")
     found = weights(other)
     assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert not stale(state) and not stale(other)
     steps(other, 1)
+    assert stale(other)  # until the next forward pass, or
+    other.gather_parameters()
+    assert not stale(other)
     found = weights(other)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     moved = next(parameter for name, parameter in other.named_parameters() if name in kept)

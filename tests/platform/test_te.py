@@ -89,6 +89,7 @@ def package(tmp_path: Path, monkeypatch) -> Iterator[Callable[[str], None]]:
 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(te._TOLD, "")
     te._probe.cache_clear()
     real = taken_out()
     yield install
@@ -142,14 +143,22 @@ def test_one_that_loads_is_left_alone(package) -> None:
 
 
 def test_a_run_starts_beside_one_that_does_not_load(package, tmp_path: Path) -> None:
-    """megatron-core imports it wherever it is found; this run gets far enough to miss its tokenizer."""
-    package("import os; os._exit(77)")
+    """megatron-core imports it wherever it is found; this run gets far enough to miss its tokenizer. It is started by a
+    process that knows already, and need not try again.
+    """
+    tries = tmp_path / "tries"
+    package(f"import os; open({str(tries)!r}, 'a').write('x'); os._exit(77)")
+    assert "exit code 77" in te.found()
     command = "sft --data-path no.jsonl --train-iters 1 --global-batch-size 1 --tokenizer-model no"
     done = subprocess.run(
         [sys.executable, "-m", "megatron_dlm", *command.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
     assert "tokenizer" in done.stderr and "Traceback" not in done.stderr
+    assert tries.read_text() == "x"
+    te._probe.cache_clear()
+    os.environ[te._TOLD] = os.environ[te._TOLD].replace(str(tmp_path), "another")  # what was said of another one
+    assert "exit code 77" in te.found() and tries.read_text() == "xx"
 
 
 def test_preprocess_which_prepares_no_device_hides_it_too(tmp_path: Path, monkeypatch) -> None:

@@ -69,19 +69,19 @@ def test_the_self_test_of_flex_compiles_what_passes_need(monkeypatch) -> None:
     from torch._dynamo.testing import CompileCounter
 
     counter, given, compile_ = CompileCounter(), {}, torch.compile
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch, "compile", lambda f, **how: given.update(how) or compile_(f, backend=counter, **how))
-    kernel = flex._kernel.__wrapped__("cuda")
-    monkeypatch.setattr(flex, "_kernel", lambda device: kernel)
-    assert given["fullgraph"] and torch._dynamo.config.recompile_limit >= 64
-    asked = shape(16, torch.float32, 16)
-    assert agrees(flex.FlexAttention, GatheredAttention, asked, CPU)
-    known = counter.frame_count
-    assert known > 1
-    with torch.no_grad():
-        pages, passes = random_passes(asked, CPU, full=False)
-        assert len(list(outputs(flex.FlexAttention, asked, pages, passes, 0.25))) == 2 * len(passes)
-    assert counter.frame_count == known
+    with torch._dynamo.config.patch(recompile_limit=1):
+        kernel = flex._kernel.__wrapped__("cuda")
+        monkeypatch.setattr(flex, "_kernel", lambda device: kernel)
+        assert given["fullgraph"] and torch._dynamo.config.recompile_limit >= 64
+        asked = shape(16, torch.float32, 16)
+        assert agrees(flex.FlexAttention, GatheredAttention, asked, CPU)
+        known = counter.frame_count
+        assert known > 1
+        with torch.no_grad():
+            pages, passes = random_passes(asked, CPU, full=False)
+            assert len(list(outputs(flex.FlexAttention, asked, pages, passes, 0.25))) == 2 * len(passes)
+        assert counter.frame_count == known
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

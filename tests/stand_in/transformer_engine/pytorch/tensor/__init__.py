@@ -1,4 +1,9 @@
-"""Weights that are kept in FP8: bytes with a scale, which operations read as numbers of the type that they claim."""
+"""Weights that are kept in FP8: bytes with a scale, which operations read as numbers of the type that they claim.
+
+A weight has a copy for the backward pass (`for_backward`), as the transposed ones of GPUs that multiply in one order
+alone. It follows what is written into the weight; what an optimizer writes shard by shard it follows when it is told to
+(utils.post_all_gather_processing).
+"""
 
 from __future__ import annotations
 
@@ -15,22 +20,27 @@ LARGEST = torch.finfo(_FP8).max
 class QuantizedTensor(torch.Tensor):
     _data: Tensor
     _scale: float
+    for_backward: Tensor
 
     @staticmethod
-    def __new__(cls, data: Tensor, scale: float, dtype: torch.dtype) -> QuantizedTensor:
-        tensor = torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=dtype, device=data.device)
-        tensor._data, tensor._scale = data, scale
+    def __new__(cls, data: Tensor, scale: float, like: Tensor) -> QuantizedTensor:
+        tensor = torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=like.dtype, device=data.device)
+        tensor._data, tensor._scale, tensor.for_backward = data, scale, like
         return tensor
+
+    def follow(self) -> None:
+        self.for_backward.copy_(self.dequantize())
 
     @classmethod
     def of(cls, exact: Tensor) -> QuantizedTensor:
         """Of these numbers, which it still knows."""
-        tensor = cls(torch.empty(exact.shape, dtype=torch.uint8), 1.0, exact.dtype)
+        tensor = cls(torch.empty(exact.shape, dtype=torch.uint8), 1.0, torch.empty_like(exact))
         tensor.take(exact)
         return tensor
 
     def take(self, exact: Tensor) -> None:
         self.put(exact, LARGEST / max(exact.abs().max().item(), 1e-12))
+        self.follow()
 
     def put(self, exact: Tensor, scale: float, start: int = 0) -> None:
         """Write a shard of all numbers, in their order, under the scale of them all."""
@@ -45,7 +55,7 @@ class QuantizedTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         target = args[0]
         if func is torch.ops.aten.detach.default:
-            same = cls(target._data, target._scale, target.dtype)
+            same = cls(target._data, target._scale, target.for_backward)
             return same
         plain = lambda value: value.dequantize() if isinstance(value, cls) else value
         out = func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))

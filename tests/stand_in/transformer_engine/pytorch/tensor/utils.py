@@ -20,10 +20,19 @@ def cast_master_weights_to_fp8(
     master_weights: list[Tensor | None],
     start_offsets: list[int | None],
     group: Any,
+    manual_post_all_gather_processing: bool = False,
 ) -> None:
     """Each rank writes its shard; what scales a weight is its largest number on any rank."""
+    if not manual_post_all_gather_processing:
+        raise NotImplementedError
     for weight, master, start in zip(model_weights, master_weights, start_offsets):
         largest = torch.zeros(()) if master is None else master.abs().max()
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
         scale = LARGEST / max(largest.item(), 1e-12)
         weight.put(torch.empty(0) if master is None else master.to(weight.dtype), scale, start or 0)
+
+
+def post_all_gather_processing(model_weights: list[QuantizedTensor]) -> None:
+    """All shards are here."""
+    for weight in model_weights:
+        weight.follow()

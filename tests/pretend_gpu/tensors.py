@@ -1,24 +1,9 @@
-"""A GPU of the mind, for hosts without one: tensors that say they are on cuda:0 and compute on the CPU.
-
-What a real one would refuse is refused: operations over tensors of two devices, a tensor of the wrong device in a
-collective, a tensor on it turned into numpy. What makes the host wait for it is written down, with the functions of
-this package that asked for it; and while a CUDA graph is captured nothing may. A graph that was captured is replayed by
-doing the captured operations again, on the same memory.
-
-    python -m tests.pretend_gpu        a command server (command_server.py) on it
-
-It has no kernels of its own: attention that torch compiles for GPUs takes its way on CPUs here, torch.compile does
-nothing, Triton's kernels run in Triton's interpreter, and FlashAttention 3 is a stand-in. Streams and events have always been waited for.
-
-A child of the server whose environment names a file in PRETEND_GPU_WAITS writes there, when it ends, what it waited
-for: a list of [kind, functions from the inside out, how often].
-"""
+"""Tensors that say they are on a GPU, what it refuses, and what it is waited for."""
 
 from __future__ import annotations
 
 import collections
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,11 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
-
-from tests.rollout import fake_kernels
 
 CPU = torch.device("cpu")
 ENDS_WITH_DATA = {  # operations whose result the host has to see, or whose shape depends on data
@@ -48,7 +30,6 @@ PACKAGE = f"{os.sep}megatron_dlm{os.sep}"
 
 waits: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
 _tape: list[Callable[[], None]] | None = None  # of the graph that is being captured
-_backends: dict[Any, str] = {}  # process group, or None for the world's: what it should be made of
 
 
 def gpu() -> torch.device:
@@ -111,14 +92,14 @@ def plain(tensor: Any) -> Any:
 
 def wait(kind: str) -> None:
     """The host waits for the GPU."""
-    if _asking(os.path.join("torch", "distributed", "distributed_c10d")):
+    if asking(os.path.join("torch", "distributed", "distributed_c10d")):
         return  # gloo's own copies
     if _tape is not None:
-        raise RuntimeError(f"operation not permitted when stream is capturing: {kind} in {_asking()}")
-    waits[kind, _asking()] += 1
+        raise RuntimeError(f"operation not permitted when stream is capturing: {kind} in {asking()}")
+    waits[kind, asking()] += 1
 
 
-def _asking(package: str = PACKAGE) -> tuple[str, ...]:
+def asking(package: str = PACKAGE) -> tuple[str, ...]:
     """Functions of a package that are at work, from the inside out: `rollout/engine.py:step`."""
     frame, found = sys._getframe(1), []
     while frame is not None:
@@ -151,7 +132,7 @@ def _look(name: str, args: tuple, kwargs: dict) -> None:
     if torch._C._current_graph_task_id() != -1:  # gradients of what nobody used are zeros, made behind our back
         there = [one for one in there if one.any()]
     if here and there:
-        raise RuntimeError(f"Expected all tensors to be on the same device: {name} in {_asking()}")
+        raise RuntimeError(f"Expected all tensors to be on the same device: {name} in {asking()}")
 
 
 def _again(compute: Callable[[], Any], out: Any) -> None:
@@ -238,115 +219,28 @@ class Devices(TorchFunctionMode):
         return _moved(out, _is_gpu(device))
 
 
-class _Graph:
+class Graph:
     """torch.cuda.CUDAGraph."""
 
     def __init__(self) -> None:
         self.tape: list[Callable[[], None]] = []
 
     def replay(self) -> None:
+        waits["a graph was replayed", asking()] += 1
         for operation in self.tape:
             operation()
 
 
 @contextmanager
-def _capture(graph: _Graph, *_: Any, **__: Any) -> Iterator[None]:
+def capture(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     """torch.cuda.graph."""
     global _tape
+    waits["a graph was captured", asking()] += 1
     _tape = graph.tape
     try:
         yield
     finally:
         _tape = None
-
-
-def _module_to_gpu(module: torch.nn.Module, *_: Any, **__: Any) -> torch.nn.Module:
-    """torch.nn.Module.cuda; parameters get new objects, because one cannot become of another type."""
-    moved: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and id(tensor) not in moved:
-                    new = on_gpu(plain(tensor.detach()).clone()).requires_grad_(tensor.requires_grad)
-                    new.__dict__.update(tensor.__dict__)
-                    new._is_param = isinstance(tensor, torch.nn.Parameter)
-                    moved[id(tensor)] = new
-                if tensor is not None:
-                    table[name] = moved[id(tensor)]
-    return module
-
-
-def _install_groups() -> None:
-    """Groups of gloo that know which backend they should have, and take tensors of its device alone."""
-    distributed_c10d = dist.distributed_c10d
-    init, new = dist.init_process_group, distributed_c10d.new_group
-
-    def init_process_group(backend: str, *args: Any, device_id: Any = None, **kwargs: Any) -> None:
-        _backends[None] = backend
-        init("gloo", *args, **kwargs)
-
-    def new_group(*args: Any, backend: str | None = None, pg_options: Any = None, **kwargs: Any) -> Any:
-        group = new(*args, backend="gloo", **kwargs)
-        _backends[group] = backend or _backends[None]
-        return group
-
-    dist.init_process_group = init_process_group
-    dist.new_group = distributed_c10d.new_group = new_group
-    for name in (
-        *("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "all_to_all_single", "broadcast"),
-        *("gather", "irecv", "isend", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send"),
-    ):
-        setattr(dist, name, _checked(name, getattr(dist, name)))
-    one = dist.P2POp
-    one.__new__ = lambda cls, *_, **__: object.__new__(cls)
-    make = one.__init__
-    one.__init__ = lambda self, op, *args, **kwargs: make(self, getattr(op, "__wrapped__", op), *args, **kwargs)
-
-
-def _checked(name: str, collective: Callable) -> Callable:
-    @functools.wraps(collective)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        group = kwargs.get("group") or next((one for one in args if isinstance(one, dist.ProcessGroup)), None)
-        wanted = _backends.get(group, _backends[None])
-        for tensor in tree_iter((args, kwargs)):
-            if isinstance(tensor, torch.Tensor) and isinstance(tensor, OnGpu) != (wanted == "nccl"):
-                raise RuntimeError(f"{name} of a tensor on {tensor.device} in a group of {wanted}: {_asking()}")
-        return collective(*args, **kwargs)
-
-    return call
-
-
-def _install_cuda() -> None:
-    from megatron_dlm.platform import cpu
-
-    tensor_cuda = torch.Tensor.cuda
-    cpu._install_cuda_namespace()
-    torch.Tensor.cuda, torch.nn.Module.cuda = tensor_cuda, _module_to_gpu
-    torch.Tensor.pin_memory = lambda tensor, *_: tensor
-    torch.Tensor.is_pinned = lambda *_: True
-    cuda = torch.cuda
-    properties = type("Properties", (), dict(name="a GPU of the mind", total_memory=2**34, major=9, minor=0))
-    for name, answer in dict(
-        is_available=True,
-        is_initialized=True,
-        is_bf16_supported=True,
-        device_count=8,
-        get_device_capability=(9, 0),
-        get_device_properties=properties,
-        get_device_name=properties.name,
-        mem_get_info=(2**34, 2**34),
-        memory_stats=collections.defaultdict(int),
-        graph_pool_handle=(0, 0),
-    ).items():
-        setattr(cuda, name, functools.partial(lambda value, *_, **__: value, answer))
-    cuda.current_device = lambda: gpu().index
-    cuda._lazy_init = lambda: None
-    cuda.CUDAGraph, cuda.graph = _Graph, _capture
-    cuda.is_current_stream_capturing = lambda: _tape is not None
-    cuda.memory._record_memory_history = lambda *_, **__: None
-    torch.version.cuda = "13.0"
-    cpu._install_collectives()
-    cpu._share_gloo_devices()
 
 
 def kernel(run: Callable) -> Callable:
@@ -372,64 +266,6 @@ def kernel(run: Callable) -> Callable:
     return launch
 
 
-def _install_kernels() -> None:
-    """Ways on the CPU for what is compiled for a GPU."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    os.environ["TRITON_INTERPRET"] = "1"
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
-    from megatron_dlm.model.attention_flex import FlexAttention
-
-    FlexAttention._on_gpu = FlexAttention._on_cpu
-    flash = fake_kernels.flash_attn_interface()
-    flash.flash_attn_with_kvcache = kernel(flash.flash_attn_with_kvcache)
-    sys.modules[flash.__name__] = flash
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    interpreter.GridExecutor.__call__ = kernel(interpreter.GridExecutor.__call__)
-
-
-def install() -> None:
-    """For the life of this process; before megatron-core is imported."""
-    _install_cuda()
-    _install_groups()
-    _install_kernels()
-    import torch.autograd.graph as graph
-    from megatron.core.tensor_parallel import random as random_state
-
-    random_state._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    random_state._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    run = graph._engine_run_backward
-
-    def backward(*args: Any, **kwargs: Any) -> Any:
-        with Devices():  # torch takes the mode away while it handles torch.autograd.backward
-            return run(*args, **kwargs)
-
-    graph._engine_run_backward = torch.autograd._engine_run_backward = backward
-    Devices().__enter__()
-
-
-def serve() -> None:
-    install()
-    import megatron_dlm.__main__ as entry
-    from tests.command_server import serve as serve_commands
-
-    main = entry.main
-
-    def with_account(argv: list[str]) -> int:
-        try:
-            return main(argv)
-        finally:
-            if "PRETEND_GPU_WAITS" in os.environ and os.environ.get("RANK", "0") == "0":
-                with open(os.environ["PRETEND_GPU_WAITS"], "w") as file:
-                    json.dump([[kind, asking, count] for (kind, asking), count in waits.items()], file)
-
-    entry.main = with_account
-    serve_commands()
-
-
-if __name__ == "__main__":
-    serve()
+def capturing() -> bool:
+    """Whether a graph is being captured."""
+    return _tape is not None
