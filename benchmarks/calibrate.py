@@ -15,7 +15,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from megatron_dlm.model.fp8 import quantise_rows, scaled_product
 from megatron_dlm.planning.hardware import Hardware
+from megatron_dlm.rollout.requirements import OLDEST_WITH_FP8
 
 ROWS, WIDTH, WIDE = 1024, 512, 1536  # tokens of a row and widths of a layer, for a CPU; four times as much on a GPU
 
@@ -83,7 +85,32 @@ def measure(where: torch.device, seconds: float = 1.0) -> Hardware:
         bandwidth_fraction=min(1.0, summed / bandwidth),
         layer_seconds=start,
         pass_seconds=2 * start,
+        **(fp8_products(where, large, (rows, width, wide), seconds) if has_fp8(where) else {}),
     )
+
+
+def has_fp8(where: torch.device) -> bool:
+    """Whether it multiplies numbers of FP8."""
+    return where.type == "cuda" and torch.cuda.get_device_capability(where) >= OLDEST_WITH_FP8
+
+
+def fp8_products(
+    where: torch.device, large: int, typical: tuple[int, int, int], seconds: float
+) -> dict[str, float | bool]:
+    """Fields of `Hardware`: products with a scale for each row (model/fp8.py), large ones and those of a layer.
+
+    Args:
+        large: tokens, inputs and outputs of the large one. typical: those of the other.
+    """
+
+    def rate(tokens: int, inputs: int, outputs: int) -> float:
+        pair = [quantise_rows(torch.randn(size, inputs, device=where)) for size in (tokens, outputs)]
+        product = lambda: scaled_product(*pair[0], *pair[1], torch.bfloat16)
+        return 2 * tokens * inputs * outputs / _seconds(product, where, seconds)
+
+    best = rate(large, large, large)
+    blackwell = where.type == "cuda" and torch.cuda.get_device_capability(where)[0] in (10, 11)
+    return dict(fp8_flops=best, fp8_fraction=min(1.0, rate(*typical) / best), fp8_transposed=not blackwell)
 
 
 def _seconds(work: Callable[[], object], where: torch.device, seconds: float) -> float:
@@ -124,6 +151,9 @@ def as_yaml(hardware: Hardware, where: torch.device) -> str:
     kind = "bfloat16" if where.type == "cuda" else "float32"
     lines = [f"name: {hardware.name!r}", f"# Measured on one device, in {kind}; bf16_flops is the best that was seen."]
     lines += [f"{name}: {getattr(hardware, name):.4g}" for name in written]
+    if hardware.fp8_flops:
+        lines += [f"{name}: {getattr(hardware, name):.4g}" for name in ("fp8_flops", "fp8_fraction")]
+        lines.append(f"fp8_transposed: {str(hardware.fp8_transposed).lower()}")
     lines.append("# Not measured: links between devices. Put in what yours have.")
     lines += [f"{name}: {getattr(hardware, name):.4g}" for name in ("intra_node_bandwidth", "inter_node_bandwidth")]
     return "\n".join([*lines, f"devices_per_node: {8 if where.type == 'cuda' else 1}"])

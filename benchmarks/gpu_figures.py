@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_dlm.config.errors import UserError
+
 CUT_SHORT = 3  # exit code of a part that has not measured all, for want of time
 COMMAND = "python -m benchmarks.gpu_suite"
 FP8_GOAL, MFU_GOAL, PACKED_GOAL, ATTENTION_GOAL, NOISE_GOAL = 1.3, 50.0, 3.0, 3.0, 1.0
@@ -215,11 +217,14 @@ class Sheet:
     Args:
         seconds: that the part has, from now on; None for as long as it takes.
 
-    Attributes: cut: why a part could not measure all of it, if so.
+    Attributes:
+        cut: why a part could not measure all of it, if so.
+        wrong: the first error that is not for want of something; the part ends with it, when it is through.
     """
 
     def __init__(self, path: Path, seconds: float | None = None) -> None:
         self.path, self.figures, self.seconds, self.cut = path, {}, seconds, ""
+        self.wrong: Exception | None = None
         self._began = time.monotonic()
 
     def left(self, margin: float) -> float | None:
@@ -236,6 +241,16 @@ class Sheet:
         for key in keys:
             self.figures.setdefault(key, {"why": why})
         self._write()
+
+    def lose(self, error: Exception, *keys: str) -> None:
+        """These figures could not be measured: the machine lacks what they ask for, or else something is wrong. Others
+        may go well.
+        """
+        import torch
+
+        self.miss(error, *keys)
+        if not isinstance(error, (UserError, torch.OutOfMemoryError)):
+            self.wrong = self.wrong or error
 
     def _write(self) -> None:
         """The file is whole at every moment."""

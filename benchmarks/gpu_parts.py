@@ -96,7 +96,7 @@ def curves(size, device: str, sheet: Sheet) -> None:
 
 def head(size, device: str, sheet: Sheet) -> None:
     from benchmarks import loss_head
-    from benchmarks.kernels import sampler_times
+    from benchmarks.kernels import SAMPLERS, sampler_times
     from megatron_dlm.platform.kernels import missing
 
     one, name = size.head, "bf16" if device == "cuda" else "fp32"
@@ -115,8 +115,8 @@ def head(size, device: str, sheet: Sheet) -> None:
     lacking = missing()
     for key, how in (("chunk", (512, False)), ("triton", (512, False, True))):
         if key == "triton" and lacking:
-            sheet.miss(lacking, "triton memory", "triton time", "sampler torch", "sampler triton")
-            return
+            sheet.miss(lacking, "triton memory", "triton time", "sampler triton")
+            continue
         try:
             memory, seconds = median(*how)
         except Exception as error:  # whatever a compiler says of this GPU
@@ -124,8 +124,13 @@ def head(size, device: str, sheet: Sheet) -> None:
             continue
         sheet.put(f"{key} memory", memory / max(base[0], 1), f"of {base[0] / 2**20:,.0f} MiB")
         sheet.put(f"{key} time", seconds / max(base[1], 1e-9), f"of {1000 * base[1]:.1f} ms")
-    times = sampler_times(one.drawn, one.vocabulary, loss_head.DTYPES[name], max(one.repeats, 3))
-    for key, seconds in times.items():
+    for key in SAMPLERS[:1] if lacking else SAMPLERS:
+        try:
+            sizes = one.drawn, one.vocabulary, loss_head.DTYPES[name]
+            seconds = sampler_times(*sizes, max(one.repeats, 3), samplers=(key,))[key]
+        except Exception as error:
+            sheet.miss(error, f"sampler {key}")
+            continue
         sheet.put(f"sampler {key}", 1000 * seconds, f"{one.drawn:,} of {one.vocabulary:,}")
 
 
@@ -198,9 +203,9 @@ def _json_of(program: str, arguments: str, good: set[int], sheet: Sheet) -> Any:
                 ["-m", f"benchmarks.{program}", *shlex.split(arguments), "--json", str(file)], good, sheet.left(MARGIN)
             )
         except subprocess.TimeoutExpired:
+            sheet.cut = f"{program} was ended before it was through"
             if not file.exists():
                 raise RuntimeError(f"{program} had not written anything when its time had gone") from None
-            sheet.cut = f"{program} was ended before it was through"
         else:
             if not file.exists():
                 raise RuntimeError(_last_line(done))
@@ -222,7 +227,7 @@ def _last_line(done: subprocess.CompletedProcess) -> str:
 
 
 def measure(part: str, size_name: str, device: str, out: Path, seconds: float | None = None) -> None:
-    """Everything of a part; what goes wrong is written into its file.
+    """Everything of a part; what goes wrong is written into its file, and raised.
 
     Args:
         seconds: that it has; None for as long as it takes.
@@ -236,9 +241,12 @@ def measure(part: str, size_name: str, device: str, out: Path, seconds: float | 
     keys = [figure.key for figure in PARTS[part].figures]
     try:
         RUN[part](size_named(size_name), device, sheet)
+        if sheet.wrong is not None:
+            raise sheet.wrong
     except Exception as error:
         sheet.miss(error, *keys)
-        raise
+        if not sheet.cut:
+            raise
     if sheet.cut:
         sheet.miss(sheet.cut, *keys)
         print(sheet.cut)

@@ -42,6 +42,7 @@ from benchmarks.gpu_figures import COMMAND, CUT_SHORT, PARTS, limit_of
 from benchmarks.gpu_report import MARKER, markdown_of, summary
 
 OUT_OF_TIME = "its time had gone"  # why a part was ended, or has ended itself
+GRACE = 5.0  # seconds that torchrun has to end its workers
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "flash-attn", "megatron-dlm")
 Start = Callable[[str, argparse.Namespace, Path, float], str | None]
@@ -132,8 +133,7 @@ def _end(process: subprocess.Popen) -> None:
     """
     with contextlib.suppress(ProcessLookupError):  # as soon as none of them is left
         os.killpg(process.pid, signal.SIGTERM)
-        asked = time.monotonic()
-        while time.monotonic() < asked + GRACE:
+        for _ in range(round(GRACE / 0.05)):
             process.poll()
             os.killpg(process.pid, 0)
             time.sleep(0.05)

@@ -55,14 +55,16 @@ def _kernels(dtype: torch.dtype) -> Found:
 
 def _weights(dtype: torch.dtype) -> Found:
     """What rounding and multiplication make of weights in FP8, against the dequantised numbers in float64."""
-    from megatron_dlm.model import fp8
+    from megatron_dlm.model.fp8 import rounding
     from megatron_dlm.parallel.self_test import relative_difference
+    from megatron_dlm.rollout.fp8_self_test import product_pairs, rounding_pairs
+    from megatron_dlm.rollout.requirements import OLDEST_WITH_FP8
 
     if dtype != torch.bfloat16:
         return {}
-    if platform.is_cuda() and torch.cuda.get_device_capability() < fp8.OLDEST_GPU:
+    if platform.is_cuda() and torch.cuda.get_device_capability() < OLDEST_WITH_FP8:
         return {"weights in FP8": "this GPU multiplies no numbers of FP8"}
-    pairs = fp8.product_pairs(platform.device())
+    pairs = [pair for make in (rounding_pairs, product_pairs) for pair in make(rounding(), platform.device())]
     return {f"weights in FP8: {name}": (relative_difference(mine, right), _PRODUCT) for name, mine, right in pairs}
 
 

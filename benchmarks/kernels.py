@@ -25,6 +25,7 @@ from megatron_dlm.model.policy import Vocabulary, policy_scores
 from megatron_dlm.platform import kernels
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+SAMPLERS = ("torch", "triton")
 _SMALL = 9001  # tokens of a vocabulary that the kernels take in several pieces
 OTHER_TOKENS = 0.02  # share of draws that may fall on the other side of a boundary
 
@@ -62,8 +63,15 @@ def differences(dtype: torch.dtype, columns: int = _SMALL, rows: int = 96) -> di
     return found
 
 
-def sampler_times(rows: int, columns: int, dtype: torch.dtype, repeats: int, filters: bool = False) -> dict[str, float]:
-    """Median seconds of drawing a token for each row from its logits: by 'torch' and by 'triton', rules known.
+def sampler_times(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    repeats: int,
+    filters: bool = False,
+    samplers: Sequence[str] = SAMPLERS,
+) -> dict[str, float]:
+    """Median seconds of drawing a token for each row from its logits, by each sampler, rules known.
 
     Args:
         filters: whether three quarters of the rows have top-k, top-p, or both.
@@ -71,12 +79,11 @@ def sampler_times(rows: int, columns: int, dtype: torch.dtype, repeats: int, fil
     logits, rules, streams, steps, slot = _draw_inputs(rows, columns, dtype, filters)
     vocabulary = Vocabulary(columns - 5, 7)
     asked = Asked.by(DrawRules(*(column[slot] for column in _columns(rules))))
-    return {
-        "torch": median_seconds(lambda: _by_torch(logits, rules, streams, steps, slot, vocabulary, asked), repeats)[0],
-        "triton": median_seconds(
-            lambda: _by_kernels(logits, rules, streams, steps, slot, vocabulary, filters), repeats
-        )[0],
+    ways = {
+        "torch": lambda: _by_torch(logits, rules, streams, steps, slot, vocabulary, asked),
+        "triton": lambda: _by_kernels(logits, rules, streams, steps, slot, vocabulary, filters),
     }
+    return {name: median_seconds(ways[name], repeats)[0] for name in samplers}
 
 
 def _head_inputs(targets: int, columns: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,11 +39,12 @@ SHORT_OF_MEMORY = "does not fit"
 def workload(longest: int, prompts: int = 128, **changes: object) -> Workload:
     """A step as published for TraceRL with an 8B model (arXiv 2509.06949, section 5 and table 4): 128 prompts of 32
     responses, 2.4 tokens per denoising step. Ours: responses have 0.3 of the longest length on average, half of them is
-    learned from, in 16 updates (so 128 responses each), prompts have 256 tokens.
+    learned from, in 16 updates (so 128 responses each), prompts have 256 tokens; the
+    loss head is Triton's kernels, as `plan` has it.
     """
     plain = dict(
         prompts=prompts, samples=32, prompt_length=256, responses=lengths(0.3 * longest, longest), block_size=4,
-        steps_per_block=4 / 2.4, updates=16, learned=0.5,
+        steps_per_block=4 / 2.4, updates=16, learned=0.5, triton_head=True,
     )  # fmt: skip
     return Workload(**{**plain, **changes})
 

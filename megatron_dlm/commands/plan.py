@@ -59,9 +59,11 @@ def main(argv: Sequence[str]) -> int | None:
             f"--plan-reserve-gib {plan.plan_reserve_gib} leaves nothing of the {in_gib(hardware.memory_bytes)} GiB of "
             f"{hardware.name}. Lower it."
         )
-    job = job_of(config, model, world_size).changed(fp8_transposed=bool(hardware.fp8_transposed))
-    if job.precision.recipe is not None and not hardware.fp8_flops:
-        raise ConfigError(f"--plan-hardware {plan.plan_hardware} has no products in FP8. Leave --fp8-format out.")
+    job = job_of(config, model, world_size).changed(fp8_transposed=hardware.fp8_transposed)
+    engine_fp8 = job.rollout is not None and job.rollout.rollout_weights == "fp8"
+    for asked, flag in ((job.precision.recipe is not None, "--fp8-format"), (engine_fp8, "--rollout-weights fp8")):
+        if asked and not hardware.fp8_flops:
+            raise ConfigError(_without_fp8(plan.plan_hardware, flag))
     if job.precision.recipe == "mxfp8" and hardware.fp8_transposed:
         raise ConfigError(
             f"--fp8-recipe mxfp8 needs Blackwell GPUs, and --plan-hardware {plan.plan_hardware} is not one. Use "
@@ -92,6 +94,15 @@ def main(argv: Sequence[str]) -> int | None:
     if found is not None:
         hint = f"What fits, with {in_gib(found.peak)} GiB: add {found.flags}."
     raise ConfigError(f"This run does not fit. {why.rstrip('.')}. {hint}")
+
+
+def _without_fp8(hardware: str, flag: str) -> str:
+    if not Path(hardware).suffix:  # an entry of the table
+        return f"--plan-hardware {hardware} has no products in FP8. Leave {flag} out."
+    return (
+        f"--plan-hardware {hardware} does not say fp8_flops, which {flag} needs. Add it, a data sheet's dense FLOP per "
+        f"second in FP8, or leave {flag} out."
+    )
 
 
 def check_plan(plan: PlanConfig) -> None:

@@ -23,9 +23,8 @@ import triton.language as tl
 
 from megatron_dlm.diffusion.scores_triton import ENTROPY, LEAST, VARYING, is_filtered, scores
 
-_MOST_PASSES = tl.constexpr(
-    64
-)  # 87 / 9^64 is less than the distance of any two numbers: only logits that are none get here
+# 87 / 9^64 is less than the distance of any two numbers: only logits that are none get here.
+_MOST_PASSES = tl.constexpr(64)
 WAYS = 8  # bounds that are looked at in a pass
 TILE = 2048  # logits that a program holds then
 
@@ -122,7 +121,7 @@ def _cut(
                 lacks = tl.ceil((need - high_mass) / weight)
             edge, equals = most, tl.minimum(tl.maximum(lacks, 1.0), (low_count - high_count).to(tl.float64))
             held = high_mass + equals * weight
-            passes = _MOST_PASSES + 0
+            passes = tl.full((), _MOST_PASSES, tl.int32)  # it keeps its type in both branches, as Triton asks
         else:
             if by_count:
                 lacking = count.to(tl.float64) < need

@@ -199,7 +199,8 @@ def _pack_together(
         num_rows = _round_up(max(1, math.ceil(fullest / budget)), rows_multiple)
         while None in (rows := [_fill(one, num_rows, budget) for one in bundles]):
             num_rows += rows_multiple
-        length = _round_up(max(row.tokens for filled in rows for row in filled), multiple_of) or multiple_of
+        rows, lengths = zip(*(_tightened(one, filled, multiple_of) for one, filled in zip(bundles, rows)))
+        length = max(lengths)
         found.append((num_rows * length, share, length, bundles, rows))
     _, _, length, bundles, rows = min(found, key=lambda one: one[:2])
     even = [_balanced(one, len(filled), min(length, budget)) or filled for one, filled in zip(bundles, rows)]

@@ -1,11 +1,11 @@
 """`sampling.draw` from logits as kernels that wait for nobody: temperature, filters, keyed draw, confidence.
 
-The vocabulary is read once, as the matrix product left it: each program of the first kernel sums up one piece of one
-row. The last kernel has a program for each row, which finds the piece in which the cumulative distribution passes the
-row's uniform number, reads that piece again, and finds the token. The uniform number is made there from the row's key
-(diffusion/keys.py), so what a pass needs of the sampler is these two launches, in shapes that depend on nothing drawn.
-Where any row has top-k or top-p there is a third between them, which reads these rows some more times to find what is
-kept (filters_triton.py); the last kernel then draws among that.
+Without filters the vocabulary is read once, as the matrix product left it: each program of the first kernel sums up one
+piece of one row. The last kernel has a program for each row, which finds the piece in which the cumulative distribution
+passes the row's uniform number, reads that piece again, and finds the token. The uniform number is made there from the
+row's key (diffusion/keys.py), so what a pass needs of the sampler is these two launches, in shapes that depend on
+nothing drawn. Where any row has top-k or top-p there is a third launch between them, which reads the rows that have
+them some more times to find what is kept (filters_triton.py); the last kernel then draws among that.
 
 Rows are those of torch's sampler: the same keys, the same inverse of the cumulative distribution in token order, the
 same confidences. Sums are added in another order, so a token can be another where the uniform number lies within

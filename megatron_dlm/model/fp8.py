@@ -28,7 +28,6 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
 
 from megatron_dlm import platform
-from megatron_dlm.config.errors import DependencyError
 from megatron_dlm.platform import kernels
 
 FP8 = torch.float8_e4m3fn
@@ -36,21 +35,9 @@ LARGEST = torch.finfo(FP8).max  # 448
 _SMALLEST_STEP = 2.0**-9  # between e4m3 numbers, next to 0
 _OF_NOTHING = 1e-30  # stands for the largest of a row of zeros
 _ELEMENTS_AT_ONCE = 2**24
-OLDEST_GPU = (8, 9)
-_FLAG = "--rollout-weights fp8"
 
-
-def check_device() -> None:
-    """Refuse a GPU that multiplies no numbers of FP8.
-
-    Raises:
-        DependencyError: it is one.
-    """
-    if platform.is_cuda() and (found := torch.cuda.get_device_capability(platform.device())) < OLDEST_GPU:
-        raise DependencyError(
-            f"{_FLAG} needs a GPU of compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or more, and this one has "
-            f"{found[0]}.{found[1]}. Use --rollout-weights trained."
-        )
+Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""[R, K] -> e4m3 [R, K] and scales, fp32 [R, 1]."""
 
 
 def quantise_rows(wide: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +49,7 @@ def quantise_rows(wide: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).to(FP8), scale
 
 
-def rounding() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def rounding() -> Rounding:
     """`quantise_rows` for activations: by torch, or one kernel on a GPU that has Triton."""
     if not platform.is_cuda() or kernels.missing() is not None:
         return quantise_rows
@@ -74,19 +61,26 @@ def rounding() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Data and scales of x [T, K], and of a weight [N, K] -> x W^T, [T, N]. On a GPU K and N are multiples of 16 and
     `dtype` is bfloat16.
+
+    Without fast accumulation: a Hopper's tensor cores keep about 22 bits of a sum, and what that loses grows with K;
+    so partial sums are added up in fp32 outside of them. Passes that wait for the bytes of weights should hardly feel
+    it.
     """
     if not len(x):  # an expert whom no token chose
         return x.new_empty(0, len(weight), dtype=dtype)
     if x.is_cuda:
-        return torch._scaled_mm(x, weight.t(), x_scale, weight_scale.t(), out_dtype=dtype, use_fast_accum=True)
+        return torch._scaled_mm(x, weight.t(), x_scale, weight_scale.t(), out_dtype=dtype, use_fast_accum=False)
     return (x.float() @ weight.float().t() * x_scale * weight_scale.t()).to(dtype)
 
 
-def hold_in_fp8(model: nn.Module) -> None:
+def hold_in_fp8(model: nn.Module, by: Rounding | None = None) -> None:
     """Make the linear layers within the transformer layers of a model keep FP8, in storage that holds nothing yet:
     attention's, the feed-forward part's, those of all experts. Embedding, head, norms and routers stay what they are.
+
+    Args:
+        by: what rounds activations; `rounding()` if it is not given.
     """
-    by = rounding()
+    by = by or rounding()
     for block in model.modules():
         if isinstance(block, BaseTransformerLayer):
             for layer in block.modules():
@@ -129,21 +123,8 @@ def holds(layer: nn.Module, wide: Tensor) -> bool:
     return True
 
 
-def product_pairs(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Activations rounded as a layer does it, and by torch; a small product, and that of the dequantised numbers, in
-    float64.
-    """
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator) * torch.rand(shape[0], 1, generator=generator)
-    given = [draw(*shape).to(device, torch.bfloat16) for shape in ((37, 256), (144, 256))]
-    x, weight = rounding()(given[0]), quantise_rows(given[1])
-    wide = [data.double() * scale.double() for data, scale in (x, weight)]
-    for name, mine, right in zip(("numbers", "scales"), x, quantise_rows(given[0])):
-        yield f"rounded activations' {name}", mine, right
-    yield "a product in FP8", scaled_product(*x, *weight, torch.bfloat16), wide[0] @ wide[1].t()
-
-
-def _hold(layer: ColumnParallelLinear | RowParallelLinear, by: Callable) -> None:
+def _hold(layer: ColumnParallelLinear | RowParallelLinear, by: Rounding) -> None:
+    assert not layer.sequence_parallel, "the product that is left out here would gather its input over ranks"
     wide = layer.weight
     layer.wide_dtype = wide.dtype
     layer.weight = nn.Parameter(torch.empty_like(wide, dtype=FP8), requires_grad=False)
@@ -153,7 +134,7 @@ def _hold(layer: ColumnParallelLinear | RowParallelLinear, by: Callable) -> None
 
 
 def _product(
-    layer: nn.Module, by: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object
+    layer: nn.Module, by: Rounding, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object
 ) -> Tensor:
     """What stands for the product of a layer: of [..., K], rounded `by`, with its weight, and its bias added."""
     x, x_scale = by(input.reshape(-1, input.shape[-1]))

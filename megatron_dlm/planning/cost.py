@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.diffusion.context import shared_length
 from megatron_dlm.planning.decode import rollout_cost
@@ -170,11 +169,9 @@ def _row(
     tally = Tally()
     tally.flops = (body + attention * rows.mean_area + head) / (shared * stages)
     peak, fp8 = hardware.bf16_flops, _share_in_fp8(model, layout)
-    if fp8 and not hardware.fp8_flops:
-        raise ConfigError(f"hardware {hardware.name} has no products in FP8. Use another, or leave FP8 out.")
     tally.add("products", (body * (1 - fp8) / stages + head) / shared / (peak * hardware.matmul_fraction))
     if fp8:
-        tally.add("products", body * fp8 / stages / shared / (hardware.fp8_flops * hardware.fp8_fraction))
+        tally.add("products", body * fp8 / stages / shared / hardware.fp8_rate())
     tally.add("attention", attention * rows.area / stages / shared / (peak * hardware.attention_fraction))
 
     moved = held * model.num_layers / stages * _moved_by_token(model, layout, workload, fp8, forward, backward)
@@ -336,7 +333,7 @@ def refit_cost(model: ModelConfig, layout: Layout, workload: Workload, hardware:
     An engine's rank has 1 / engine_tp of everything, all layers, all experts. As it trains, it holds one stage's
     tensor shard of that and some experts. Layers of other stages come from other nodes, because stages stand far apart;
     the rest comes from tensor- and expert-parallel neighbours. What it sends is on average what it gets. Where all is
-    there already, nothing moves (rollout/refit.py).
+    there already, nothing moves (rollout/refit.py); weights in FP8 are rounded, then, too, into storage of their own.
     """
     sizes, tp = sizes_of(model), layout.engine_tp
     tables = sizes.embedding + sizes.head
@@ -353,4 +350,7 @@ def refit_cost(model: ModelConfig, layout: Layout, workload: Workload, hardware:
     if near:
         near_group = max(layout.tp, layout.ep * layout.expert_tp, 2)
         tally.send("refit", hardware.link(near_group), near * item, model.num_layers)
-    return tally.phase(shared=float(not tally.sent))
+    if layout.rollout_fp8:
+        rounded = (sizes.dense + sizes.experts) / tp * (item + 1)
+        tally.add("refit", rounded / (hardware.memory_bandwidth * hardware.bandwidth_fraction))
+    return tally.phase(shared=float(not tally.parts))

@@ -10,6 +10,9 @@ and makes logits at masked positions. Its least time is the sum of
     bytes of activations and logits / memory bandwidth
     two all-reduces per layer over the tensor-parallel ranks, and what kernels take to start.
 
+With weights in FP8 (--rollout-weights fp8) the matrices of the layers are one byte a number and multiply at that rate,
+and their inputs are rounded, in one more pass over memory. Head, keys and values, and the rest are as ever.
+
 (benchmarks/roofline.py is the same without activations, tensor parallelism and starts.)
 
 Invariants (tests/planning/test_decode.py): every token that is asked for is generated; one engine with equal responses
@@ -35,6 +38,7 @@ from megatron_dlm.planning.work import (
     head_flops,
     layer_traffic,
     padded_vocabulary,
+    quantised_numbers,
     sizes_of,
 )
 
@@ -67,10 +71,11 @@ def cost_of_a_pass(
     masked = running * block * (steps + 1) / (2 * steps)
     memory = hardware.memory_bandwidth * hardware.bandwidth_fraction
     tally = Tally()
-    products = (body_flops(model, tokens) + head_flops(model, masked)) / tp
-    read = sizes.dense + sizes.experts * experts_touched(model, tokens) + padded_vocabulary(model) * model.hidden_size
-    weights = read * item / tp / memory
-    computed = products / (hardware.bf16_flops * hardware.matmul_fraction)
+    body, head = body_flops(model, tokens) / tp, head_flops(model, masked) / tp
+    layers = sizes.dense + sizes.experts * experts_touched(model, tokens)
+    table = padded_vocabulary(model) * model.hidden_size
+    weights = (layers * (1 if layout.rollout_fp8 else item) + table * item) / tp / memory
+    computed = _product_seconds(layout, hardware, body, head)
     tally.add("weights" if weights > computed else "products", max(weights, computed))
     scores = attention_flops(model, tokens * (context + block)) / tp
     tally.add(
@@ -81,6 +86,9 @@ def cost_of_a_pass(
         ),
     )
     wide, rest = layer_traffic(model, item)
+    if layout.rollout_fp8:
+        whole, split = quantised_numbers(model)[0]
+        wide, rest = wide + whole * (item + 1), rest + split * (item + 1)
     activations = tokens * model.num_layers * (wide + rest / tp)
     logits = masked * padded_vocabulary(model) * LOGIT_BYTES / tp
     tally.add("memory", (activations + logits) / memory)
@@ -88,8 +96,20 @@ def cost_of_a_pass(
         sent = 2 * model.num_layers * 2 * (tp - 1) / tp * tokens * model.hidden_size * item
         tally.send("tensor", hardware.link(tp), sent, 2 * model.num_layers)
     tally.add("starts", model.num_layers * hardware.layer_seconds + hardware.pass_seconds)
-    tally.flops = products + scores
+    tally.flops = body + head + scores
     return tally
+
+
+def _product_seconds(layout: Layout, hardware: Hardware, body: float, head: float = 0.0) -> float:
+    """Of so many FLOPs with the matrices of the layers, and with the head's.
+
+    Raises:
+        ConfigError: they are in FP8, which the hardware does not have.
+    """
+    plain = hardware.bf16_flops * hardware.matmul_fraction
+    if not layout.rollout_fp8:
+        return (body + head) / plain
+    return body / hardware.fp8_rate() + head / plain
 
 
 def prefill(model: ModelConfig, layout: Layout, workload: Workload, hardware: Hardware) -> Tally:
@@ -97,7 +117,7 @@ def prefill(model: ModelConfig, layout: Layout, workload: Workload, hardware: Ha
     shared, tp = workload.prompt_length, layout.engine_tp
     tally = Tally()
     products, scores = body_flops(model, shared) / tp, attention_flops(model, shared**2 / 2) / tp
-    tally.add("prompts", products / (hardware.bf16_flops * hardware.matmul_fraction))
+    tally.add("prompts", _product_seconds(layout, hardware, products))
     tally.add("prompts", scores / (hardware.bf16_flops * hardware.attention_fraction))
     tally.flops = products + scores
     return tally

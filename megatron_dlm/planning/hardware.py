@@ -91,6 +91,16 @@ class Hardware:
                 f"hardware {self.name}: devices_per_node is {self.devices_per_node}. Give a whole number."
             )
 
+    def fp8_rate(self) -> float:
+        """FLOP per second of products in FP8.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if not self.fp8_flops:
+            raise ConfigError(f"hardware {self.name} has no products in FP8. Use another, or leave FP8 out.")
+        return self.fp8_flops * self.fp8_fraction
+
     def link(self, size: int, stride: int = 1) -> Link:
         """What a group of `size` ranks has, each `stride` ranks after the other, in a job whose ranks fill node by
         node.

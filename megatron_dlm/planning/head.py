@@ -18,7 +18,7 @@ from megatron_dlm.planning.work import padded_vocabulary
 
 def head_bytes(job: Job, kernels: bool) -> int:
     """The most that the head takes for a row at a time, forward and backward, beside hidden states and weight: tiles of
-    logits, and the two gradients.
+    logits, and the two gradients; with adapters the weight is frozen and has none.
     """
     model, parallel, dtype = job.model, job.parallel, dtype_of(job.model)
     width = padded_vocabulary(model) // parallel.tensor_model_parallel_size
@@ -26,6 +26,7 @@ def head_bytes(job: Job, kernels: bool) -> int:
     with FakeTensorMode(), standing_in(kernels):
         draw = lambda *size: torch.empty(*size, dtype=dtype, requires_grad=True)
         hidden, weight = draw(job.row.targets, model.hidden_size), draw(width, model.hidden_size)
+        weight.requires_grad_(job.lora is None)
         labels = torch.empty(job.row.targets, dtype=torch.int64)
         with LiveBytes((hidden, weight, labels)) as live:
             policy = label_policy(hidden, weight, labels, 1.0, vocabulary, None, parallel.loss_chunk_size, entropy)

@@ -90,6 +90,11 @@ class Job:
         return self.parallel.loss_head != "torch" and self.parallel.loss_chunk_size > 0 and not self.model.fp64
 
     @property
+    def attention(self) -> str:
+        """The backend of training that the plan is for: 'dense' or 'flex'."""
+        return "dense" if self.dense_attention else "flex"
+
+    @property
     def has_reference(self) -> bool:
         return self.rl is not None and self.rl.kl_reference == "frozen"
 
@@ -122,8 +127,7 @@ class Job:
 
     @property
     def _row_multiple(self) -> int:
-        attention = "dense" if self.dense_attention else "flex"
-        return row_multiple(self.parallel.tensor_model_parallel_size, self.parallel.token_multiple, attention)
+        return row_multiple(self.parallel.tensor_model_parallel_size, self.parallel.token_multiple, self.attention)
 
     @property
     def tokens_per_group(self) -> int:

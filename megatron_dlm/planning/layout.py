@@ -29,6 +29,7 @@ class Layout:
         rollout_tp: tensor-parallel size of the engine; that of training where it is None. Its expert-parallel size is
             1: each engine has all experts.
         precision: what the trained layers are made of and multiply in; engines run plain layers.
+        rollout_fp8: engines keep the matrices of their layers in FP8, and multiply in it (--rollout-weights fp8).
     """
 
     world: int = 1
@@ -44,6 +45,7 @@ class Layout:
     recompute: Literal["none", "selective", "full"] = "none"
     rollout_tp: int | None = None
     precision: Precision = BF16
+    rollout_fp8: bool = False
 
     @property
     def data(self) -> int:
@@ -74,7 +76,7 @@ class Layout:
 
     def row_multiple(self, attention: str) -> int:
         """Lengths of rows are multiples of this. attention: of `Workload`."""
-        return row_multiple(self.tp, self.precision.token_multiple, "dense" if attention == "dense" else "flex")
+        return row_multiple(self.tp, self.precision.token_multiple, attention)
 
     def check(self, model: ModelConfig) -> None:
         """Refuse what cannot be.
@@ -147,8 +149,8 @@ class Workload:
             tokens. A trace is learned in as many noisy copies of each block.
         updates: optimizer steps per RL step. learned: share of the responses that is learned from.
         row_budget: most tokens of a row (--max-tokens-per-row).
-        attention: the training kernel's work: 'visible' computes the pairs that see each other, 'dense' whole squares,
-            one per group of a row, as `model/attention.py` does today.
+        attention: the training kernel's work: 'flex' computes the pairs that see each other (there are few others in
+            its tiles), 'dense' whole squares, one per group of a row.
         together: all rows of a response on one data-parallel rank (needed by a value model).
         old_logprobs: 'recomputed' passes over all updates but the first again.
         reference, value_model: whether there is a frozen reference, and a value model.
@@ -168,7 +170,7 @@ class Workload:
     updates: int = 1
     learned: float = 1.0
     row_budget: int = 16384
-    attention: Literal["visible", "dense"] = "visible"
+    attention: Literal["flex", "dense"] = "flex"
     together: bool = False
     old_logprobs: Literal["recomputed", "rollout", "current"] = "recomputed"
     reference: bool = False

@@ -8,7 +8,7 @@ from megatron_dlm.planning.layout import Layout, Workload, lengths
 
 def layout_of(job: Job) -> Layout:
     """The layout as the cost model has it."""
-    one = job.parallel
+    one, engine = job.parallel, job.rollout
     return Layout(
         world=job.world_size,
         tp=one.tensor_model_parallel_size,
@@ -22,7 +22,8 @@ def layout_of(job: Job) -> Layout:
         overlap=one.overlap_grad_reduce,
         recompute=recomputation(job)[0] or "none",
         precision=job.precision,
-        rollout_tp=None if job.rollout is None else job.rollout.rollout_tensor_model_parallel_size,
+        rollout_tp=None if engine is None else engine.rollout_tensor_model_parallel_size,
+        rollout_fp8=engine is not None and engine.rollout_weights == "fp8",
     )
 
 
@@ -34,7 +35,7 @@ def workload_of(job: Job) -> Workload:
         responses=lengths(texts.response, max(texts.response, texts.longest_response)),
         block_size=model.block_size or texts.longest_response,
         row_budget=job.row_budget,
-        attention="dense" if job.dense_attention else "visible",
+        attention=job.attention,
         itemsize=2 if model.bf16 else 4,
         triton_head=job.triton_head,
     )

@@ -93,10 +93,16 @@ def estimates(job: Job) -> list[str]:
             "2.9 and megatron-core 0.16.1 (docs/planning.md)."
         )
     if job.triton_head:
-        ours, plain = head_bytes(job, True), head_bytes(job, False)
+        ours, plain = (f"{head_bytes(job, kernels) / 2**20:,.0f} MiB" for kernels in (True, False))
+        where = " on the last pipeline stage" if job.stages > 1 else ""
         lines.append(
-            f"The loss head takes {in_gib(ours)} GiB by Triton's kernels, as on a GPU that they work on (an estimate), "
-            f"and {in_gib(plain)} GiB with --loss-head torch."
+            f"The loss head takes {ours}{where} by Triton's kernels, as on a GPU that they work on (an estimate), and "
+            f"{plain} with --loss-head torch."
+        )
+    if job.rollout is not None and job.rollout.rollout_weights == "fp8":
+        lines.append(
+            "Engines with weights in FP8: what their passes take is arithmetic with the data sheet's rate of FP8, and "
+            "has not been measured (docs/planning.md)."
         )
     return lines
 

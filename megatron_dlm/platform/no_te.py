@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 def install() -> None:
-    """Define it, where Transformer Engine cannot be imported. Imports megatron-core."""
+    """Define it where megatron-core has not. Imports megatron-core."""
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
 
-    # A product that the router of experts asks for whether it is one of Transformer Engine's.
+    # The router of experts looks whether this name is None, and it is defined only where Transformer Engine has it.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     # Norms that are computed again ask Transformer Engine about FP8, unless they are told that there is none.

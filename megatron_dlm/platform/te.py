@@ -91,14 +91,14 @@ def hidden() -> str | None:
     return _probe()[1] if _NAME in sys.modules and sys.modules[_NAME] is None and _probe.cache_info().currsize else None
 
 
-def found() -> str:
-    """What this process has, in words, for a comparison with other processes: a version, none, or one that does not
-    load, and why.
+def found() -> tuple[str | None, str]:
+    """The version that this process works with, None if it does without; and what is there, in words: a version, none,
+    or one that does not load, and why.
     """
     if not _probe.cache_info().currsize and importlib.util.find_spec(_NAME) is None:
-        return "none"
+        return None, "none"
     version, reason = _probe()
-    return version if reason is None else f"one that cannot be imported ({reason})"
+    return (version, version) if reason is None else (None, f"one that cannot be imported ({reason})")
 
 
 def installed() -> str:

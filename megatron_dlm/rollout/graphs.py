@@ -8,7 +8,8 @@ whose operations depend on who asks for what, the forward pass is (`GraphedForwa
 
 Captured addresses must stay what they were: the engine forgets all graphs when its cache sleeps or its weights change.
 Not run on CUDA yet. On a CPU a graph is "replayed" by doing the same again on the same tensors, which shows that
-nothing else changes.
+rounds can go on in those of others; what a graph would keep of the host is seen on a pretended GPU
+(tests/commands/test_on_a_pretended_gpu.py).
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from megatron_dlm.config.parallel import with_local_layers, without_recompute
 from megatron_dlm.config.rollout import RolloutConfig
 from megatron_dlm.diffusion.trace import SamplingParams
 from megatron_dlm.model.block_diffusion import BlockDiffusionModel
-from megatron_dlm.model.fp8 import hold_in_fp8, product_pairs
+from megatron_dlm.model.fp8 import Rounding, hold_in_fp8
 from megatron_dlm.model.shape import model_shape, transformer_config
-from megatron_dlm.parallel import self_test
 from megatron_dlm.parallel.groups import Groups, rollout_groups
 from megatron_dlm.rollout.engine import Engine
+from megatron_dlm.rollout.fp8_self_test import working_rounding
 from megatron_dlm.rollout.refit import Refit, RefitReport
 from megatron_dlm.rollout.sglang.client import SGLangEngine
 from megatron_dlm.rollout.sglang.opening import open_sglang
@@ -77,10 +77,7 @@ class RolloutRig:
             session.groups, rollout.rollout_tensor_model_parallel_size, rollout.rollout_expert_model_parallel_size
         )
         in_fp8 = rollout.rollout_weights == "fp8"
-        if in_fp8 and self_test.needed():
-            work = lambda: product_pairs(platform.device())
-            self_test.passed("--rollout-weights", "fp8", "trained", torch.bfloat16, work)
-        model = rollout_model(session, groups, in_fp8)
+        model = rollout_model(session, groups, in_fp8, working_rounding() if in_fp8 else None)
         transfer = Refit(state, model, rollout.refit_bucket_mib * 2**20, rollout.verify_refit)
         full = bool(session.model.full_attention)
         block = 1 if full else rollout.rollout_block_size or session.model.block_size
@@ -139,11 +136,14 @@ class RolloutRig:
         )
 
 
-def rollout_model(session: Session, groups: Groups, in_fp8: bool = False) -> BlockDiffusionModel:
+def rollout_model(
+    session: Session, groups: Groups, in_fp8: bool = False, by: Rounding | None = None
+) -> BlockDiffusionModel:
     """A model in the rollout layout, on the meta device: refit gives it the training parameters, or storage.
 
     Args:
         in_fp8: whether its layers keep their weights in FP8 (model/fp8.py).
+        by: what rounds their activations then, if not `fp8.rounding()`.
     """
     with_experts = session.model.num_experts is not None
     parallel = dataclasses.replace(
@@ -160,5 +160,5 @@ def rollout_model(session: Session, groups: Groups, in_fp8: bool = False) -> Blo
     with platform.cuda_calls_on_cpu(), torch.device("meta"):
         model = BlockDiffusionModel(config, model_shape(session.model), groups.pg_collection)
         if in_fp8:
-            hold_in_fp8(model)
+            hold_in_fp8(model, by)
     return model.requires_grad_(False).eval()

@@ -27,7 +27,7 @@ from tests.tiny import make_model, vocabulary
 
 TINY = [*SMALL, "--ffn-hidden-size", 48, "--device", "cpu", "--threads", 1, "--prompt-lengths", 5, 20]
 TINY += ["--prompts", 3, "--samples", 4, "--response-length", 10, "--plain-every", 4, "--batches", 6, 1]
-TINY += ["--budgets", 512, 16, "--page-sizes", 16, 3, "--repeats", 2]
+TINY += ["--budgets", 512, 16, "--page-sizes", 16, 3, "--repeats", 1]
 
 
 def test_every_contestant_makes_the_same_and_is_counted_for_what_it_did(tmp_path, capsys, monkeypatch) -> None:
@@ -61,9 +61,9 @@ def test_every_contestant_makes_the_same_and_is_counted_for_what_it_did(tmp_path
             assert one["forwards"] == one["steps"] + commits
             if result["remasking"] == "static":
                 assert one["steps"] == total(steps)
-            assert len(one["seconds"]) == 2 and one["passes"] > 0 and one["ratio"] > 0
+            assert len(one["seconds"]) == 1 and one["passes"] > 0 and one["ratio"] > 0
             assert bool(one["phases"]) == (name != "plain loop")
-        assert found["plain loop"]["ratio"] == 1 and len(result["speed_up"]["best"]) == 2
+        assert found["plain loop"]["ratio"] == 1 and len(result["speed_up"]["best"]) == 1
         assert found["1 running"]["passes"] > found["engine"]["passes"] >= max(steps) // 4
     static, dynamic = ({one["name"]: one["steps"] for one in result["contestants"]} for result in figures["results"])
     assert dynamic["engine"] < static["engine"]

@@ -100,6 +100,17 @@ def test_a_measured_device_can_be_read_back(tmp_path) -> None:
     assert read.name == measured.name and 0 < read.matmul_fraction <= 1
 
 
+def test_products_in_fp8_are_measured_and_read_back(tmp_path) -> None:
+    """With what a CPU computes in their place."""
+    where, path = torch.device("cpu"), tmp_path / "ours.yaml"
+    found = calibrate.fp8_products(where, 64, (64, 32, 96), 0.01)
+    ours = dataclasses.replace(HARDWARE["h200"], **found | dict(fp8_transposed=False))
+    path.write_text(calibrate.as_yaml(ours, where))
+    read = hardware_named(str(path))
+    assert read.fp8_rate() == pytest.approx(found["fp8_flops"] * found["fp8_fraction"], rel=1e-3)
+    assert not read.fp8_transposed and found["fp8_transposed"] is True
+
+
 def test_the_document_has_a_place_for_every_table() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text()
     for name in ("strong scaling", "weak scaling", "one model", "where the time goes", "choices"):

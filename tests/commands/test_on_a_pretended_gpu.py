@@ -107,15 +107,16 @@ def test_reinforcement_learning(gpu: Server, folder: Path) -> None:
 
 
 def test_rollouts_as_graphs(gpu: Server, folder: Path) -> None:
-    """Rounds are captured and replayed, with FlashAttention and the sampler's kernels; what is generated is what passes
-    without graphs generate, and no round waits for the device.
+    """Rounds are captured and replayed, with FlashAttention, the sampler's kernels and weights in FP8; what is
+    generated is what passes without graphs generate, and no round waits for the device.
     """
     pytest.importorskip("triton")
-    few = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)[:1]
-    (folder / "prompts.jsonl").write_text("".join(few))
+    first = json.loads((folder / "prompts.jsonl").read_text().splitlines()[0])
+    second = first | {"sampling": {"top_k": 5}}  # for which a graph of the same shape without filters will not do
+    (folder / "prompts.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
     words = (
         "generate --load ckpt --prompts prompts.jsonl --max-new-tokens 8 --bf16 --rollout-attention-backend flash "
-        "--rollout-sampler triton "
+        "--rollout-sampler triton --rollout-weights fp8 --max-running-requests 1 --kv-page-size 16 "
     )
     eager = run(gpu, words + "--output eager.jsonl", folder)
     waits = run(gpu, words + "--rollout-cuda-graphs --output graphs.jsonl", folder)

@@ -77,7 +77,7 @@ def test_replicas_share_the_optimizer(capsys):
 def test_every_layout_can_be_planned(capsys, layout):
     code, out, err = told(capsys, *RL, *layout.split(), "--plan-world-size", 8)
     assert (code, err) == (0, "") and "It fits" in out
-    assert ("Transformer Engine" in out) == (FP8 in layout) and "GiB by Triton's kernels" in out
+    assert ("Transformer Engine" in out) == (FP8 in layout) and "by Triton's kernels" in out
 
 
 def test_who_sleeps_is_not_there(capsys):
@@ -124,11 +124,15 @@ def test_what_does_not_fit_is_refused_with_what_does(capsys):
             "no products in FP8",
         ),
         (
-            [
-                *"--plan-hardware h200 --transformer-impl transformer_engine --fp8-format e4m3 --fp8-recipe mxfp8".split()
-            ],
+            ["--plan-hardware", "h200", *"--transformer-impl transformer_engine --fp8-format e4m3".split()]
+            + ["--fp8-recipe", "mxfp8"],
             "mxfp8 needs Blackwell",
         ),
+        (
+            ["--plan-hardware", "a100", "--rollout-weights", "fp8"],
+            "no products in FP8. Leave --rollout-weights fp8 out",
+        ),
+        (["--plan-hardware", "ours.yaml", "--rollout-weights", "fp8"], "ours.yaml does not say fp8_flops, which"),
         (["--plan-world-size", "0"], "--plan-world-size is 0"),
         (["--plan-world-size", "3", "--tensor-model-parallel-size", "2"], "3 processes cannot be split"),
         (["--plan-tokens-per-step", "0"], "--plan-tokens-per-step is 0"),
@@ -138,6 +142,7 @@ def test_what_does_not_fit_is_refused_with_what_does(capsys):
     ],
 )
 def test_mistakes_are_refused_in_a_sentence(capsys, flags, says):
+    yaml.safe_dump({"base": "a100"}, open("ours.yaml", "w"))
     code, out, err = told(capsys, *RL, *flags)
     assert code == 2 and not out and says in err and err.count("\n") == 1
 

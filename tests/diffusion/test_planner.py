@@ -89,6 +89,20 @@ def test_the_length_is_no_longer_than_needed() -> None:
     assert plan.length == 8 and plan.ranks == (((0,),), ((1,),))
 
 
+@pytest.mark.parametrize("budget", [6, 7, 100])
+def test_rows_that_are_filled_one_by_one_hold_more(budget: int) -> None:
+    """3 + 3 and 2 + 2 + 2: into the emptiest row each time, they would need a row of 7, or three of 6."""
+    loads = [Load(str(index), 0, own) for index, own in enumerate((3, 2, 3, 2, 2))]
+    more = [[load] for load in loads]
+    for plan in (pack(loads, budget, num_ranks=2), pack_parts(more, budget, num_ranks=2), pack(loads, 6)):
+        assert plan.length == 6 and sorted(map(sorted, (row for rows in plan.ranks for row in rows))) == [
+            [0, 2],
+            [1, 3, 4],
+        ]
+    together = pack_parts([[load] for load in loads], 6, together=True)
+    assert together.length == 6 and together.num_rows == 2
+
+
 def test_an_item_that_is_too_long_is_refused_in_a_sentence() -> None:
     loads = [Load("a", 30, 71), Load("b", 0, 5)]
     with pytest.raises(ConfigError) as caught:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dlm import platform
-from megatron_dlm.config.errors import DependencyError
 from tests.tiny import make_model, one_process
 
 one_process()  # megatron-core must not be imported before the platform is ready
@@ -66,10 +64,8 @@ def test_a_product_is_that_of_the_dequantised_numbers(dtype: torch.dtype) -> Non
 def test_the_operation_of_a_gpu_means_the_same() -> None:
     """torch emulates it on a CPU, where it takes the layouts and scales that a GPU is given."""
     x, weight = fp8.quantise_rows(drawn(7, 48)), fp8.quantise_rows(drawn(32, 48))
-    found = torch._scaled_mm(x[0], weight[0].t(), x[1], weight[1].t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    found = torch._scaled_mm(x[0], weight[0].t(), x[1], weight[1].t(), out_dtype=torch.bfloat16, use_fast_accum=False)
     assert relative_difference(fp8.scaled_product(*x, *weight, torch.bfloat16), found) < 4e-3
-    for _, mine, right in fp8.product_pairs(torch.device("cpu")):
-        assert relative_difference(mine, right) < 4e-3
 
 
 def test_one_kernel_rounds_activations(monkeypatch) -> None:
@@ -122,16 +118,3 @@ def test_the_layers_of_attention_and_feed_forward_keep_fp8(monkeypatch) -> None:
         right = fp8.scaled_product(*fp8.quantise_rows(hidden[:, 0]), data, scale, torch.bfloat16)
         bias = 0 if layer.bias is None else layer.bias
         assert torch.equal(output[:, 0], right + bias)
-
-
-def test_a_gpu_that_knows_no_fp8_is_refused(monkeypatch) -> None:
-    fp8.check_device()
-    monkeypatch.setattr(platform, "is_cuda", lambda: True)
-    monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 0))
-    for chip, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, chip=chip: chip)
-        if refused:
-            with pytest.raises(DependencyError, match="8.9 or more, and this one has 8.0"):
-                fp8.check_device()
-        else:
-            fp8.check_device()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.config.errors import ConfigError
+from megatron_dlm.config.errors import ConfigError, DependencyError
 from megatron_dlm.config.parallel import ParallelConfig
 from tests.harness import pool
 
@@ -150,3 +150,27 @@ def test_tensor_ranks_draw_apart_inside_layers_only() -> None:
     (replicated, inside), (other_replicated, other_inside) = pool(2).run(seeds, 2, 1)
     assert replicated == other_replicated
     assert inside != other_inside
+
+
+def compared(found: list[tuple]) -> tuple:
+    """Processes that meet with these of Transformer Engine (tests/parallel/test_alike.py): what they are told."""
+    from unittest import mock
+
+    from megatron_dlm.parallel import alike
+    from megatron_dlm.parallel.groups import initialize
+
+    with (
+        mock.patch.object(alike, "_compared", False),
+        mock.patch.object(alike.te, "found", lambda: found[dist.get_rank()]),
+    ):
+        try:
+            initialize(ParallelConfig(), seed=1)
+        except DependencyError as error:
+            return str(error), error.rank, error.told
+    return ()
+
+
+def test_all_ranks_hear_that_they_are_not_alike() -> None:
+    (one, *first), (other, *second) = pool(2).run(compared, [("2.8.0", "2.8.0"), (None, "none")])
+    assert one == other and "process 1 on " in one
+    assert first == [1, False] and second == [1, True]

@@ -9,8 +9,10 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.plain_loop import Shape
+from megatron_dlm.config.errors import ConfigError
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.model.shape import resolve
+from megatron_dlm.planning.cost import refit_cost
 from megatron_dlm.planning.decode import (
     cache_bytes,
     cost_of_a_pass,
@@ -62,6 +64,23 @@ def test_numbers_of_the_8b_model() -> None:
     assert cache_bytes(MODEL, 2) == 147_456
     tally = cost_of_a_pass(MODEL, Layout(), Workload(), IDEAL, 1, 0)
     assert tally.parts["weights"] == pytest.approx(3.15e-3, rel=3e-3)
+
+
+def test_weights_in_fp8_are_half_the_bytes_of_the_layers_and_their_inputs_are_rounded() -> None:
+    half, layers = Layout(rollout_fp8=True), 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
+    ideal = dataclasses.replace(IDEAL, fp8_fraction=1)
+    bf16, fp8 = (cost_of_a_pass(MODEL, one, Workload(), ideal, 1, 100).parts for one in (Layout(), half))
+    assert bf16["weights"] - fp8["weights"] == pytest.approx(layers / ideal.memory_bandwidth, rel=1e-3)
+    rounded = 6 * 36 * (2 * 4096 + 4096 + 12288) * (2 + 1)  # numbers of 6 tokens, read in bfloat16 and written
+    assert fp8["memory"] - bf16["memory"] == pytest.approx(rounded / ideal.memory_bandwidth, rel=1e-6)
+    bf16, fp8 = (cost_of_a_pass(MODEL, one, Workload(), ideal, 4096, 100) for one in (Layout(), half))
+    less = 2 * layers * 4096 * 6 * (1 / ideal.bf16_flops - 1 / ideal.fp8_flops)
+    assert bf16.parts["products"] - fp8.parts["products"] == pytest.approx(less, rel=1e-3) and bf16.flops == fp8.flops
+    assert fp8.parts["keys and values"] == bf16.parts["keys and values"]
+    first, second = (refit_cost(MODEL, one, Workload(), ideal).seconds for one in (Layout(), half))
+    assert first == 0 and second == pytest.approx(3 * layers / ideal.memory_bandwidth, rel=1e-3)
+    with pytest.raises(ConfigError, match="a100 has no products in FP8"):
+        cost_of_a_pass(MODEL, half, Workload(), HARDWARE["a100"], 1, 100)
 
 
 def test_experts_are_read_when_a_token_comes() -> None:

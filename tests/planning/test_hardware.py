@@ -24,9 +24,9 @@ def test_ratios_that_everybody_knows() -> None:
 
 def test_a_file_changes_an_entry(tmp_path) -> None:
     path = tmp_path / "ours.yaml"
-    path.write_text("base: h100\ninter_node_bandwidth: 25e9\ndevices_per_node: 4\n")
-    ours = hardware_named(str(path))
-    assert ours == dataclasses.replace(HARDWARE["h100"], name="ours", inter_node_bandwidth=25e9, devices_per_node=4)
+    path.write_text("base: h100\ninter_node_bandwidth: 25e9\ndevices_per_node: 4\nfp8_transposed: false\n")
+    ours, other = hardware_named(str(path)), dict(inter_node_bandwidth=25e9, devices_per_node=4, fp8_transposed=False)
+    assert ours == dataclasses.replace(HARDWARE["h100"], name="ours", **other)
 
 
 def test_a_file_of_its_own(tmp_path) -> None:
@@ -50,6 +50,8 @@ def test_a_file_of_its_own(tmp_path) -> None:
         ("base: h100\nmatmul_fraction: 1.5\n", "matmul_fraction is 1.5. Give a fraction"),
         ("base: h100\ndevices_per_node: 2.5\n", "devices_per_node is 2.5. Give a whole number"),
         ("base: h100\nmemory_bytes: .nan\n", "memory_bytes is nan"),
+        ("base: b200\nfp8_transposed: 0\n", "fp8_transposed is 0. Give true or false"),
+        ("base: h100\nfp8_flops: true\n", "fp8_flops is True. Give a number"),
         ("- h100\n", "not a list of fields"),
         ("base: [h100\n", "not YAML"),
         ("base: [h100]\n", "base ['h100'] is not known"),

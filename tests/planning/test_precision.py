@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from megatron_dlm.config.lora import LoraConfig
 from megatron_dlm.config.model import ModelConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.model.shape import resolve
@@ -122,6 +123,9 @@ def test_the_head_works_in_place_with_kernels() -> None:
     product = targets * 128 * 2  # of a tile and the weight, which is added to the gradient
     assert ours == pytest.approx(gradients + 2 * tile + product, rel=0.02)
     assert plain == pytest.approx(gradients + 6 * tile, rel=0.02)
+    # A frozen table has no gradient; it is a tile and the hidden states' gradient that are left.
+    frozen = head_bytes(job.changed(lora=LoraConfig(lora_rank=4)), True)
+    assert frozen == pytest.approx(targets * 128 * 4 + 2 * tile + product, rel=0.02)
     assert job.triton_head and not job.changed(parallel=ParallelConfig(loss_head="torch")).triton_head
 
 

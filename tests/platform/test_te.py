@@ -109,7 +109,7 @@ def test_none_is_installed(package, monkeypatch) -> None:
         te.installed()
     assert "--transformer-impl local" in str(caught.value)
     te.shield()
-    assert "transformer_engine" not in sys.modules and te.hidden() is None and te.found() == "none"
+    assert "transformer_engine" not in sys.modules and te.hidden() is None and te.found() == (None, "none")
 
 
 def described() -> str:
@@ -126,7 +126,7 @@ def test_an_installation_that_does_not_load_ends_a_process_of_its_own_and_is_hid
     with pytest.raises(ImportError):  # which is all that megatron-core expects
         import transformer_engine.pytorch.optimizers  # noqa: F401
     assert te.hidden() == BROKEN[content]
-    assert te.found() == f"one that cannot be imported ({BROKEN[content]})"
+    assert te.found() == (None, f"one that cannot be imported ({BROKEN[content]})")
     assert f"plain layers (Transformer Engine cannot be imported: {BROKEN[content]})" in described()
     with pytest.raises(DependencyError) as caught:
         te.installed()
@@ -139,7 +139,8 @@ def test_one_that_loads_is_left_alone(package) -> None:
     te.shield()
     import transformer_engine.pytorch
 
-    assert transformer_engine.__version__ == te.installed() == te.found() == "2.7.0" and te.hidden() is None
+    assert transformer_engine.__version__ == te.installed() == "2.7.0" and te.hidden() is None
+    assert te.found() == ("2.7.0", "2.7.0")
 
 
 def test_a_run_starts_beside_one_that_does_not_load(package, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_run_starts_beside_one_that_does_not_load(package, tmp_path: Path) -> 
     """
     tries = tmp_path / "tries"
     package(f"import os; open({str(tries)!r}, 'a').write('x'); os._exit(77)")
-    assert "exit code 77" in te.found()
+    assert "exit code 77" in te.found()[1]
     command = "sft --data-path no.jsonl --train-iters 1 --global-batch-size 1 --tokenizer-model no"
     done = subprocess.run(
         [sys.executable, "-m", "megatron_dlm", *command.split()], cwd=tmp_path, capture_output=True, text=True
@@ -158,7 +159,7 @@ def test_a_run_starts_beside_one_that_does_not_load(package, tmp_path: Path) -> 
     assert tries.read_text() == "x"
     te._probe.cache_clear()
     os.environ[te._TOLD] = os.environ[te._TOLD].replace(str(tmp_path), "another")  # what was said of another one
-    assert "exit code 77" in te.found() and tries.read_text() == "xx"
+    assert "exit code 77" in te.found()[1] and tries.read_text() == "xx"
 
 
 def test_preprocess_which_prepares_no_device_hides_it_too(tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,8 @@ collective, a tensor on it turned into numpy. What makes the host wait for it is
 this package that asked for it; and while a CUDA graph is captured nothing may. A graph that was captured is replayed by
 doing the captured operations again, on the same memory.
 
-    python -m tests.pretend_gpu        a command server (command_server.py) on it
+    python -m tests.pretend_gpu                      a command server (command_server.py) on it
+    python -m tests.pretend_gpu.run MODULE ...       a program on it
 
 It has no kernels of its own: attention that torch compiles for GPUs is computed by the rule of its mask, torch.compile
 does nothing, Triton's kernels run in Triton's interpreter, and FlashAttention 3 is a stand-in. Streams and events have

@@ -15,10 +15,8 @@ import pytest
 import torch
 
 from megatron_dlm.config.errors import ConfigError, DependencyError
-from megatron_dlm.config.model import ModelConfig
-from megatron_dlm.config.rollout import EngineConfig
 from megatron_dlm.rollout.attention import backends, flex, optional
-from megatron_dlm.rollout.attention.backends import KINDS, backend, check_attention, served
+from megatron_dlm.rollout.attention.backends import KINDS, backend, served
 from megatron_dlm.rollout.attention.pieces import Pieces
 from megatron_dlm.rollout.attention.sdpa import GatheredAttention
 from megatron_dlm.rollout.attention.self_test import agrees, largest_difference, outputs, random_passes
@@ -226,14 +224,6 @@ def test_on_a_cpu_auto_is_sdpa() -> None:
 def test_gpu_libraries_are_refused_on_a_cpu(name: str) -> None:
     with pytest.raises(ConfigError, match="runs on GPUs only, and this is a CPU"):
         backend(name, shape(256, torch.bfloat16, 64), CPU)
-
-
-def test_settings_that_cannot_work_are_refused_before_an_engine_is_built() -> None:
-    model = ModelConfig(num_layers=1, kv_channels=64, bf16=True)
-    check_attention(EngineConfig(), model)
-    with pytest.raises(ConfigError, match="FlashInfer runs on GPUs only"):
-        check_attention(EngineConfig(rollout_attention_backend="flashinfer"), model)
-    check_attention(EngineConfig(rollout_attention_backend="flashinfer", rollout_backend="sglang"), model)
 
 
 def test_an_unknown_name_is_refused() -> None:

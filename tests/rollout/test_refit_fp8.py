@@ -131,6 +131,37 @@ def test_the_engine_has_the_trained_weights_of_now_rounded(case: str) -> None:
             assert (found["batches"] > 1) == (report.received > 0) == (case != "tp1 to tp2")
 
 
+def adapted() -> None:
+    """Adapters that have learned: the engine has what one in bfloat16 has of them and their weights, rounded."""
+    from megatron_dlm.model.fp8 import fp8_layers, hold_in_fp8
+    from megatron_dlm.rollout.refit import Refit
+    from megatron_dlm.training.step import train_step
+    from tests.rollout import test_refit_lora as lora
+
+    state = lora.make_state(lora.SP, torch.bfloat16, train=True)
+    mine, right = lora.rollout_model(state, 1), lora.rollout_model(state, 1)
+    hold_in_fp8(mine)
+    refits = [Refit(state, model, BUCKET, verify=True) for model in (mine, right)]
+    parts, length = lora.parts(state)
+    seen = []
+    for _ in range(2):
+        train_step(state, parts, lora.forward_step, length)
+        for refit in refits:
+            refit.run()
+        wide = dict(right.named_parameters())
+        layers = dict(fp8_layers(mine))
+        assert len(layers) == 16
+        for name, layer in layers.items():
+            found = layer.weight.float() * layer.weight_scale
+            assert (found - rounded(wide[name].detach())).abs().max() < 1e-6
+        seen.append(torch.cat([layer.weight.float().flatten() for layer in layers.values()]))
+    assert not torch.equal(*seen)
+
+
+def test_adapters_are_merged_before_they_are_rounded() -> None:
+    pool(2).run(adapted)
+
+
 def corrupted() -> None:
     """What was not carried as trained, and what was not rounded as carried."""
     from megatron_dlm.config.errors import TrainingError

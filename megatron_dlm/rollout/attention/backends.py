@@ -8,9 +8,9 @@ a small pass:
   - FlashAttention 2: the same kernels' ancestor, with pages of 256 tokens, so more of the cache lies idle;
   - sdpa: gathers pages, and computes what it then masks.
 
-FlexAttention (flex) is behind sdpa, which always works: one gets it by name. It computes no tile that nobody sees, but
-the four queries of a block take a tile of 128, and torch compiles some kernels, for seconds each, before the first
-token. Which of the two is faster has not been measured.
+FlexAttention (flex) is not among them: one gets it by name. It computes no tile that nobody sees, but the four queries
+of a block take a tile of 128, and torch compiles some kernels, for seconds each, before the first token. Whether it or
+sdpa is faster has not been measured.
 """
 
 from __future__ import annotations
@@ -23,15 +23,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_dlm import platform
 from megatron_dlm.config.errors import ConfigError, DependencyError, UserError
-from megatron_dlm.config.model import ModelConfig
-from megatron_dlm.config.rollout import EngineConfig
-from megatron_dlm.model.fp8 import check_device
 from megatron_dlm.model.row_params import Attention
 from megatron_dlm.parallel.exchange import gather_objects
 from megatron_dlm.parallel.meeting import speaks
-from megatron_dlm.platform.kernels import by_triton
 from megatron_dlm.rollout.attention import flash, flashinfer, flex
 from megatron_dlm.rollout.attention.queries import Queries
 from megatron_dlm.rollout.attention.sdpa import GatheredAttention
@@ -62,16 +57,15 @@ KINDS: dict[str, Kind] = {
     "sdpa": Kind(lambda shape, device: None, lambda: GatheredAttention),
     "flex": Kind(flex.check, lambda: flex.FlexAttention),
 }
-"""In the order in which `auto` asks them."""
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "auto": tuple(KINDS),
+    "auto": ("flash 3", "flashinfer", "flash 2", "sdpa"),
     "sdpa": ("sdpa",),
     "flex": ("flex",),
     "flash": ("flash 3", "flash 2"),
     "flashinfer": ("flashinfer",),
 }
-"""The values of --rollout-attention-backend, and which kinds they allow."""
+"""The values of --rollout-attention-backend, and which kinds they allow, in the order in which these are asked."""
 
 
 def backend(name: str, shape: CacheShape, device: torch.device) -> Backend:
@@ -100,29 +94,6 @@ def backend(name: str, shape: CacheShape, device: torch.device) -> Backend:
             tqdm.write(said, file=sys.stdout)
         refusal = refusal or first
     raise refusal
-
-
-def check_attention(engine: EngineConfig, model: ModelConfig) -> None:
-    """Refuse a backend that cannot serve this model on this process's device, and a sampler or weights in FP8 that
-    cannot run on it, before anything is built.
-
-    Args:
-        model: resolved.
-
-    Raises:
-        ConfigError, DependencyError: it cannot.
-    """
-    if engine.rollout_backend == "native":
-        by_triton("--rollout-sampler", engine.rollout_sampler)
-        if engine.rollout_weights == "fp8":
-            check_device()
-        dtype = torch.bfloat16 if model.bf16 else torch.float64 if model.fp64 else torch.float32
-        # The number of heads on a rank plays no part.
-        served(
-            engine.rollout_attention_backend,
-            CacheShape(model.num_layers, engine.kv_page_size, 1, model.kv_channels, dtype),
-            platform.device(),
-        )
 
 
 def served(name: str, shape: CacheShape, device: torch.device) -> str:

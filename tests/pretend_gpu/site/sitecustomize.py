@@ -1,0 +1,11 @@
+"""Read by Python when it starts, in processes that `python -m tests.pretend_gpu.run` has begun."""
+
+import os
+import sys
+
+_HELPERS = ("multiprocessing.spawn", "multiprocessing.resource_tracker", "torch._inductor.compile_worker")
+
+if os.environ.get("PRETEND_GPU") and not any(name in word for word in sys.orig_argv for name in _HELPERS):
+    from tests.pretend_gpu.install import install
+
+    install()
