@@ -116,6 +116,7 @@ class Engine:
             self.graphs = GraphedRounds(self._forward, partial(self._decide_round, None))
         elif options.cuda_graphs:
             self.graphs = GraphedForward(self._forward)
+        self._check_graphs()
         self.weight_version = 0
         self._version = torch.zeros((), dtype=torch.int64, device=self.device)  # the same, where kernels read it
         self.stats = EngineStats()
@@ -190,8 +191,7 @@ class Engine:
     def drop_cache(self) -> None:
         """Forget all keys and values, because the weights have changed; running sequences compute theirs again."""
         self.batch.restart_block(self.scheduler.drop_cache())
-        if self.graphs is not None:
-            self.graphs.clear()
+        self._check_graphs()
 
     def sleep(self) -> None:
         """Give the KV cache's memory back. Sequences that are running compute their keys again when it is taken anew,
@@ -199,10 +199,17 @@ class Engine:
         """
         self.drop_cache()
         self.cache.sleep()
+        self._check_graphs()
 
     def wake(self) -> None:
         """Take the KV cache's memory; nothing changes if it is there."""
-        self.cache.wake()
+        if self.cache.asleep:
+            self.cache.wake()
+            self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.keep_at([*self.model.parameters(), *self.model.buffers(), self.cache.storage])
 
     @property
     def kv_cache_bytes(self) -> int:

@@ -6,7 +6,8 @@ them is the content of a few tensors. With the sampler's kernels, which never wa
 graph: forward pass, head, draw, unmasking, and where each sequence stands then (`GraphedRounds`). With torch's sampler,
 whose operations depend on who asks for what, the forward pass is (`GraphedForward`).
 
-Captured addresses must stay what they were: the engine forgets all graphs when its cache sleeps or its weights change.
+Captured addresses must stay what they were: the engine forgets all graphs when its cache sleeps, and when a refit has
+left a weight or the cache somewhere else. Weights that were written in place are read by the graphs there are.
 Not run on CUDA yet. On a CPU a graph is "replayed" by doing the same again on the same tensors, which shows that
 rounds can go on in those of others; what a graph would keep of the host is seen on a pretended GPU
 (tests/commands/test_on_a_pretended_gpu.py).
@@ -14,9 +15,10 @@ rounds can go on in those of others; what a graph would keep of the host is seen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,30 @@ def width_for(count: int) -> int:
     return next((width for width in WIDTHS if width >= count), count)
 
 
-class GraphedForward:
+class _Graphs:
+    """What was captured, by shape."""
+
+    def __init__(self) -> None:
+        self.captured: dict[tuple[int, ...], Any] = {}
+        self._recorder = _Recorder()
+        self._addresses: tuple[int, ...] = ()
+
+    def clear(self) -> None:
+        """Forget all graphs: what they point to may move."""
+        self.captured.clear()
+        self._recorder = _Recorder()
+
+    def keep_at(self, tensors: Iterable[Tensor]) -> None:
+        """Forget all graphs if these tensors, which they read and write, are not where they were when this was last
+        asked.
+        """
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        if addresses != self._addresses:
+            self.clear()
+        self._addresses = addresses
+
+
+class GraphedForward(_Graphs):
     """(tokens [T], queries, slots [N]) -> logits [N, V / TP], which are overwritten by the next call.
 
     Args:
@@ -44,13 +69,8 @@ class GraphedForward:
     """
 
     def __init__(self, forward: Forward) -> None:
+        super().__init__()
         self.forward = forward
-        self.captured: dict[tuple[int, ...], _Captured] = {}
-        self._recorder = _Recorder()
-
-    def clear(self) -> None:
-        """Forget all graphs: what they point to may move."""
-        self.captured.clear()
 
     def __call__(self, tokens: Tensor, queries: Queries, slots: Tensor) -> Tensor:
         shape = (len(queries.count), queries.count[0], len(slots), *queries.pages.shape, queries.key_length[0])
@@ -83,7 +103,7 @@ class _Captured:
     replay: Callable[[], object]
 
 
-class GraphedRounds:
+class GraphedRounds(_Graphs):
     """Whole rounds, each one replay. The rounds that a graph was captured for lend it their tensors; later ones of its
     shape go on in these:
 
@@ -98,13 +118,8 @@ class GraphedRounds:
     """
 
     def __init__(self, forward: Forward, decide: Decide) -> None:
+        super().__init__()
         self.forward, self.decide = forward, decide
-        self.captured: dict[tuple[int, ...], tuple[Rounds, Callable[[], object]]] = {}
-        self._recorder = _Recorder()
-
-    def clear(self) -> None:
-        """Forget all graphs: what they point to may move."""
-        self.captured.clear()
 
     def __call__(self, rounds: Rounds, *also: int) -> tuple[Rounds, Callable[[], object]]:
         """The rounds to look at, and what makes one of them.

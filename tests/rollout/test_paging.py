@@ -152,6 +152,14 @@ def test_rounds_of_several_block_sizes_are_captured_apart(model, whole_rounds: b
         captured.append(set(engine.graphs.captured))
     assert captured[0] < captured[1] == captured[2]
     engine.drop_cache()
+    assert set(engine.graphs.captured) == captured[2], "weights that were written where they are need no new graphs"
+    norm = model.decoder.final_layernorm
+    monkeypatch.setattr(norm.weight, "data", norm.weight.data.clone())
+    engine.drop_cache()
+    assert not engine.graphs.captured, "weights that have moved do"
+    engine.run(wanted)
+    assert engine.graphs.captured
+    engine.sleep()
     assert not engine.graphs.captured
 
 
