@@ -38,7 +38,7 @@ from megatron_dlm.rollout.attention.backends import backend
 from megatron_dlm.rollout.attention.queries import Queries
 from megatron_dlm.rollout.batch import Progress, RunningBatch
 from megatron_dlm.rollout.denoiser import Denoiser, Rules
-from megatron_dlm.rollout.graphs import GraphedForward, GraphedRounds, width_for
+from megatron_dlm.rollout.graphs import GraphedRounds, graphs_for, width_for
 from megatron_dlm.rollout.kv_cache import BlockKVCache, CacheShape, num_pages
 from megatron_dlm.rollout.options import EngineOptions
 from megatron_dlm.rollout.plan import Plan, Sequence, Span
@@ -111,11 +111,7 @@ class Engine:
         self.page_table = torch.zeros((slots + 1, widest), dtype=torch.int64, device=self.device)
         self.page_table[self.batch.spare] = self.cache.scratch
         self.denoiser = Denoiser(self.batch, vocabulary, self.tp_group, options.fused_sampler)
-        self.graphs: GraphedForward | GraphedRounds | None = None
-        if options.cuda_graphs and options.fused_sampler:
-            self.graphs = GraphedRounds(self._forward, partial(self._decide_round, None))
-        elif options.cuda_graphs:
-            self.graphs = GraphedForward(self._forward)
+        self.graphs = graphs_for(options, self._forward, partial(self._decide_round, None))
         self._check_graphs()
         self.weight_version = 0
         self._version = torch.zeros((), dtype=torch.int64, device=self.device)  # the same, where kernels read it

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.rollout.attention.queries import Queries
+from megatron_dlm.rollout.options import EngineOptions
 from megatron_dlm.rollout.rounds import Decide, Forward, Rounds
 
 WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -146,6 +147,13 @@ class GraphedRounds(_Graphs):
             replay = again
         rounds.progress.copy_(standing)
         return replay
+
+
+def graphs_for(options: EngineOptions, forward: Forward, decide: Decide) -> GraphedForward | GraphedRounds | None:
+    """What an engine of these options captures; None if nothing."""
+    if not options.cuda_graphs:
+        return None
+    return GraphedRounds(forward, decide) if options.fused_sampler else GraphedForward(forward)
 
 
 class _Recorder:

@@ -16,7 +16,7 @@ def apply_rotary_pos_emb(
 ) -> Tensor:
     """`t` [s, b, h, d], `freqs` [s2, 1, 1, d2] with s2 >= s and d2 <= d, in float32."""
     if tensor_format != "sbhd" or interleaved or not fused:
-        raise NotImplementedError
+        raise ValueError("a way of calling it that this stand-in knows nothing of")
     if len(freqs) < len(t) or freqs.shape[-1] > t.shape[-1] or freqs.dtype != torch.float32:
         raise ValueError("angles that the kernel does not take")
     calls.append(tuple(t.shape))
