@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     from megatron_dlm.rewards.endpoint import open_endpoint
     from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
     from megatron_dlm.rollout.holdings import generating
-    from megatron_dlm.rollout.requirements import check_engine
+    from megatron_dlm.rollout.requirements import check_engine_here
     from megatron_dlm.rollout.rig import RolloutRig
     from megatron_dlm.rollout.sglang.check import check_backend
     from megatron_dlm.training.setup import Session
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         check_with_model(config, session.model, session.groups.world_size)
         tensor_size = rollout.rollout_tensor_model_parallel_size or parallel.tensor_model_parallel_size
         together(lambda: check_backend(rollout, session.model, tensor_size))
-        together(lambda: check_engine(rollout, session.model))
+        together(lambda: check_engine_here(rollout, session.model))
         check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
         prompts, found = read_prompts(evaluation.eval_prompt_data, session, words, rollout.rollout_max_prompt_len)
         check_verifiers(reward.reward, prompts, reward.judge_url)

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     from megatron_dlm.evaluation.generate import check_room, describe, generate_records, read_prompt_lines, summarize
     from megatron_dlm.evaluation.line_sampling import sampling_of_line, sampling_params
     from megatron_dlm.rollout.holdings import generating
-    from megatron_dlm.rollout.requirements import check_engine
+    from megatron_dlm.rollout.requirements import check_engine_here
     from megatron_dlm.rollout.rig import RolloutRig
     from megatron_dlm.training.setup import Session
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         check_rollout_layout(parallel, model)
         check_rollout_weights(settings, parallel, model)
         capacity = {field.name: getattr(settings, field.name) for field in dataclasses.fields(CapacityConfig)}
-        together(lambda: check_engine(EngineConfig(**capacity), model))
+        together(lambda: check_engine_here(EngineConfig(**capacity), model))
         sampling_params(settings, model, tokenizer)  # the flags come first, for lines could not be blamed for them
         lines = read_prompt_lines(settings.prompts, tokenizer, words.prompt_template, words.apply_chat_template)
         sampling = [sampling_of_line(line.sampling, line.where, settings, model, tokenizer) for line in lines]

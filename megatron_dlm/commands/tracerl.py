@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     from megatron_dlm.rewards.scorers import check_verifiers, make_scorer
     from megatron_dlm.rl.earnings import open_earnings
     from megatron_dlm.rl.trainer import STAGE, TraceRLTrainer
-    from megatron_dlm.rollout.requirements import check_engine
+    from megatron_dlm.rollout.requirements import check_engine_here
     from megatron_dlm.rollout.rig import RolloutRig
     from megatron_dlm.rollout.sglang.check import check_backend
     from megatron_dlm.training.pace import Pace
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
         check_mask_token(config["checkpoint"], session.tokenizer)
         tensor_size = rollout.rollout_tensor_model_parallel_size or config["parallel"].tensor_model_parallel_size
         together(lambda: check_backend(rollout, session.model, tensor_size))
-        together(lambda: check_engine(rollout, session.model))
+        together(lambda: check_engine_here(rollout, session.model))
         check_stop_tokens(rollout, session.tokenizer.vocab_size, session.tokenizer.mask_id)
         prompts, found = read_prompts(rl.prompt_data, session, words, rollout.rollout_max_prompt_len)
         check_prompts(prompts, rl, rollout, curriculum)

@@ -15,7 +15,7 @@ from megatron_dlm.rollout.kv_cache import CacheShape
 OLDEST_WITH_FP8 = (8, 9)  # compute capability
 
 
-def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
+def check_engine_here(engine: EngineConfig, model: ModelConfig) -> None:
     """Refuse a sampler, weights in FP8, or an attention backend that cannot run on this process's device.
 
     Args:

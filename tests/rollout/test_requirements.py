@@ -13,28 +13,28 @@ from tests.tiny import one_process
 
 one_process()  # megatron-core must not be imported before the platform is ready
 
-from megatron_dlm.rollout.requirements import check_engine  # noqa: E402
+from megatron_dlm.rollout.requirements import check_engine_here  # noqa: E402
 
 MODEL = ModelConfig(num_layers=1, kv_channels=64, bf16=True)
 
 
 def test_attention_that_cannot_work_is_refused() -> None:
-    check_engine(EngineConfig(), MODEL)
+    check_engine_here(EngineConfig(), MODEL)
     with pytest.raises(ConfigError, match="FlashInfer runs on GPUs only"):
-        check_engine(EngineConfig(rollout_attention_backend="flashinfer"), MODEL)
-    check_engine(EngineConfig(rollout_attention_backend="flashinfer", rollout_backend="sglang"), MODEL)
+        check_engine_here(EngineConfig(rollout_attention_backend="flashinfer"), MODEL)
+    check_engine_here(EngineConfig(rollout_attention_backend="flashinfer", rollout_backend="sglang"), MODEL)
 
 
 def test_a_gpu_that_knows_no_fp8_is_refused(monkeypatch) -> None:
     plain = EngineConfig(rollout_attention_backend="sdpa", rollout_sampler="torch")
     fp8 = EngineConfig(rollout_attention_backend="sdpa", rollout_sampler="torch", rollout_weights="fp8")
-    check_engine(fp8, MODEL)
+    check_engine_here(fp8, MODEL)
     monkeypatch.setattr(platform, "is_cuda", lambda: True)
     monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 0))
     for chip in ((8, 9), (9, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, chip=chip: chip)
-        check_engine(fp8, MODEL)
+        check_engine_here(fp8, MODEL)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    check_engine(plain, MODEL)
+    check_engine_here(plain, MODEL)
     with pytest.raises(DependencyError, match="8.9 or more, and this one has 8.0"):
-        check_engine(fp8, MODEL)
+        check_engine_here(fp8, MODEL)
