@@ -317,13 +317,13 @@ class Engine:
             one_round()
         with stats.phase("collect"):
             finished = []
-            for one, (progress, end, *standing) in zip(sequences, rounds.outcome()):
+            standings, steps, committed = rounds.outcome()
+            for one, (progress, end, *standing) in zip(sequences, standings):
                 self.scheduler.after_rounds(one, *standing)
                 if progress in _FINISHED:
                     finished.append((one, end, _FINISHED[progress]))
             traces = self._hand_out(finished)
         stats.passes += self.options.rounds_per_sync
-        steps, committed = int(rounds.steps), int(rounds.committed)
         stats.denoising_steps += steps
         stats.forwards += steps
         stats.denoise_tokens += steps * rounds.block

@@ -133,10 +133,15 @@ class Rounds:
         self.steps += stepped.sum()
         self.committed += commits.sum()
 
-    def outcome(self) -> list[list[int]]:
+    def outcome(self) -> tuple[list[list[int]], int, int]:
         """For each sequence: `Progress`, end of the response, start and end of its block, denoising steps of it, and
-        whether the block before it is still to be committed. Here the host waits for the device.
+        whether the block before it is still to be committed. And the denoising steps and commits of all together. Here
+        the host waits for the device, once.
         """
         batch, slot, count = self.batch, self.slot[: self.count], self.count
         columns = [batch.start[slot], batch.block_end[slot], batch.block_steps[slot], self.uncommitted[:count].long()]
-        return torch.cat([self.progress[:count], torch.stack(columns, dim=1)], dim=1).tolist()
+        standing = torch.cat([self.progress[:count], torch.stack(columns, dim=1)], dim=1)
+        sums = torch.stack([self.steps, self.committed])
+        *numbers, steps, committed = torch.cat([standing.flatten(), sums]).tolist()
+        width = standing.shape[1]
+        return [numbers[first : first + width] for first in range(0, count * width, width)], steps, committed
