@@ -92,7 +92,7 @@ def test_sft_learns_logs_and_saves(trained) -> None:
 
 def test_a_finished_run_has_nothing_left_to_do(trained) -> None:
     data, _ = trained
-    marker = data / "ckpt" / "iter_0000060" / "common.pt"
+    marker = data / "ckpt" / "iter_0000060" / ".metadata"
     before = marker.stat().st_mtime_ns
     flags = ["--tokenizer-model", data / "tokenizer", "--data-path", data / "sft.jsonl", "--train-iters", 60]
     result = command("sft", *MODEL, *flags, "--load", data / "ckpt", "--save", data / "ckpt")

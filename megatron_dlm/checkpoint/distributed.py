@@ -17,7 +17,6 @@ Invariants (tests/checkpoint/test_distributed.py):
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -40,6 +39,7 @@ from megatron_dlm.checkpoint.places import find, iteration_folder, name_as_lates
 from megatron_dlm.config.errors import CheckpointError, ResourceError
 from megatron_dlm.parallel.exchange import broadcast_object
 from megatron_dlm.parallel.meeting import speaks
+from megatron_dlm.platform.megatron import common_state
 from megatron_dlm.training.optimizer import forget_stored_rates
 from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
@@ -227,8 +227,7 @@ def _find(state: TrainState, directory: str | Path, iteration: int | None, flag:
 
 def _read_run(folder: Path, flag: str) -> dict[str, Any]:
     with reading(folder):
-        os.stat(folder / "common.pt")  # megatron-core stumbles over its absence
-        common = dist_checkpointing.load_common_state_dict(str(folder))
+        common = common_state(folder)
     if "run" not in common:
         raise CheckpointError(
             f"{folder} was not written by this package (it may be a checkpoint of Megatron-LM). Give {flag} a folder "

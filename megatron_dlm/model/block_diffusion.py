@@ -32,6 +32,7 @@ from megatron_dlm.model.norm import RMSNorm
 from megatron_dlm.model.rotary import RotaryByPosition
 from megatron_dlm.model.row_params import Attention, RowParams
 from megatron_dlm.model.shape import ModelShape, rotary_width
+from megatron_dlm.platform.megatron import submodules_of
 
 
 def layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
@@ -53,7 +54,7 @@ def layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
     attention.submodules.core_attention = LayoutAttention
     attention.submodules.linear_qkv, attention.submodules.linear_proj = AdaptableColumn, AdaptableRow
     if not with_experts:
-        mlp = layer.mlp.submodules
+        mlp = submodules_of(layer.mlp)
         mlp.linear_fc1, mlp.linear_fc2 = AdaptableColumn, AdaptableRow
     if config.qk_layernorm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from megatron_dlm.model.attention import LayoutAttention
 from megatron_dlm.model.lora import Adaptable
+from megatron_dlm.platform.megatron import submodules_of
 
 
 class AdaptableNormColumn(Adaptable, TELayerNormColumnParallelLinear):
@@ -89,10 +90,10 @@ def te_layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
     attention.submodules.core_attention = LayoutAttention
     attention.submodules.linear_qkv, attention.submodules.linear_proj = AdaptableNormColumn, AdaptableTERow
     if not with_experts:
-        mlp = layer.mlp.submodules
+        mlp = submodules_of(layer.mlp)
         mlp.linear_fc1, mlp.linear_fc2 = AdaptableNormColumn, AdaptableTERow
     else:
-        experts = layer.mlp.submodules.experts.submodules
+        experts = submodules_of(submodules_of(layer.mlp).experts)
         experts.linear_fc1, experts.linear_fc2 = GroupedColumn, GroupedRow
         # This norm stands alone here, too; it is stored where the others are, as megatron-core's local layer does.
         layer.sharded_state_dict_keys_map = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_dlm.platform.megatron import COMMON
 from tests.bad_inputs.bench import Bad, all_of, binary, folder_at, remove, text, truncate
+from tests.common_state import COMMON_IS_A_FILE, change_common_state
 
 LATEST = "ckpt/latest_checkpointed_iteration.txt"
 HERE = "ckpt/iter_0000002"
@@ -29,19 +31,15 @@ def _megatron_folder(folder: Path) -> None:
 
 def _without_run(folder: Path) -> None:
     """A distributed checkpoint that another program wrote."""
-    import torch
-
-    common = torch.load(folder / HERE / "common.pt", weights_only=False)
-    common.pop("run")
-    torch.save(common, folder / HERE / "common.pt")
+    change_common_state(folder / HERE, lambda common: common.pop("run"))
 
 
 ENTRIES = [
     *_in_all("no such checkpoint folder", remove("ckpt"), ("ckpt", "--save")),
     *_in_all("an empty checkpoint folder", folder_at("ckpt"), ("ckpt", "latest_checkpointed_iteration.txt")),
     *_in_all("a truncated weight file", truncate(f"{HERE}/*.distcp"), (HERE, "damaged")),
-    *_in_all("a truncated common.pt", truncate(f"{HERE}/common.pt"), (HERE, "damaged")),
-    *_in_all("no common.pt", remove(f"{HERE}/common.pt"), (HERE, "damaged")),
+    *_in_all("a truncated common.pt", binary(f"{HERE}/{COMMON}", b"PK\3\4"), (HERE, "damaged")),
+    *(_in_all("no common.pt", remove(f"{HERE}/{COMMON}"), (HERE, "damaged")) if COMMON_IS_A_FILE else []),
     *_in_all("an empty weight file", truncate(f"{HERE}/*.distcp", 0), (HERE, "damaged")),
     _ckpt("a file as a checkpoint", remove("nothing"), "sft.jsonl", flags="--load sft.jsonl"),
     _ckpt("a random folder", remove("nothing"), "tokenizer", flags="--load tokenizer"),
@@ -62,7 +60,7 @@ ENTRIES = [
     _ckpt("garbage in metadata.json", text(f"{HERE}/metadata.json", "{"), HERE),
     _ckpt("another format in metadata.json", text(f"{HERE}/metadata.json", '{"sharded_backend": "zarr"}'), HERE),
     _ckpt("a list in metadata.json", text(f"{HERE}/metadata.json", "[]"), HERE),
-    _ckpt("garbage in common.pt", binary(f"{HERE}/common.pt", b"not a pickle"), (HERE, "damaged")),
+    _ckpt("garbage in common.pt", binary(f"{HERE}/{COMMON}", b"not a pickle"), (HERE, "damaged")),
     _ckpt("garbage in a weight file", binary(f"{HERE}/__0_0.distcp", b"x" * 100000), (HERE, "damaged")),
     _ckpt("an old Megatron-LM folder", _megatron_folder, HERE),
     _ckpt("a checkpoint of another program", _without_run, "Megatron-LM"),

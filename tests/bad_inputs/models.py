@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.bad_inputs.bench import Bad, all_of, remove, truncate
+from megatron_dlm.platform.megatron import COMMON
+from tests.bad_inputs.bench import Bad, all_of, binary, remove, truncate
+from tests.common_state import change_common_state
 
 TEACHER, REFERENCE, VALUE = "--rl-method opd --teacher-load", "--kl-reference frozen --ref-load", "--use-value-model"
 HERE = "other/iter_0000002"
@@ -34,15 +36,14 @@ def _other_run(**changes: object):
     """A copy of ckpt whose record of its model has other values; or that is said to be a value model."""
 
     def write(folder: Path) -> None:
-        import torch
-
         _other(folder)
-        common = torch.load(folder / HERE / "common.pt", weights_only=False)
+        change_common_state(folder / HERE, change)
+
+    def change(common: dict) -> None:
         run = json.loads(common["run"])
         run["extra"]["model"].update(changes)
         run["extra"]["value_model"] = not changes
         common["run"] = json.dumps(run)
-        torch.save(common, folder / HERE / "common.pt")
 
     return write
 
@@ -78,7 +79,7 @@ ENTRIES = [
         for flags in (TEACHER, REFERENCE)
         for id, write in (
             ("damaged weights", all_of(_other, truncate(f"{HERE}/*.distcp"))),
-            ("a damaged record", all_of(_other, truncate(f"{HERE}/common.pt"))),
+            ("a damaged record", all_of(_other, binary(f"{HERE}/{COMMON}", b"PK\3\4"))),
             ("no weights", all_of(_other, remove(f"{HERE}/*.distcp"))),
         )
     ),

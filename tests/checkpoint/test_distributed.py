@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megatron_dlm.config.errors import CheckpointError, ResourceError
+from megatron_dlm.platform.megatron import COMMON
+from tests.common_state import COMMON_IS_A_FILE
 from tests.harness import pool
 from tests.small_model import Setup, forward_step, make, rows, share, whole
 
@@ -194,25 +196,25 @@ def damaged(folder: Path, what: str, message: str) -> None:
     elif what == "short shard":
         shards[-1].write_bytes(shards[-1].read_bytes()[: shards[-1].stat().st_size // 2])
     elif what == "short common.pt":
-        (inside / "common.pt").write_bytes((inside / "common.pt").read_bytes()[:100])
+        (inside / COMMON).write_bytes((inside / COMMON).read_bytes()[:100])
     elif what == "empty common.pt":
-        (inside / "common.pt").write_bytes(b"")
+        (inside / COMMON).write_bytes(b"")
     elif what == "missing common.pt":
-        (inside / "common.pt").unlink()
+        (inside / COMMON).unlink()
     elif what == "short .metadata":
         (inside / ".metadata").write_bytes((inside / ".metadata").read_bytes()[:100])
     elif what == "missing .metadata":
         (inside / ".metadata").unlink()
     elif what == "of Megatron-LM":
-        torch.save({"args": None, "iteration": 1}, inside / "common.pt")
+        torch.save({"args": None, "iteration": 1}, inside / COMMON)
     with pytest.raises(CheckpointError, match=message) as caught:
         load(state, folder)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
 @pytest.mark.parametrize("what", [
-    "missing shard", "short shard", "short common.pt", "empty common.pt", "missing common.pt", "short .metadata",
-    "missing .metadata",
+    "missing shard", "short shard", "short .metadata", "missing .metadata",
+    *(["short common.pt", "empty common.pt", "missing common.pt"] if COMMON_IS_A_FILE else []),
 ])  # fmt: skip
 def test_a_damaged_checkpoint_is_told_in_a_sentence(what: str, tmp_path: Path) -> None:
     pool(1).run(damaged, tmp_path, what, "iter_0000001 is damaged")
@@ -230,7 +232,7 @@ def same_again(folder: Path) -> None:
     original, seen = places.shutil.rmtree, []
 
     def watch(path: Path, **options: object) -> None:
-        seen.append(places.latest_iteration(folder) == 4 and (folder / "iter_0000004" / "common.pt").exists())
+        seen.append(places.latest_iteration(folder) == 4 and (folder / "iter_0000004" / ".metadata").exists())
         original(path, **options)
 
     places.shutil.rmtree = watch
