@@ -30,7 +30,8 @@ _GATHER = (2, 2)
 _CHIPS = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 """Lowest compute capability that has a recipe (transformer_engine/pytorch/quantization.py)."""
 _BLOCKWISE_CUDA = (12, 9)
-_PROBE = "import transformer_engine.pytorch, transformer_engine; print(transformer_engine.__version__)"
+# torch first, as here: Transformer Engine finds some of the libraries that torch brings only where they are loaded.
+_PROBE = "import torch, transformer_engine.pytorch, transformer_engine as te; print(te.__version__)"
 _TOLD = "MEGATRON_DLM_TE"  # environment: host, GPUs, Python, installation; version, or why there is none
 _PATIENCE = 300  # seconds; the first import after an installation reads some gigabytes
 
