@@ -23,6 +23,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_dlm.training import host_optimizer
 from megatron_dlm.training.state import gather_now
 
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
+
 
 def kind(optimizer: MegatronOptimizer) -> str:
     """A name that says which optimizers can read each other's state: the update rule, "distributed" or not, "mixed" if
@@ -61,11 +63,12 @@ def put(optimizer: MegatronOptimizer, loaded: Any) -> None:
     """Put a loaded state into the optimizer."""
     parts = _parts(optimizer)
     for index, part in enumerate(parts):
+        stored = loaded if len(parts) == 1 else loaded[index]
+        stored = stored.get("optimizer", stored)
+        _take_rates(stored.get("param_groups", []), part)
         if part in _torch_parts(optimizer) and not isinstance(part, DistributedOptimizer):
-            stored = loaded if len(parts) == 1 else loaded[index]
-            state = stored.get("optimizer", stored)["state"]
-            if part.config.optimizer == "adam" and state:
-                state.setdefault("common_step", torch.zeros((), dtype=torch.float32))
+            if part.config.optimizer == "adam" and stored["state"]:
+                stored["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
     kept = [(part.optimizer, host_optimizer.settings(part.optimizer)) for part in _host_parts(optimizer)]
     with _steps_passed_through(optimizer):
         optimizer.load_state_dict(loaded)
@@ -101,6 +104,15 @@ def _torch_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def _host_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Those whose state is in host memory."""
     return [part for part in _parts(optimizer) if host_optimizer.is_on_host(part.optimizer)]
+
+
+def _take_rates(stored: list[dict[str, Any]], part: MegatronOptimizer) -> None:
+    """Give stored groups of parameters the bounds of today's rates, which are the same for all groups. Newer releases
+    than 0.16 tell groups apart by them, too, and would not find those of a run that goes on with other ones.
+    """
+    ours = part.optimizer.param_groups[0] if part.optimizer is not None and part.optimizer.param_groups else {}
+    for group in stored:
+        group.update((name, ours[name]) for name in _RATES if name in ours)
 
 
 def _make_state(optimizer: MegatronOptimizer) -> None:

@@ -90,16 +90,18 @@ def _weight(rows: int, columns: int, init_method: Callable, dtype: torch.dtype, 
 class RMSNorm(nn.Module):
     def __init__(
         self,
-        hidden_size: int,
+        normalized_shape: int | None = None,
+        *,
         eps: float,
         sequence_parallel: bool,
         zero_centered_gamma: bool,
         params_dtype: torch.dtype,
         device: Any,
+        hidden_size: int | None = None,  # what callers named the shape before release 2
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
+        self.weight = nn.Parameter(torch.ones(normalized_shape or hidden_size, dtype=params_dtype))
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -261,7 +263,7 @@ class GroupedLinear(_Module):
 class Fp8Padding(nn.Module):
     """Fills the tokens of each expert up to a multiple of 16."""
 
-    def __init__(self, num_gemms: int) -> None:
+    def __init__(self, num_gemms: int, align_size: None = None) -> None:
         super().__init__()
 
     def forward(self, inp: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
@@ -271,7 +273,7 @@ class Fp8Padding(nn.Module):
 
 
 class Fp8Unpadding(nn.Module):
-    def __init__(self, num_gemms: int) -> None:
+    def __init__(self, num_gemms: int, align_size: None = None) -> None:
         super().__init__()
 
     def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:

@@ -5,10 +5,18 @@ import torch
 
 class FusedAdam(torch.optim.Optimizer):
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, adam_w_mode: bool = True
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        *,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         super().__init__(params, dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay))
-        if not adam_w_mode:
+        if not adam_w_mode or capturable:
             raise NotImplementedError
 
     @torch.no_grad()
