@@ -48,7 +48,7 @@ def quiet_libraries() -> None:
     """No chatter of libraries about optional parts of theirs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
-    for name in ("megatron", "transformers", "matplotlib", "tensorboard"):
+    for name in ("megatron", "transformers", "matplotlib", "tensorboard", "torch.utils.cpp_extension"):
         python_logging.getLogger(name).setLevel(python_logging.ERROR)
     writer = "megatron.core.dist_checkpointing"  # it logs what it then raises
     python_logging.getLogger(writer).setLevel(python_logging.CRITICAL)
