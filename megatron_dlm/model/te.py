@@ -61,7 +61,15 @@ class AdaptableTERow(Adaptable, TERowParallelLinear):
     column = False
 
 
-class GroupedColumn(TEColumnParallelGroupedLinear):
+class _NothingToSplit:
+    """Experts whose scales have no history: Transformer Engine says nothing of them, which megatron-core 0.16 does not
+    expect."""
+
+    def _split_extra_state(self, state: Tensor) -> list[Tensor]:
+        return super()._split_extra_state(state) if state.numel() else [state] * self.num_gemms
+
+
+class GroupedColumn(_NothingToSplit, TEColumnParallelGroupedLinear):
     """The first layer of all experts of a rank; its weights say how they are cut."""
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
@@ -69,7 +77,7 @@ class GroupedColumn(TEColumnParallelGroupedLinear):
         _say_how_cut(self, dim=0, stride=2 if config.gated_linear_unit else 1)
 
 
-class GroupedRow(TERowParallelGroupedLinear):
+class GroupedRow(_NothingToSplit, TERowParallelGroupedLinear):
     """The last layer of all experts of a rank; its weights say how they are cut."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

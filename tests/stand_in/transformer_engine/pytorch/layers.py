@@ -56,6 +56,7 @@ class _Module(nn.Module):
 
     def note(self, tokens: Tensor, *weights: Tensor) -> None:
         state = FP8GlobalStateManager
+        self.fp8 = state.enabled
         self.ran.append((state.enabled, type(state.recipe).__name__ if state.enabled else ""))
         if not state.enabled:
             return
