@@ -96,7 +96,7 @@ def find(directory: str | Path, iteration: int | None = None, flag: str = "--loa
 def _is_distributed(folder: Path) -> bool:
     try:
         return dist_checkpointing.check_is_distributed_checkpoint(str(folder))
-    except (*DAMAGE, TypeError):  # its metadata.json is no JSON, or not what megatron-core wrote there
+    except (*DAMAGE, TypeError, AttributeError):  # its metadata.json is no JSON, or not what megatron-core wrote there
         return False
 
 

@@ -127,7 +127,7 @@ ENTRIES = [
         "score",
         "",
         "damaged",
-        write=truncate("ckpt/iter_0000002/*.distcp"),
+        write=truncate("ckpt/iter_0000002/*.distcp", 0.02),
         kind="CheckpointError",
     ),
 ]

@@ -104,7 +104,7 @@ ENTRIES = [
         "resume",
         TWO,
         "damaged",
-        write=truncate("ckpt/iter_0000002/*.distcp"),
+        write=truncate("ckpt/iter_0000002/*.distcp", 0.02),
         kind="CheckpointError",
         ranks=2,
     ),
