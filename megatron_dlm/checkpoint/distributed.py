@@ -21,6 +21,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm import platform
-from megatron_dlm.checkpoint import optimizer_state
+from megatron_dlm.checkpoint import fp8_history, optimizer_state
 from megatron_dlm.checkpoint.adapters import LORA, adapters_of, check_adapters, is_new, merged_afterwards
+from megatron_dlm.checkpoint.fp8_history import EXTRA
 from megatron_dlm.checkpoint.places import find, iteration_folder, name_as_latest, put_in_place, reading, reason_of
 from megatron_dlm.config.errors import CheckpointError, ResourceError
 from megatron_dlm.parallel.exchange import broadcast_object
@@ -43,8 +47,6 @@ from megatron_dlm.platform.megatron import common_state
 from megatron_dlm.training.optimizer import forget_stored_rates
 from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
-
-_EXTRA = "._extra_state"  # in the names of those, of experts with a number behind it
 
 
 def save(
@@ -69,6 +71,8 @@ def save(
         extra = {**extra, LORA: adapters}
     optimizer_kind = optimizer_state.kind(state.optimizer) if with_optimizer and state.optimizer is not None else None
     content = _model_content(state)
+    if fp8_history.keeps_history(state.config):
+        content |= _histories(state, fp8_history.to_save)
     if optimizer_kind is not None:
         wake(state)
         with platform.cuda_calls_on_cpu():
@@ -173,13 +177,21 @@ def _fill(
         _check_optimizer(run["optimizer"], optimizer_state.kind(state.optimizer), folder)
         with platform.cuda_calls_on_cpu():
             content["optimizer"] = optimizer_state.to_load(state.optimizer, _model_content(state), _metadata(state))
+    history = {}
+    if fp8_history.keeps_history(state.config):
+        history = _histories(state, partial(fp8_history.to_load, folder=folder))
     with torch.no_grad(), platform.cuda_calls_on_cpu():
+        # Else megatron-core 0.19 reads into what is in FP8: the master copies follow rounded numbers, and of the two
+        # halves of a gated layer, which are read one after the other, one gets the scale of the other.
+        force_all_tensors_to_non_fp8(content)
         with reading(folder):
-            loaded = dist_checkpointing.load(content, str(folder))
+            loaded = dist_checkpointing.load(content | history, str(folder))
         for index, chunk in enumerate(state.unwrapped_chunks()):
             missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-            if unexpected or not all(_EXTRA in name or is_new(name, there) for name in missing):
+            if unexpected or not all(EXTRA in name or is_new(name, there) for name in missing):
                 raise RuntimeError(f"the model and what was read for it differ: {missing}, {unexpected}")
+            if history:
+                fp8_history.put(chunk, loaded.get(f"fp8_history{index}", {}), state.config)
         if "optimizer" in content:
             optimizer_state.put(state.optimizer, loaded["optimizer"])
             forget_stored_rates(state.optimizer, state.scheduler)
@@ -206,8 +218,16 @@ def _model_content(state: TrainState) -> dict[str, Any]:
     content = {}
     for index, chunk in enumerate(state.unwrapped_chunks()):
         everything = chunk.sharded_state_dict(metadata=metadata)
-        content[f"model{index}"] = {name: value for name, value in everything.items() if _EXTRA not in name}
+        content[f"model{index}"] = {name: value for name, value in everything.items() if EXTRA not in name}
     return content
+
+
+def _histories(state: TrainState, of: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """What FP8 knows of earlier steps, of each chunk."""
+    return {
+        f"fp8_history{index}": of(chunk, chunk.sharded_state_dict(metadata=_metadata(state)))
+        for index, chunk in enumerate(state.unwrapped_chunks())
+    }
 
 
 def _find(state: TrainState, directory: str | Path, iteration: int | None, flag: str) -> Path:

@@ -7,6 +7,7 @@ weights that are kept so.
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -158,8 +159,88 @@ def test_copies_of_weights_in_fp8_follow_the_weights(tmp_path: Path) -> None:
     pool(1, STAND_IN).run(with_copies, tmp_path)
 
 
+def histories(state, stored: bool = False) -> dict[tuple, torch.Tensor]:
+    """Of each product, and of each expert of it: what it knows of earlier steps, by its place in the whole model.
+
+    Args:
+        stored: only what this rank stores. (The stand-in does not reduce largest numbers over ranks.)
+    """
+    from megatron_dlm.checkpoint import fp8_history
+
+    found = {}
+    for chunk in state.unwrapped_chunks():
+        for entry in fp8_history.to_save(chunk, chunk.sharded_state_dict()).values():
+            if not (stored and any(entry.replica_id)):
+                found |= {(entry.key, entry.global_offset, name): tensor for name, tensor in entry.data.items()}
+    return found
+
+
+def with_history(layout: dict, folder: Path, saves: bool) -> dict[tuple, torch.Tensor]:
+    """Those of this rank, in a run that `delayed` scales and that was trained, or is loaded."""
+    from megatron_dlm.checkpoint.distributed import load, save
+    from megatron_dlm.training.step import train_step
+
+    layout = FP8 | dict(fp8_recipe="delayed", fp8_amax_history_len=4) | layout
+    state = make_state(layout, EXPERTS, with_optimizer=True, dtype=torch.bfloat16)
+    rows, forward, length = sft_rows(state, 32)
+    if saves:
+        for _ in range(2):
+            train_step(state, rows, forward, length)
+        save(state, folder, 2, {})
+        return histories(state, stored=True)
+    load(state, folder, with_optimizer=False)
+    found = histories(state)
+    train_step(state, rows, forward, length)
+    for steps in (3, 5):  # another length of histories: the newest steps are kept
+        other = make_state(layout | dict(fp8_amax_history_len=steps), EXPERTS, dtype=torch.bfloat16)
+        load(other, folder, with_optimizer=False)
+        for place, tensor in histories(other).items():
+            expected = found[place]
+            if tensor.dim() == 2:
+                expected = torch.cat([expected, torch.zeros(1, 3)])[:steps]
+            assert torch.equal(tensor, expected)
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({}, id="one process"),
+        pytest.param(dict(tensor_model_parallel_size=2, sequence_parallel=True), id="TP2"),
+        pytest.param(dict(pipeline_model_parallel_size=2), id="PP2"),
+        pytest.param(dict(expert_model_parallel_size=2), id="EP2"),
+    ],
+)
+def test_what_delayed_knows_of_earlier_steps_is_in_checkpoints(layout: dict, tmp_path: Path) -> None:
+    """Saved by two processes, and read by one or two."""
+    saved = {}
+    for found in pool(2, STAND_IN).run(with_history, dict(expert_model_parallel_size=2), tmp_path, True):
+        saved |= found
+    assert any(history[0, 0] for (_, _, name), history in saved.items() if name.endswith("amax_history"))
+    loaded = {}
+    for found in pool(2 if layout else 1, STAND_IN).run(with_history, layout, tmp_path, False):
+        loaded |= found
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[place], saved[place]) for place in saved)
+
+
+def without_history(folder: Path) -> None:
+    """A checkpoint of bfloat16 has none; histories start anew."""
+    from megatron_dlm.checkpoint.distributed import load, save
+
+    save(make_state({}, EXPERTS, dtype=torch.bfloat16), folder, 0, {}, with_optimizer=False)
+    state = make_state(FP8 | dict(fp8_recipe="delayed"), EXPERTS, dtype=torch.bfloat16)
+    load(state, folder, with_optimizer=False)
+    assert not histories(state)
+
+
+def test_a_checkpoint_without_histories_can_be_read(tmp_path: Path) -> None:
+    pool(1, STAND_IN).run(without_history, tmp_path)
+
+
 def kept_in_fp8(folder: Path) -> None:
     """Weights in FP8 with exact masters: updates, sleep, refit, and a run that goes on from its checkpoint."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.fp8_utils import is_float8tensor
 
     from megatron_dlm.checkpoint.distributed import load, save
@@ -182,10 +263,21 @@ def kept_in_fp8(folder: Path) -> None:
             sleep(state)
 
     local = make_state(dict(use_distributed_optimizer=True), {}, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _, parameter in local.named_parameters():
+            parameter.mul_(1.4)  # not what another model starts from
     save(local, folder / "local", 0, {}, with_optimizer=False)
     exact = sum(parameter.double().square().sum() for _, parameter in local.named_parameters())
     state = made()
-    load(state, folder / "local", with_optimizer=False)
+    in_fp8, read = [], dist_checkpointing.load
+
+    def spy(content, *rest):
+        in_fp8.extend(entry.key for entry in nested_values(content) if is_float8tensor(entry.data))
+        return read(content, *rest)
+
+    with mock.patch.object(dist_checkpointing, "load", spy):
+        load(state, folder / "local", with_optimizer=False)
+    assert not in_fp8  # megatron-core 0.19 reads into it as it is
     masters = sum(shard.double().square().sum() for group in state.optimizer.param_groups for shard in group["params"])
     rounded = sum(parameter.double().square().sum() for _, parameter in state.named_parameters())
     torch.distributed.all_reduce(masters)

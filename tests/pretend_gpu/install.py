@@ -26,6 +26,8 @@ def _module_to_gpu(module: torch.nn.Module, *_: Any, **__: Any) -> torch.nn.Modu
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, tensor in table.items():
+                if tensor is not None and tensor.is_cuda and not isinstance(tensor, OnGpu):
+                    continue  # of a kind that holds others
                 if tensor is not None and id(tensor) not in moved:
                     new = on_gpu(plain(tensor.detach()).clone()).requires_grad_(tensor.requires_grad)
                     new.__dict__.update(tensor.__dict__)
@@ -57,10 +59,19 @@ def _install_groups() -> None:
         *("gather", "irecv", "isend", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send"),
     ):
         setattr(dist, name, _checked(name, getattr(dist, name)))
+    dist.ProcessGroup.allgather_into_tensor_coalesced = _gather_each
     one = dist.P2POp
     one.__new__ = lambda cls, *_, **__: object.__new__(cls)
     make = one.__init__
     one.__init__ = lambda self, op, *args, **kwargs: make(self, getattr(op, "__wrapped__", op), *args, **kwargs)
+
+
+def _gather_each(group: Any, outputs: list[torch.Tensor], inputs: list[torch.Tensor], *_: Any) -> Any:
+    """gloo gathers tensors of different types together as if they were of one."""
+    for output, tensor in zip(outputs, inputs):
+        done = group._allgather_base(output, tensor)
+        done.wait()
+    return done
 
 
 def _checked(name: str, collective: Callable) -> Callable:
@@ -85,7 +96,8 @@ def _install_cuda() -> None:
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
     torch.Tensor.is_pinned = lambda *_: True
     cuda = torch.cuda
-    properties = type("Properties", (), dict(name="a GPU of the mind", total_memory=2**34, major=9, minor=0))
+    figures = dict(name="a GPU of the mind", total_memory=2**34, major=9, minor=0, multi_processor_count=132)
+    properties = type("Properties", (), figures)
     for name, answer in dict(
         is_available=True,
         is_initialized=True,
@@ -101,6 +113,7 @@ def _install_cuda() -> None:
         setattr(cuda, name, functools.partial(lambda value, *_, **__: value, answer))
     cuda.current_device = lambda: gpu().index
     cuda._lazy_init = lambda: None
+    torch.accelerator.is_available = lambda: False  # by whom a data loader has its batches pinned
     cuda.CUDAGraph, cuda.graph = Graph, capture
     cuda.is_current_stream_capturing = capturing
     cuda.memory._record_memory_history = lambda *_, **__: None
@@ -159,6 +172,10 @@ def install() -> None:
 
     random_state._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random_state._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    if "transformer_engine_torch" in sys.modules:  # megatron-core imports it wherever it is
+        from tests.pretend_gpu import te_kernels
+
+        te_kernels.install()
     run = graph._engine_run_backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:

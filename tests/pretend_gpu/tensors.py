@@ -57,11 +57,17 @@ class OnGpu(torch.Tensor):
         found = torch.Tensor.type(plain(self), *wanted, **more)
         return on_gpu(found) if isinstance(found, torch.Tensor) else found.replace("torch.", "torch.cuda.", 1)
 
+    def __repr__(self, **_: Any) -> str:
+        return f"{plain(self)!r} on {gpu()}"
+
     def __reduce_ex__(self, protocol: int) -> tuple:
         return on_gpu, (plain(self),)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        others = set(types) - {cls, torch.Tensor, torch.nn.Parameter}
+        if others and any(type(one) in others for one in tree_iter((args, kwargs))):
+            return NotImplemented  # another kind's, which knows both
         kwargs = {**(kwargs or {})}
         _look(func.name().removesuffix(".default"), args, kwargs)
         if kwargs.get("device") is not None:

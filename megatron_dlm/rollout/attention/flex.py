@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache as once
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ from megatron_dlm.rollout.kv_cache import BlockKVCache, CacheShape
 TILE = 128  # queries, and keys, per tile of a mask
 _NARROWEST = 16  # head that torch compiles a kernel for
 _VARIANTS = 64  # most kernels in a process: of heads and types, and for one tile, page or text as for several
+
+_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+"""For one text on a rank with one kv head, torch (2.11) would take its kernel for decoding, which keeps the queries of
+all heads that share keys in one tile: where these are more than a tile of the mask there is none, and it raises.
+"""
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -163,7 +169,8 @@ def _kernel(device: str) -> Callable[..., Tensor]:
         # Beyond torch's limit it would silently run uncompiled and write out every score, also of all other texts where
         # pages are read in place. With `fullgraph` that is an error.
         settings.recompile_limit = max(settings.recompile_limit, _VARIANTS)
-        return torch.compile(torch_flex.flex_attention, dynamic=True, fullgraph=True)
+        compiled = torch.compile(torch_flex.flex_attention, dynamic=True, fullgraph=True)
+        return partial(compiled, kernel_options=_OPTIONS)
 
     def reference(*args, **kwargs) -> Tensor:
         # Without this, torch traces the call anew each time, which takes a hundred times longer than to compute it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,9 +55,21 @@ class _Module(nn.Module):
                 copies[name] = weight.detach().clone()
         return [_Read.apply(weight, copies[name]) if name in copies else weight for name, weight in weights.items()]
 
-    def note(self, tokens: Tensor, *weights: Tensor) -> None:
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """Histories of largest numbers, newest first, where a recipe has them. Three columns an expert."""
+        recipe = FP8GlobalStateManager.recipe
+        if FP8GlobalStateManager.enabled and hasattr(recipe, "amax_history_len") and "scaling_fwd" not in self.fp8_meta:
+            shape = recipe.amax_history_len, 3 * num_gemms
+            self.fp8_meta["scaling_fwd"] = SimpleNamespace(scale=torch.ones(shape[1]), amax_history=torch.zeros(shape))
+
+    def note(self, tokens: Tensor, *weights: Tensor, expert: int = 0) -> None:
         state = FP8GlobalStateManager
         self.fp8 = state.enabled
+        self.init_fp8_metadata(getattr(self, "num_gemms", 1))
+        if meta := self.fp8_meta.get("scaling_fwd"):
+            meta.amax_history.copy_(meta.amax_history.roll(1, 0))
+            meta.amax_history[0, 3 * expert] = tokens.detach().abs().max() if tokens.numel() else 0.0
+            meta.scale.copy_(448.0 / meta.amax_history.amax(0).clamp(min=1e-3))
         self.ran.append((state.enabled, type(state.recipe).__name__ if state.enabled else ""))
         if not state.enabled:
             return
@@ -243,6 +256,7 @@ class GroupedLinear(_Module):
         if bias or tp_size > 1:
             raise NotImplementedError
         self.num_gemms, self.use_bias = num_gemms, bias
+        self._num_fp8_tensors_per_gemm = {"fwd": 3, "bwd": 2}
         for number in range(num_gemms):
             weight = _weight(
                 out_features, in_features, init_method, params_dtype, get_rng_state_tracker, rng_tracker_name
@@ -250,13 +264,11 @@ class GroupedLinear(_Module):
             _mark(weight, 1 if parallel_mode == "row" else 0)
             self.register_parameter(f"weight{number}", weight)
 
-    def init_fp8_metadata(self, num_gemms: int = 1) -> None: ...
-
     def forward(self, inp: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
         named = {f"weight{number}": getattr(self, f"weight{number}") for number in range(self.num_gemms)}
         parts = inp.split(m_splits)
-        for part in parts:
-            self.note(part, *named.values())
+        for expert, part in enumerate(parts):
+            self.note(part, *named.values(), expert=expert)
         weights = self.multiplied(inp, is_first_microbatch, **named)
         return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights)])
 
