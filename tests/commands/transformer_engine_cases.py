@@ -49,7 +49,7 @@ def kept(folder: Path) -> None:
 
 
 def delayed(folder: Path) -> None:
-    """A run whose scales come from earlier steps; called again, one that goes on from its checkpoint, and ends alike."""
+    """A run whose scales come from earlier steps; called again, one that goes on from its checkpoint and ends alike."""
     from megatron_dlm.checkpoint.distributed import load, save
     from megatron_dlm.training.step import train_step
 
@@ -86,7 +86,8 @@ def main() -> None:
         return [row.to(platform.device()) for row in rows], forward, length
 
     test_te.sft_rows = sft_rows
-    {"there_and_back": there_and_back, "resumed": resumed, "kept": kept, "delayed": delayed}[sys.argv[1]](Path(sys.argv[2]))
+    cases = {case.__name__: case for case in (there_and_back, resumed, kept, delayed)}
+    cases[sys.argv[1]](Path(sys.argv[2]))
 
 
 if __name__ == "__main__":
