@@ -32,6 +32,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -153,13 +154,23 @@ def load(
         check(run["extra"])
     there, with_optimizer = run["extra"].get(LORA), with_optimizer and state.optimizer is not None
     check_adapters(there, adapters_of(state), str(folder), with_optimizer)
+    if there is not None and adapters_of(state) is None and state.config.fp8_param:
+        raise CheckpointError(
+            f"The checkpoint {folder} has adapters, which weights that are kept in FP8 (--fp8-param-gather) cannot "
+            "take in. Load it once without that flag, and save it."
+        )
     wake(state)
     with merged_afterwards(state, there):
         loaded = _fill(state, folder, run, there, with_optimizer)
     if state.optimizer is not None and not with_optimizer:
-        # The fp32 master copies follow the new weights, as exactly as these were stored.
-        exact = loaded if state.config.fp8_param and state.config.num_moe_experts is None else None
-        state.optimizer.reload_model_params(state_dict=exact)
+        exact = {
+            parameter: loaded[f"model{index}"][name]
+            for index, chunk in enumerate(state.unwrapped_chunks())
+            for name, parameter in chunk.named_parameters()
+            if is_float8tensor(parameter)
+        }
+        with torch.no_grad():
+            optimizer_state.follow_weights(state.optimizer, exact)
     state.iteration = run["updates"]
     return run["extra"]
 

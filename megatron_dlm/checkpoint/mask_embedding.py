@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm import platform
+from megatron_dlm.checkpoint import optimizer_state
 from megatron_dlm.training.sleep import wake
 from megatron_dlm.training.state import TrainState
 
@@ -57,7 +58,7 @@ def set_row(state: TrainState, mask_id: int, trained: int, how: str | int, seed:
     if state.optimizer is not None:
         wake(state)
         with platform.cuda_calls_on_cpu():
-            state.optimizer.reload_model_params()  # the fp32 master copies follow
+            optimizer_state.follow_weights(state.optimizer)
 
 
 def _tables(state: TrainState) -> Iterator[tuple[Tensor, bool]]:

@@ -12,13 +12,15 @@ gets three things wrong, which are set right here, around its calls and without 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
 
 from megatron_dlm.training import host_optimizer
 from megatron_dlm.training.state import gather_now
@@ -76,6 +78,25 @@ def put(optimizer: MegatronOptimizer, loaded: Any) -> None:
         host_optimizer.take_settings(inner, settings)
     _make_state(optimizer)
     _separate_steps(optimizer)
+
+
+def follow_weights(optimizer: MegatronOptimizer, exact: Mapping[nn.Parameter, Tensor] | None = None) -> None:
+    """Let the fp32 master copies follow the weights, which have changed. Those of weights that are kept in FP8 follow
+    `exact`, what these were rounded from; without it they stay as they are.
+    """
+    kept = []
+    for part in _parts(optimizer):
+        if not isinstance(part, DistributedOptimizer):
+            continue
+        for weights, masters in zip(part.model_float16_groups, part.shard_fp32_from_float16_groups):
+            for weight, master in zip(weights, masters):
+                if is_float8tensor(weight):
+                    place = part._get_model_param_range_map(weight)["param"]
+                    source = master.clone() if exact is None else exact[weight].view(-1)[place.start : place.end]
+                    kept.append((master, source))
+    optimizer.reload_model_params()
+    for master, source in kept:
+        master.copy_(source)
 
 
 def write_weights(optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel]) -> None:

@@ -26,18 +26,18 @@ def resumed(folder: Path) -> None:
     test_te.resumed(TE, folder)
 
 
-def kept(folder: Path) -> None:
+def kept(folder: Path, sizes: dict | None = None) -> None:
     """Weights that are kept in FP8 are those of the checkpoint, rounded once; their master copies are not rounded."""
     from megatron_dlm.checkpoint.distributed import load, save
 
     kept_so = dict(**FP8, fp8_param_gather=True, use_distributed_optimizer=True)
-    local = test_te.disturbed(make_state({}, {}, dtype=torch.bfloat16))
+    local = test_te.disturbed(make_state({}, sizes or {}, dtype=torch.bfloat16))
     with torch.no_grad():
         for _, parameter in local.named_parameters():
             parameter.mul_(1.4)  # not what another model starts from
     save(local, folder, 0, {}, with_optimizer=False)
     stored = test_te.weights(local)
-    state = make_state(kept_so, {}, with_optimizer=True, dtype=torch.bfloat16)
+    state = make_state(kept_so, sizes or {}, with_optimizer=True, dtype=torch.bfloat16)
     load(state, folder, with_optimizer=False)
     for name, weight in test_te.weights(state).items():
         assert _apart(weight, stored[name]) < 0.03, name
@@ -46,6 +46,10 @@ def kept(folder: Path) -> None:
             part.double().square().sum() for group in state.optimizer.param_groups for part in group["params"]
         )
     assert abs(squares / sum(tensor.double().square().sum() for tensor in stored.values()) - 1) < 1e-6
+
+
+def kept_experts(folder: Path) -> None:
+    kept(folder, EXPERTS)
 
 
 def delayed(folder: Path) -> None:
@@ -86,7 +90,7 @@ def main() -> None:
         return [row.to(platform.device()) for row in rows], forward, length
 
     test_te.sft_rows = sft_rows
-    cases = {case.__name__: case for case in (there_and_back, resumed, kept, delayed)}
+    cases = {case.__name__: case for case in (there_and_back, resumed, kept, kept_experts, delayed)}
     cases[sys.argv[1]](Path(sys.argv[2]))
 
 

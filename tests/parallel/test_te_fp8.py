@@ -315,5 +315,35 @@ def kept_in_fp8(folder: Path) -> None:
         wake(other)
 
 
+def exact_masters(folder: Path, sizes: dict) -> None:
+    """Master copies are what a checkpoint has, not what is left of it in FP8; also after another row of the embedding
+    was set.
+    """
+    from megatron_dlm.checkpoint.distributed import load, save
+    from megatron_dlm.checkpoint.mask_embedding import MEAN, set_row
+
+    local = make_state({}, sizes, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _, parameter in local.named_parameters():
+            parameter.mul_(1.4)
+    save(local, folder, 0, {}, with_optimizer=False)
+    exact = sum(parameter.double().square().sum() for _, parameter in local.named_parameters())
+    kept_so = dict(**FP8, fp8_param_gather=True, use_distributed_optimizer=True)
+    state = make_state(kept_so, sizes, with_optimizer=True, dtype=torch.bfloat16)
+    load(state, folder, with_optimizer=False)
+    masters = [part for group in state.optimizer.param_groups for part in group["params"]]
+    assert sum(part.double().square().sum() for part in masters).item() == pytest.approx(exact.item(), rel=1e-9)
+    before = [part.clone() for part in masters]
+    set_row(state, 1, 32, MEAN, seed=0)
+    changed = [part.numel() for part, old in zip(masters, before) if not torch.equal(part, old)]
+    tables = {id(state.module.embedding.word_embeddings.weight), id(state.module.output_layer.weight)}
+    assert sorted(changed) == sorted(p.numel() for _, p in state.named_parameters() if id(p) in tables)
+
+
+@pytest.mark.parametrize("sizes", [pytest.param({}, id="dense"), pytest.param(EXPERTS, id="experts")])
+def test_masters_of_weights_in_fp8_are_exact(sizes: dict, tmp_path: Path) -> None:
+    pool(1, STAND_IN).run(exact_masters, tmp_path, sizes)
+
+
 def test_weights_that_are_kept_in_fp8(tmp_path: Path) -> None:
     pool(2, STAND_IN).run(kept_in_fp8, tmp_path)
