@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a GPU's compiler makes of our Triton kernels, on a host without one: registers, shared memory, what spills.
+"""What a GPU's compiler makes of our Triton kernels, on a host without one: registers, memory.
 
     python -m benchmarks.compiled [--capability 90] [--widths 151936 75968] [--blocks 4 16 64] [--json FILE]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import re
 import subprocess
@@ -44,8 +45,8 @@ class Kernel:
     warps: int
     registers: int
     """Of a thread."""
-    spilled: int
-    """Bytes of a thread that do not fit into registers."""
+    stack: int
+    """Bytes of a thread's own memory: what does not fit into registers, most of all."""
     shared: int
     """Bytes of a block."""
     ptx: str
@@ -56,7 +57,7 @@ class Kernel:
 
 
 class Compiler:
-    """A GPU as Triton's just-in-time compiler asks for one. It keeps what was compiled."""
+    """A GPU as Triton's just-in-time compiler asks for one, for the rest of the process. It keeps what was compiled."""
 
     def __init__(self, capability: int) -> None:
         import triton
@@ -104,7 +105,7 @@ def _read(name: str, case: str, kernel: Any) -> Kernel:
         case=case,
         warps=kernel.metadata.num_warps,
         registers=words["REG"],
-        spilled=words["STACK"] + words["LOCAL"],
+        stack=words["STACK"] + words["LOCAL"],
         shared=kernel.metadata.shared,
         ptx=kernel.asm["ptx"],
     )
@@ -192,8 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = compiled(options.capability, options.widths, options.sizes, options.blocks)
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
-    names = ("kernel", "case", "warps", "registers", "spilled", "shared")
-    print(table(names, [[str(getattr(one, {"kernel": "name"}.get(name, name))) for name in names] for one in found]))
+    header = ("kernel", "case", "warps", "registers", "stack", "shared")
+    columns = operator.attrgetter("name", *header[1:])
+    print(table(header, [[str(value) for value in columns(one)] for one in found]))
     lost = [f"{one.name}, {one.case}" for one in found if not one.fits(options.capability)]
     print(f"{len(found)} kernels. " + (f"Cannot be launched: {'; '.join(lost)}." if lost else "All can be launched."))
     return 1 if lost else 0

@@ -4,7 +4,8 @@
 
 One process, one GPU. All start from the same weights and rows, dense and with experts; the plain layers compute in
 bfloat16, and once more in float32, which shows how far bfloat16 is from there. What this machine lacks is left out and
-told. Exit code 1 if a difference is above its bound. The bounds of FP8 are guesses: none has been measured yet.
+told. Exit code 1 if a difference is above its bound. Those of FP8 are twice and more of what was found where its
+numbers are rounded on a CPU (docs/fp8.md); no GPU has been asked yet.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ WAYS: dict[str, dict[str, object]] = {
     "mxfp8": dict(**_TE, fp8_format="e4m3", fp8_recipe="mxfp8"),
 }
 """Fields of ParallelConfig, by name."""
-BOUNDS = {"loss": (1e-2, 5e-2), "gradients": (1e-1, 5e-1)}
+BOUNDS = {"loss": (1e-2, 2e-2), "gradients": (1e-1, 2e-1)}
 """Largest relative difference from the plain layers: in bfloat16, in FP8. Of the gradients, all together, in norm."""
 TOKENS = 128  # what all recipes take a multiple of
 

@@ -1,6 +1,7 @@
 """Distributed checkpoints of a TrainState: written in parallel, readable under any other layout.
 
-    DIR/iter_0000010/                          model, optimizer, schedule, the caller's `extra` and files
+    DIR/iter_0000010/                          model, optimizer, schedule, what FP8 knows of earlier steps, the caller's
+                                               `extra` and files
     DIR/latest_checkpointed_iteration.txt      "10"
 
 Whatever a crash leaves behind, the text file names a whole checkpoint (checkpoint/places.py).
@@ -16,12 +17,12 @@ Invariants (tests/checkpoint/test_distributed.py):
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,9 @@ def _fill(
             content["optimizer"] = optimizer_state.to_load(state.optimizer, _model_content(state), _metadata(state))
     history = {}
     if fp8_history.keeps_history(state.config):
-        history = _histories(state, partial(fp8_history.to_load, folder=folder))
+        with reading(folder):
+            stored = fp8_history.stored_in(folder)
+        history = _histories(state, functools.partial(fp8_history.to_load, stored=stored))
     with torch.no_grad(), platform.cuda_calls_on_cpu():
         # Else megatron-core 0.19 reads into what is in FP8: the master copies follow rounded numbers, and of the two
         # halves of a gated layer, which are read one after the other, one gets the scale of the other.
@@ -198,11 +201,11 @@ def _fill(
         with reading(folder):
             loaded = dist_checkpointing.load(content | history, str(folder))
         for index, chunk in enumerate(state.unwrapped_chunks()):
+            if history:
+                fp8_history.put(chunk, loaded.get(f"fp8_history{index}", {}), state.config)
             missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
             if unexpected or not all(EXTRA in name or is_new(name, there) for name in missing):
                 raise RuntimeError(f"the model and what was read for it differ: {missing}, {unexpected}")
-            if history:
-                fp8_history.put(chunk, loaded.get(f"fp8_history{index}", {}), state.config)
         if "optimizer" in content:
             optimizer_state.put(state.optimizer, loaded["optimizer"])
             forget_stored_rates(state.optimizer, state.scheduler)
@@ -223,7 +226,8 @@ def _metadata(state: TrainState) -> dict[str, Any]:
 
 def _model_content(state: TrainState) -> dict[str, Any]:
     """Sharded state of each chunk. Names inside are those of the whole model, so that the number of chunks may
-    change. Without extra states: they say nothing about the function, and imported checkpoints have none.
+    change. Without extra states: what they say of earlier steps is stored apart (fp8_history.py), and imported
+    checkpoints have none.
     """
     metadata = _metadata(state)
     content = {}

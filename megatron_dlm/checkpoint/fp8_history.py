@@ -10,7 +10,7 @@ Invariant (tests/parallel/test_te_fp8.py): after loading, every product has the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,24 @@ def to_save(chunk: nn.Module, entries: dict[str, Any]) -> dict[str, ShardedObjec
     return found
 
 
-def to_load(chunk: nn.Module, entries: dict[str, Any], folder: Path) -> dict[str, ShardedObject]:
-    """The same as a template for dist_checkpointing.load: of those products whose history a checkpoint has."""
-    stored = serialization.load_sharded_metadata(str(folder))
+def to_load(chunk: nn.Module, entries: dict[str, Any], stored: Container[str]) -> dict[str, ShardedObject]:
+    """The same as a template for dist_checkpointing.load.
+
+    Args:
+        stored: keys of what a checkpoint has (`stored_in`); products without a history there are left out.
+    """
     return {name: _with(entry, None) for name, entry, _, _ in _products(chunk, entries) if entry.unique_key in stored}
 
 
+def stored_in(folder: Path) -> Container[str]:
+    """Keys of all tensors and histories of a checkpoint."""
+    return serialization.load_sharded_metadata(str(folder)).keys()
+
+
 def put(chunk: nn.Module, loaded: dict[str, Any], config: TransformerConfig) -> None:
-    """Give products the histories that were read for them."""
+    """Give products the histories that were read for them; before their weights, which may be kept in FP8, are rounded
+    with these scales.
+    """
     from megatron.core.fp8_utils import get_fp8_context
 
     for name, _, product, expert in _products(chunk, loaded):
@@ -58,11 +68,21 @@ def put(chunk: nn.Module, loaded: dict[str, Any], config: TransformerConfig) -> 
             product.init_fp8_metadata(num_gemms=getattr(product, "num_gemms", 1))
         for way, part, tensor in _history(product, expert):
             there = loaded[name][f"{way}.{part}"]
-            if part == "amax_history":  # newest first; the length may be another one today
-                steps = min(len(tensor), len(there))
-                tensor.zero_()
-                tensor, there = tensor[:steps], there[:steps]
+            if part == "amax_history":
+                there = _of_length(there, len(tensor))
             tensor.copy_(there)
+
+
+def _of_length(history: Tensor, steps: int) -> Tensor:
+    """Largest numbers [stored steps, tensors] -> [steps, tensors]; the length may be another one today. First comes the
+    step under way, then others from the oldest to the newest.
+    """
+    found = torch.zeros(steps, history.shape[1], dtype=history.dtype)
+    found[0] = history[0]
+    known = min(steps, len(history)) - 1
+    if known:
+        found[-known:] = history[-known:]
+    return found
 
 
 def _products(chunk: nn.Module, entries: dict[str, Any]) -> Iterator[tuple[str, Any, nn.Module, int]]:

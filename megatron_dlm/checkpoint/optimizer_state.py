@@ -86,13 +86,17 @@ def follow_weights(optimizer: MegatronOptimizer, exact: Mapping[nn.Parameter, Te
     """
     kept = []
     for part in _parts(optimizer):
-        if not isinstance(part, DistributedOptimizer):
+        if not isinstance(part, DistributedOptimizer) or part.is_stub_optimizer:
             continue
         for weights, masters in zip(part.model_float16_groups, part.shard_fp32_from_float16_groups):
             for weight, master in zip(weights, masters):
                 if is_float8tensor(weight):
                     place = part._get_model_param_range_map(weight)["param"]
-                    source = master.clone() if exact is None else exact[weight].view(-1)[place.start : place.end]
+                    source = (
+                        master.to("cpu", copy=True)
+                        if exact is None
+                        else exact[weight].view(-1)[place.start : place.end]
+                    )
                     kept.append((master, source))
     optimizer.reload_model_params()
     for master, source in kept:

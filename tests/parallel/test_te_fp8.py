@@ -191,15 +191,16 @@ def with_history(layout: dict, folder: Path, saves: bool) -> dict[tuple, torch.T
     load(state, folder, with_optimizer=False)
     found = histories(state)
     train_step(state, rows, forward, length)
-    for steps in (3, 5):  # another length of histories: the newest steps are kept
-        other = make_state(layout | dict(fp8_amax_history_len=steps), EXPERTS, dtype=torch.bfloat16)
-        load(other, folder, with_optimizer=False)
-        for place, tensor in histories(other).items():
-            expected = found[place]
-            if tensor.dim() == 2:
-                expected = torch.cat([expected, torch.zeros(1, 3)])[:steps]
-            assert torch.equal(tensor, expected)
     return found
+
+
+def test_histories_of_another_length_have_the_newest_steps() -> None:
+    from megatron_dlm.checkpoint.fp8_history import _of_length
+
+    history = torch.tensor([[9.0], [3.0], [4.0], [5.0]])  # under way, then oldest to newest
+    for steps, expected in {1: [9], 2: [9, 5], 3: [9, 4, 5], 4: [9, 3, 4, 5], 6: [9, 0, 0, 3, 4, 5]}.items():
+        assert _of_length(history, steps).squeeze(1).tolist() == expected
+    assert _of_length(history[:1], 3).squeeze(1).tolist() == [9, 0, 0]
 
 
 @pytest.mark.parametrize(

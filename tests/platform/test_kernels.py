@@ -64,7 +64,7 @@ def test_every_kernel_compiles_for_a_gpu_without_one(tmp_path: Path) -> None:
     assert {one["name"] for one in found} == over_logits | {"_round", "_unmask"}
     for one in found:
         code = one["ptx"]
-        assert one["spilled"] <= 32, one["name"]
+        assert one["stack"] <= 32 * (one["name"] in over_logits), one["name"]
         if one["name"] in over_logits:
             assert re.search(r"ld\.global\.\S*v4", code), "logits are not loaded 16 bytes at a time"
             assert "div.rn.f32" in code and "ld.local" not in code  # as torch divides

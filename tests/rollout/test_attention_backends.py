@@ -72,6 +72,7 @@ def test_the_self_test_of_flex_compiles_what_passes_need(monkeypatch) -> None:
         kernel = flex._kernel.__wrapped__("cuda")
         monkeypatch.setattr(flex, "_kernel", lambda device: kernel)
         assert given["fullgraph"] and torch._dynamo.config.recompile_limit >= 64
+        assert kernel.keywords["kernel_options"]["FORCE_USE_FLEX_ATTENTION"]  # a lone text, one kv head: see _OPTIONS
         asked = shape(16, torch.float32, 16)
         assert agrees(flex.FlexAttention, GatheredAttention, asked, CPU)
         known = counter.frame_count

@@ -56,19 +56,25 @@ class _Module(nn.Module):
         return [_Read.apply(weight, copies[name]) if name in copies else weight for name, weight in weights.items()]
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """Histories of largest numbers, newest first, where a recipe has them. Three columns an expert."""
+        """Histories of largest numbers where a recipe has them: the step under way, then the oldest to the newest. An
+        expert has three columns, and two of gradients.
+        """
         recipe = FP8GlobalStateManager.recipe
         if FP8GlobalStateManager.enabled and hasattr(recipe, "amax_history_len") and "scaling_fwd" not in self.fp8_meta:
-            shape = recipe.amax_history_len, 3 * num_gemms
-            self.fp8_meta["scaling_fwd"] = SimpleNamespace(scale=torch.ones(shape[1]), amax_history=torch.zeros(shape))
+            for way, columns in (("scaling_fwd", 3 * num_gemms), ("scaling_bwd", 2 * num_gemms)):
+                history = torch.zeros(recipe.amax_history_len, columns)
+                self.fp8_meta[way] = SimpleNamespace(scale=torch.ones(columns), amax_history=history)
 
     def note(self, tokens: Tensor, *weights: Tensor, expert: int = 0) -> None:
         state = FP8GlobalStateManager
         self.fp8 = state.enabled
         self.init_fp8_metadata(getattr(self, "num_gemms", 1))
-        if meta := self.fp8_meta.get("scaling_fwd"):
-            meta.amax_history.copy_(meta.amax_history.roll(1, 0))
-            meta.amax_history[0, 3 * expert] = tokens.detach().abs().max() if tokens.numel() else 0.0
+        for way, columns in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+            meta = self.fp8_meta.get(way)
+            if meta is None:
+                continue
+            meta.amax_history.copy_(meta.amax_history.roll(-1, 0))
+            meta.amax_history[0, columns * expert] = columns * tokens.detach().abs().max() if tokens.numel() else 0.0
             meta.scale.copy_(448.0 / meta.amax_history.amax(0).clamp(min=1e-3))
         self.ran.append((state.enabled, type(state.recipe).__name__ if state.enabled else ""))
         if not state.enabled:
