@@ -94,11 +94,13 @@ def loss_chunk(session, state) -> int:
 
 @torch.no_grad()
 def draw_weights(model: nn.Module, tp_rank: int, tp_size: int, head_scale: float) -> nn.Module:
-    """Draw all weights anew; a tensor-parallel rank keeps its shards of the whole tensors.
+    """Draw all weights anew, the same for plain layers and fused ones; a tensor-parallel rank keeps its shards of the
+    whole tensors.
 
     Args:
         head_scale: standard deviation of the logits; the larger, the surer the model.
     """
+    from megatron_dlm.rollout.reshard_plan import canonical
     from megatron_dlm.training.state import global_names
 
     rename = global_names(model)
@@ -107,7 +109,7 @@ def draw_weights(model: nn.Module, tp_rank: int, tp_size: int, head_scale: float
         shape = list(parameter.shape)
         if dimension is not None:
             shape[dimension] *= tp_size
-        generator = torch.Generator().manual_seed(zlib.crc32(rename(name).encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(canonical(rename(name), 0).encode()))
         noise = torch.randn(shape, generator=generator)
         if len(shape) == 1:
             whole = 1 + 0.1 * noise

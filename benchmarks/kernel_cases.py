@@ -71,9 +71,11 @@ def _weights(dtype: torch.dtype) -> Found:
 def _layers(dtype: torch.dtype) -> Found:
     """They compute in bfloat16 or FP8, and need a GPU."""
     from benchmarks import fused_layers
+    from megatron_dlm.parallel import groups
 
     if dtype != torch.bfloat16 or not platform.is_cuda():
         return {}
+    groups.destroy(keep_world=True)  # they make their own
     return {
         f"layers by {name}": value if isinstance(value, str) else (value, fused_layers.bound_of(name))
         for name, value in fused_layers.differences().items()

@@ -172,7 +172,11 @@ def _serve_nursery() -> None:
     import torch
 
     from megatron_dlm import platform
+    from megatron_dlm.platform import te
 
+    if STAND_IN in sys.path:  # imported, it is not hidden where there is no GPU
+        importlib.import_module("transformer_engine")
+        te.found()  # once for all workers
     if not platform.is_cuda():  # a process that has touched CUDA cannot be forked
         platform.install()
 

@@ -62,8 +62,9 @@ class AdaptableTERow(Adaptable, TERowParallelLinear):
 
 
 class _NothingToSplit:
-    """Experts whose scales have no history: Transformer Engine says nothing of them, which megatron-core before 0.19 does
-    not expect."""
+    """Experts whose scales have no history: Transformer Engine says nothing of them, which no megatron-core before 0.19
+    expects.
+    """
 
     def _split_extra_state(self, state: Tensor) -> list[Tensor]:
         return super()._split_extra_state(state) if state.numel() else [state] * self.num_gemms

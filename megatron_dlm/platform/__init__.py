@@ -2,7 +2,7 @@
 
 This package alone knows that megatron-core expects CUDA and NCCL. Call `install()` once, before megatron.core is
 imported for the first time:
-  - a Transformer Engine that cannot be imported is hidden from it (platform/te.py);
+  - a Transformer Engine that cannot be imported, or has no GPU, is hidden from it (platform/te.py);
   - on a host with CUDA it selects this process's device;
   - elsewhere it makes `torch.cuda` mean the CPU for the calls that megatron-core makes (platform/cpu.py), and gloo
     stands in for NCCL;

@@ -2,8 +2,8 @@
 
 An installation that does not fit the driver or torch may end the process that imports it, or raise what is no
 ImportError; and megatron-core imports it wherever it is found, whatever the layers are. So it is imported in a process
-of its own first, and one that cannot be is kept from megatron-core. What was found stands in the environment for the
-processes that this one starts.
+of its own first, and one that cannot be is kept from megatron-core, as is any where there is no GPU. What was found
+stands in the environment for the processes that this one starts.
 """
 
 from __future__ import annotations
@@ -82,8 +82,12 @@ def shield() -> None:
     """Hide a Transformer Engine that cannot be imported: from here on it is one that is not installed, except to
     `installed` and `hidden`. Call it before megatron-core's first import. Costs nothing where there is none; else as
     long as its import takes, once in a process and those that it starts.
+
+    Without a GPU any is hidden, unless it was imported before: megatron-core would give its kernels tensors of the CPU.
     """
-    if _NAME not in sys.modules and importlib.util.find_spec(_NAME) is not None and _probe()[1] is not None:
+    if _NAME in sys.modules or importlib.util.find_spec(_NAME) is None:
+        return
+    if not platform.is_cuda() or _probe()[1] is not None:
         sys.modules[_NAME] = None  # an import of it raises ModuleNotFoundError
 
 

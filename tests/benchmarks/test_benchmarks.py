@@ -18,7 +18,7 @@ from megatron_dlm import platform
 from megatron_dlm.diffusion.layout import Grid
 from megatron_dlm.diffusion.rows import build_row
 from tests.diffusion.oracles import MASK_ID, PAD_ID, expected_fingerprints, random_group, row_fingerprints, trace_item
-from tests.harness import pool
+from tests.harness import STAND_IN, pool
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2"]
@@ -127,6 +127,22 @@ def heads() -> list[tuple[str, bool, int]]:
 
 def test_models_have_the_kernels_that_a_session_has() -> None:
     assert pool(1).run(heads) == [[("dense", True, 128), ("dense", False, 0)]]
+
+
+def drawn(layers: str) -> dict[str, torch.Tensor]:
+    """Weights by names that all layers share."""
+    from benchmarks.common import build_state, open_session
+    from benchmarks.fused_layers import model_of
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.rollout.reshard_plan import canonical
+
+    state = build_state(open_session(model_of(experts=True), ParallelConfig(transformer_impl=layers)), None, 1, 2.0)
+    return {canonical(name, 0): parameter.detach() for name, parameter in state.named_parameters()}
+
+
+def test_plain_and_fused_layers_have_the_same_weights() -> None:
+    plain, fused = (pool(1, STAND_IN).run(drawn, layers)[0] for layers in ("local", "transformer_engine"))
+    assert plain.keys() == fused.keys() and all(torch.equal(plain[name], fused[name]) for name in plain)
 
 
 def forked(run: gpu_check.Run, order: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import fused_layers, gpu_check, kernel_cases, kernels
 from megatron_dlm.platform import kernels as here
+from tests.harness import pool
 
 
 def test_each_difference_has_its_limit_and_what_raises_fails(monkeypatch) -> None:
@@ -25,6 +28,23 @@ def test_each_difference_has_its_limit_and_what_raises_fails(monkeypatch) -> Non
     assert not gpu_check.Check(broken, "bf16", "rel", difference, 0.0, 0.0).passed
     wide = kernel_cases.kernel_cases(torch.float64)
     assert [name for name in wide if "ZeroDivisionError" not in name] == [], "no kernel knows float64"
+
+
+def layers_beside_groups() -> bool:
+    from megatron_dlm.config.parallel import ParallelConfig
+    from megatron_dlm.parallel import groups
+
+    make = lambda: groups.initialize(ParallelConfig(), seed=1) and {}
+    make()
+    with (
+        mock.patch.object(kernel_cases, "platform", SimpleNamespace(is_cuda=lambda: True)),
+        mock.patch.object(fused_layers, "differences", make),
+    ):
+        return kernel_cases._layers(torch.bfloat16) == {}
+
+
+def test_layers_are_compared_in_a_process_that_has_groups() -> None:
+    assert pool(1).run(layers_beside_groups) == [True]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

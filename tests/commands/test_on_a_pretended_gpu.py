@@ -85,8 +85,8 @@ def test_fine_tuning(gpu: Server, folder: Path, flags: str, ranks: int) -> None:
     if "dense" in flags:  # it is cut to the lengths of the row on the host
         within = [(kind, asking) for kind, asking in within if "model/attention.py:__init__" not in asking]
     kinds = {kind for kind, _ in within}
-    # megatron-core looks at how many tokens each expert gets.
-    assert kinds == (MOVES_TO_EXPERTS if "experts" in flags else set())
+    # megatron-core looks at how many tokens each expert gets; releases before 0.19 also select their weights by a mask.
+    assert kinds <= MOVES_TO_EXPERTS if "experts" in flags else not kinds
 
 
 def test_reinforcement_learning(gpu: Server, folder: Path) -> None:

@@ -10,15 +10,17 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 
-from megatron_dlm.platform import te
 from tests.pretend_gpu.run import ROOT
 
-version, found = te.found()
-pytestmark = pytest.mark.skipif(version is None, reason=f"Transformer Engine: {found}")
+# This process may hide it: it has no GPU.
+pytestmark = pytest.mark.skipif(
+    PathFinder.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
 
 
 def on_the_gpu(*words: object) -> None:
@@ -34,13 +36,16 @@ def test_all_layers_learn_as_the_plain_ones(tmp_path: Path) -> None:
     on_the_gpu("benchmarks.fused_layers", "--ways", *ways, "--json", tmp_path / "found.json")
     compared = json.loads((tmp_path / "found.json").read_text())
     assert len(compared) == 2 * 2 * (1 + len(ways)) and all(isinstance(one, float) for one in compared.values())
+    for what, difference in compared.items():
+        assert difference < (0.15 if "gradients" in what else 5e-3), what
 
 
-@pytest.mark.parametrize("case", ["there_and_back", "resumed", "kept"])
+@pytest.mark.parametrize("case", ["there_and_back", "resumed", "kept", "kept_experts"])
 def test_checkpoints_and_refits(case: str, tmp_path: Path) -> None:
     on_the_gpu("tests.commands.transformer_engine_cases", case, tmp_path)
 
 
-def test_a_run_goes_on_with_the_scales_that_it_had(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["delayed", "delayed_kept"])
+def test_a_run_goes_on_with_the_scales_that_it_had(case: str, tmp_path: Path) -> None:
     for _ in range(2):
-        on_the_gpu("tests.commands.transformer_engine_cases", "delayed", tmp_path)
+        on_the_gpu("tests.commands.transformer_engine_cases", case, tmp_path)

@@ -11,7 +11,7 @@ doing the captured operations again, on the same memory.
 It has no kernels of its own: attention that torch compiles for GPUs is computed by the rule of its mask, torch.compile
 does nothing, Triton's kernels run in Triton's interpreter, FlashAttention 3 is a stand-in, and of Transformer Engine,
 where it can be imported, what is compiled is plain torch (te_kernels.py). Streams and events have always been waited
-for, and there is no memory to run out of.
+for, and there is no memory to run out of. A process that is shown no GPU (CUDA_VISIBLE_DEVICES is empty) has none.
 
 A child of the server whose environment names a file in PRETEND_GPU_WAITS writes there, when it ends, what it waited
 for: a list of [kind, functions from the inside out, how often].

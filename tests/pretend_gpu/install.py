@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib.machinery
+import logging
 import os
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +41,14 @@ def _module_to_gpu(module: torch.nn.Module, *_: Any, **__: Any) -> torch.nn.Modu
     return module
 
 
+def _module_to(to: Callable, module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    """torch.nn.Module.to, over torch's own."""
+    device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
+    if device is None or device.type != "cuda":
+        return to(module, *args, **kwargs)
+    return _module_to_gpu(module if dtype is None else to(module, dtype))
+
+
 def _install_groups() -> None:
     """Groups of gloo that know which backend they should have, and take tensors of its device alone."""
     distributed_c10d = dist.distributed_c10d
@@ -60,6 +71,9 @@ def _install_groups() -> None:
     ):
         setattr(dist, name, _checked(name, getattr(dist, name)))
     dist.ProcessGroup.allgather_into_tensor_coalesced = _gather_each
+    # What the two enclose has been done one by one.
+    dist.ProcessGroup._start_coalescing = lambda *_: None
+    dist.ProcessGroup._end_coalescing = lambda *_: types.SimpleNamespace(wait=lambda: True)
     one = dist.P2POp
     one.__new__ = lambda cls, *_, **__: object.__new__(cls)
     make = one.__init__
@@ -93,6 +107,8 @@ def _install_cuda() -> None:
     tensor_cuda = torch.Tensor.cuda
     cpu._install_cuda_namespace()
     torch.Tensor.cuda, torch.nn.Module.cuda = tensor_cuda, _module_to_gpu
+    to = torch.nn.Module.to
+    torch.nn.Module.to = lambda module, *args, **kwargs: _module_to(to, module, *args, **kwargs)
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
     torch.Tensor.is_pinned = lambda *_: True
     cuda = torch.cuda
@@ -107,6 +123,7 @@ def _install_cuda() -> None:
         get_device_properties=properties,
         get_device_name=properties.name,
         mem_get_info=(2**34, 2**34),
+        max_memory_allocated=1,  # by which programs divide
         memory_stats=collections.defaultdict(int),
         graph_pool_handle=(0, 0),
     ).items():
@@ -140,6 +157,28 @@ def _flex_attention(
     )
 
 
+def _scaled_mm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    out_dtype: torch.dtype,
+    use_fast_accum: bool = False,
+) -> torch.Tensor:
+    """torch's with a scale for each row, which not every torch has on a CPU: [T, K], [K, N], [T, 1], [1, N]."""
+    (tokens, width), outputs = x.shape, weight.shape[1]
+    if (x_scale.shape, weight_scale.shape) != ((tokens, 1), (1, outputs)):
+        raise RuntimeError(f"scales {tuple(x_scale.shape)} and {tuple(weight_scale.shape)} are not one for each row")
+    if not (x.is_contiguous() and weight.t().is_contiguous() and x_scale.is_contiguous()):
+        raise RuntimeError("cuBLAS reads rows of the one and columns of the other")
+    if width % 16 or outputs % 16 or out_dtype is not torch.bfloat16:
+        raise RuntimeError(
+            f"{tuple(x.shape)} times {tuple(weight.shape)} to {out_dtype}: not multiples of 16, or no bf16"
+        )
+    return (x.float() @ weight.float() * x_scale * weight_scale).to(out_dtype)
+
+
 def _install_kernels() -> None:
     """Ways on the CPU for what is compiled for a GPU."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -152,8 +191,10 @@ def _install_kernels() -> None:
 
     FlexAttention._on_gpu = FlexAttention._on_cpu
     rollout_flex._kernel = lambda device: kernel(_flex_attention)
+    torch._scaled_mm = kernel(_scaled_mm)
     flash = fake_kernels.flash_attn_interface()
     flash.flash_attn_with_kvcache = kernel(flash.flash_attn_with_kvcache)
+    flash.__spec__ = importlib.machinery.ModuleSpec(flash.__name__, None)  # who looks whether it is there finds it
     sys.modules[flash.__name__] = flash
     try:
         from triton.runtime import interpreter
@@ -172,6 +213,8 @@ def install() -> None:
 
     random_state._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random_state._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    logger = logging.getLogger(random_state.__name__)
+    logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())  # it is that of the GPU
     if "transformer_engine_torch" in sys.modules:  # megatron-core imports it wherever it is
         from tests.pretend_gpu import te_kernels
 

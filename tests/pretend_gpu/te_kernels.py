@@ -34,10 +34,13 @@ def install() -> None:
     """Transformer Engine must have been imported, and what took functions from it, too."""
     import transformer_engine.pytorch  # noqa: F401 (loads the compiled module)
     import transformer_engine_torch as tex
+    from transformer_engine.pytorch import distributed
 
     from tests.pretend_gpu import te_fp8
 
     te_fp8.install()
+    distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     replaced = {id(getattr(tex, name)): run for name, run in _KERNELS.items()}
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith(("transformer_engine", "megatron.core")):
