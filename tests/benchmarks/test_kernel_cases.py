@@ -19,6 +19,7 @@ def test_each_difference_has_its_limit_and_what_raises_fails(monkeypatch) -> Non
     monkeypatch.setattr(kernels, "differences", lambda dtype: {"loss head": 0.01, "sampler, draws that differ": 0.01})
     monkeypatch.setattr("benchmarks.attention.differences", lambda dtype: 1 / 0)
     monkeypatch.setattr(kernel_cases.platform, "is_cuda", lambda: True)
+    monkeypatch.setattr("megatron_dlm.parallel.groups.destroy", lambda **_: None)  # other tests need them
     monkeypatch.setattr(fused_layers, "differences", lambda: {"te, dense: loss": 0.001, "mxfp8, dense": "no such chip"})
     found = kernel_cases.kernel_cases(torch.bfloat16)
     assert found["Triton: loss head"] == (0.01, 3e-2) and found["Triton: sampler, draws that differ"] == (0.01, 0.02)
